@@ -1,0 +1,87 @@
+"""The contract between quantizers and everything that stores or attends to what they made.
+
+A quantizer is written for one sequence and one *group* of tokens, `[group, heads, head_dim]`: 1 token for
+per-token schemes, 32..128 for schemes with per-channel scales. Callers `vmap` it over groups and batch,
+so a payload leaf of shape S is stored as `[batch, groups, *S]` and every scheme shares one cache.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax.rotary import Rotary
+
+Payload = Any  # a pytree of arrays: all that is stored for one group
+State = Any  # a pytree of arrays: what a quantizer keeps per sequence; () for most
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a quantizer may know about the tokens besides their values.
+
+    Attributes:
+      positions: i32[tokens], absolute positions; None outside a cache.
+      rotary: how the model rotates keys; None for models without RoPE.
+      state: the quantizer's own per-sequence state.
+    """
+
+    positions: jax.Array | None = None
+    rotary: Rotary | None = None
+    state: State = ()
+
+
+class Quantizer:
+    """A pair of pure functions between one group of tokens and its payload.
+
+    Subclasses are frozen dataclasses, registered as pytrees: hyper-parameters are static fields,
+    calibrated arrays are leaves. `check` is called once, outside `jit`, before anything is allocated.
+    """
+
+    @property
+    def group(self) -> int:
+        """Tokens that are encoded together."""
+        return 1
+
+    def check(self, heads: int, head_dim: int) -> None:
+        """Raises ValueError, saying what would be valid, if this shape cannot be quantized."""
+
+    def init_state(self, heads: int, head_dim: int) -> State:
+        """The state of a sequence of which nothing has been encoded yet."""
+        return ()
+
+    def observe(self, x: jax.Array, context: Context) -> State:
+        """The new state, after seeing `x` [tokens, heads, head_dim] that is about to be encoded.
+
+        The cache calls it once per flushed chunk, in order, so that the state, and with it every
+        stored bit, does not depend on how many tokens were appended at a time.
+        """
+        return context.state
+
+    def quantize(self, x: jax.Array, context: Context) -> Payload:
+        """Encodes `x` [group, heads, head_dim], any float dtype."""
+        raise NotImplementedError
+
+    def dequantize(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
+        """Decodes one group: [group, heads, head_dim], keys ready for rotated queries."""
+        raise NotImplementedError
+
+    # A linear map that a quantizer applies before coding need not be undone on every cached token: on
+    # keys it moves to the query, on values to the output. The defaults say "nothing to fold".
+
+    def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
+        """(q', shift) such that <q, key> = <q', folded key> + shift.
+
+        `q` is [..., heads, head_dim] with KV heads; `shift` is [..., heads] or None for zero.
+        """
+        return q, None
+
+    def dequantize_folded(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
+        """Like `dequantize`, without the map that `fold_queries` or `unfold_output` takes over."""
+        return self.dequantize(payload, context, dtype)
+
+    def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
+        """Turns a weighted mean of folded values [..., heads, head_dim] into one of values."""
+        return out
