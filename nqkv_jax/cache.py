@@ -1,0 +1,273 @@
+"""The cache: sinks | body | residual for keys and for values of every layer.
+
+One side (keys or values) of one layer keeps its first tokens in full precision (*sinks*), then the tokens
+that its quantizer has encoded (*body*), and the latest tokens in full precision (*residual*, a ring).
+How many tokens are where is a closed form of the length alone (`Window`), so that nothing but `lengths`
+has to be tracked, sequences of a batch are independent, and appending token by token or all at once
+leaves the same bits.
+
+What is written for one sequence is vmapped over the batch; encoding runs under one loop outside the vmap,
+so that a step in which no sequence completes a chunk costs nothing.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
+from nqkv_jax.rotary import Rotary
+
+_static = functools.partial(dataclasses.field, metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """Which tokens of one side are in full precision.
+
+    Attributes:
+      keep: latest tokens that stay in full precision after a flush.
+      chunk: tokens that are encoded at a time; the residual grows to keep + chunk, then one chunk leaves.
+
+    `keep=0, chunk=1` has no residual: a token is encoded as it arrives, and attention sees it as decoded.
+    With a residual, attention sees the current token in full precision and the flush comes after.
+    KIVI's keys are `keep=0, chunk=128`, its values `keep=128, chunk=1`.
+    """
+
+    keep: int = 0
+    chunk: int = 1
+
+    def __post_init__(self):
+        if self.keep < 0 or self.chunk < 1:
+            raise ValueError(f"Window: expected keep >= 0 and chunk >= 1; got {self}")
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the residual ring."""
+        return 0 if self.immediate else self.keep + self.chunk
+
+    @property
+    def immediate(self) -> bool:
+        return self.keep == 0 and self.chunk == 1
+
+    def encoded(self, tokens):
+        """How many of `tokens` (int or array, sinks not counted) are encoded once they are appended."""
+        waiting = tokens - self.keep
+        waiting = max(waiting, 0) if isinstance(waiting, int) else jnp.maximum(waiting, 0)
+        return waiting // self.chunk * self.chunk
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Side:
+    """Keys or values of one layer.
+
+    Attributes:
+      sinks: [B, num_sinks, Hkv, D], the first tokens.
+      body: payload leaves [B, groups, ...]; group g holds tokens num_sinks + [g, g + 1) * group.
+      residual: [B, capacity, Hkv, D]; the token at position p is in slot (p - num_sinks) % capacity.
+      state: the quantizer's per-sequence state, leaves [B, ...].
+      quantizer: a pytree; static unless it is calibrated.
+    """
+
+    sinks: jax.Array
+    body: Payload
+    residual: jax.Array
+    state: State
+    quantizer: Quantizer
+    window: Window = _static()
+
+    @property
+    def num_sinks(self) -> int:
+        return self.sinks.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        return jax.tree.leaves(self.body)[0].shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the body has room for."""
+        return self.num_groups * self.quantizer.group
+
+    def encoded(self, lengths: jax.Array) -> jax.Array:
+        """Body tokens of sequences of `lengths` tokens."""
+        return self.window.encoded(jnp.maximum(lengths - self.num_sinks, 0))
+
+
+def body_capacity(window: Window, num_sinks: int, max_len: int) -> int:
+    """Tokens that can ever be encoded on one side of a cache of `max_len` tokens."""
+    return window.encoded(max(max_len - num_sinks, 0))
+
+
+def init_side(quantizer: Quantizer, window: Window, *, num_sinks: int, capacity: int, batch: int,
+              num_kv_heads: int, head_dim: int, dtype) -> Side:
+    """An empty side whose body has room for `capacity` tokens, a multiple of the quantizer's group."""
+    group = quantizer.group
+    if window.chunk % group:
+        raise ValueError(f"cache: expected chunk to be a multiple of the quantizer's group of {group} tokens; "
+                         f"got chunk={window.chunk}")
+    one = jax.ShapeDtypeStruct((group, num_kv_heads, head_dim), dtype)
+    context = Context(positions=jnp.zeros(group, jnp.int32), state=quantizer.init_state(num_kv_heads, head_dim))
+    payload = jax.eval_shape(quantizer.quantize, one, context)
+    zeros = lambda a: jnp.zeros((batch, capacity // group, *a.shape), a.dtype)
+    full = lambda tokens: jnp.zeros((batch, tokens, num_kv_heads, head_dim), dtype)
+    return Side(
+        sinks=full(num_sinks), body=jax.tree.map(zeros, payload), residual=full(window.capacity),
+        state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), context.state),
+        quantizer=quantizer, window=window)
+
+
+def _write(buffer: jax.Array, rows: jax.Array, index: jax.Array, keep: jax.Array) -> jax.Array:
+    """Writes `rows` to `buffer[index]` where `keep`; one sequence."""
+    # Out-of-range rows are dropped, so that pads and tokens past max_len cannot reach what is cached.
+    index = jnp.where(keep, index, buffer.shape[0])
+    return buffer.at[index].set(rows, mode="drop", unique_indices=True)
+
+
+def _encode(side: Side, rotary: Rotary | None, count: int, body: Payload, state: State, residual: jax.Array,
+            x: jax.Array, start: jax.Array, first: jax.Array, last: jax.Array) -> tuple[Payload, State]:
+    """Encodes body tokens first + [0, count) as far as they are below `last`; one sequence.
+
+    Token i comes from `x` [S, Hkv, D] if it is not older than `start`, else from the residual. Of `side`
+    only what all sequences share is used.
+    """
+    quantizer, group, capacity = side.quantizer, side.quantizer.group, side.window.capacity
+    token = first + jnp.arange(count)
+    rows = x[jnp.clip(token - start, 0, x.shape[0] - 1)]
+    if capacity:
+        rows = jnp.where((token < start)[:, None, None], residual[token % capacity], rows)
+    positions = token + side.num_sinks
+    observed = quantizer.observe(rows, Context(positions=positions, rotary=rotary, state=state))
+    state = jax.tree.map(lambda new, old: jnp.where(first < last, new, old), observed, state)
+    split = lambda a: a.reshape(count // group, group, *a.shape[1:])
+    quantize = lambda r, p: quantizer.quantize(r, Context(positions=p, rotary=rotary, state=state))
+    payload = jax.vmap(quantize)(split(rows), split(positions))
+    index = first // group + jnp.arange(count // group)
+    return jax.tree.map(lambda b, p: _write(b, p, index, index * group < last), body, payload), state
+
+
+def append_side(side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.Array,
+                rotary: Rotary | None) -> Side:
+    """Appends x[b, :new_lengths[b] - lengths[b]] to sequence b.
+
+    Args:
+      x: [B, S, Hkv, D] in the dtype of the cache; rows past the valid ones are ignored.
+      lengths, new_lengths: i32[B], tokens before and after.
+    """
+    num_sinks, window, size = side.num_sinks, side.window, x.shape[1]
+    offset = jnp.arange(size)
+    # Body tokens are counted from the first token after the sinks; sinks have negative numbers.
+    before, after = lengths - num_sinks, new_lengths - num_sinks
+    first, last = side.encoded(lengths), side.encoded(new_lengths)
+
+    def encode(step, carry, chunks):
+        count = chunks * window.chunk
+        run = functools.partial(_encode, side, rotary, count)
+        return jax.vmap(run)(*carry, side.residual, x, before, first + step * count, last)
+
+    carry = (side.body, side.state)
+    if side.num_groups:
+        most = (size + window.chunk - 1) // window.chunk
+        # A state must see the chunks in order; without one, all of them are encoded side by side.
+        chunks = 1 if jax.tree.leaves(side.state) else most
+        steps = jnp.max((last - first + chunks * window.chunk - 1) // (chunks * window.chunk))
+        if window.immediate and chunks == most:
+            carry = encode(0, carry, chunks)
+        else:
+            carry = jax.lax.fori_loop(0, steps, lambda i, c: encode(i, c, chunks), carry)
+
+    def store(sinks, residual, x, before, after):
+        token = before + offset
+        fresh = token < after
+        sinks = _write(sinks, x, token + num_sinks, fresh & (token < 0))
+        if window.capacity:
+            latest = fresh & (token >= 0) & (token >= after - window.capacity)
+            residual = _write(residual, x, token % window.capacity, latest)
+        return sinks, residual
+
+    sinks, residual = side.sinks, side.residual
+    if num_sinks or window.capacity:
+        sinks, residual = jax.vmap(store)(sinks, residual, x, before, after)
+    return dataclasses.replace(side, sinks=sinks, body=carry[0], residual=residual, state=carry[1])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """Keys and values of one layer; `lengths` i32[B] valid tokens, `overflow` i32[B] tokens turned away."""
+
+    key: Side
+    value: Side
+    lengths: jax.Array
+    overflow: jax.Array
+    max_len: int = _static()
+    num_kv_heads: int = _static()
+    head_dim: int = _static()
+    dtype: jnp.dtype = _static()
+    rotated: bool = _static()  # whether keys are stored after RoPE
+
+    def append(self, k: jax.Array, v: jax.Array, num_new: jax.Array, rotary: Rotary | None) -> "LayerCache":
+        """Appends `num_new` i32[B] tokens of k, v [B, S, Hkv, D]; tokens past `max_len` are counted, not stored."""
+        wanted = self.lengths + num_new
+        lengths = jnp.minimum(wanted, self.max_len)
+        return dataclasses.replace(
+            self, key=append_side(self.key, k, self.lengths, lengths, rotary),
+            value=append_side(self.value, v, self.lengths, lengths, rotary),
+            lengths=lengths, overflow=self.overflow + wanted - lengths)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """The caches of all layers. A pytree of arrays: carry it through `jit`, donate it, shard it, save it."""
+
+    layers: tuple[LayerCache, ...]
+    scheme: str = _static()  # the string form, for messages
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def max_len(self) -> int:
+        return self.layers[0].max_len
+
+    @property
+    def lengths(self) -> jax.Array:
+        """i32[B], tokens cached per sequence."""
+        return self.layers[0].lengths
+
+    @property
+    def overflow(self) -> jax.Array:
+        """i32[B], tokens that did not fit into `max_len` and were not stored."""
+        return self.layers[0].overflow
+
+    def positions(self, num_tokens: int) -> jax.Array:
+        """i32[B, num_tokens], positions of the next tokens."""
+        return self.lengths[:, None] + jnp.arange(num_tokens)[None, :]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array of the cache, scales, states and lengths included."""
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits per element of the body, from the arrays that are allocated; 0 if there is no body."""
+        bodies = [s for layer in self.layers for s in (layer.key, layer.value)]
+        stored = sum(a.size * a.dtype.itemsize for s in bodies for a in jax.tree.leaves(s.body))
+        tokens = sum(s.capacity for s in bodies) * self.batch
+        layer = self.layers[0]
+        return 8 * stored / max(tokens * layer.num_kv_heads * layer.head_dim, 1)
+
+    def check(self) -> "KVCache":
+        """Returns the cache; raises if tokens were turned away. Call it when control is back in Python."""
+        lost = [int(n) for n in self.overflow]
+        if any(lost):
+            raise ValueError(
+                f"cache: max_len={self.max_len} is too small: {lost} tokens per sequence did not fit and were not "
+                f"stored; what was cached before is intact. Allocate scheme.init(..., max_len=...) for at least "
+                f"{self.max_len + max(lost)} tokens")
+        return self

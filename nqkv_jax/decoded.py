@@ -1,0 +1,112 @@
+"""What decoding token by token would see, for a whole text in parallel.
+
+Scoring a text through the cache one token at a time is exact and slow. But what the query at position t
+sees is known in advance: a token is decoded from its codes if the scheme has encoded it by then, and in
+full precision otherwise. `DecodedView` stands in for a cache and chooses, per query and token, the raw or
+the decoded key and value. It encodes through the cache itself, so that both give the same bits.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax.attention import Partial, read_groups, visible
+from nqkv_jax.cache import Side
+from nqkv_jax.rotary import Rotary
+from nqkv_jax.schemes.base import LayerShape, Scheme
+
+QUERY_TILE = 256  # queries at a time: bounds the scores to [heads, QUERY_TILE, tokens]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodedView:
+    """Pass it to a model in place of a cache, with whole texts that begin at position 0.
+
+    Attributes:
+      scheme: which cache to stand in for.
+      num_layers: of the model.
+      dtype: of the cache that it stands in for.
+    """
+
+    scheme: Scheme = dataclasses.field(metadata={"static": True})
+    num_layers: int = dataclasses.field(metadata={"static": True})
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+
+    def positions(self, num_tokens: int) -> jax.Array:
+        """i32[1, num_tokens]."""
+        return jnp.arange(num_tokens)[None]
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, *, layer: int, rotary: Rotary | None,
+               window: int | None) -> Partial:
+        """Queries [B, Hkv, G, S, D] rotated and scaled; k, v [B, S, Hkv, D] as the model made them."""
+        batch, size, num_kv_heads, head_dim = k.shape
+        shape = LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=layer, num_layers=self.num_layers)
+        cache = self.scheme.layer(shape).init(shape, batch=batch, max_len=size, dtype=self.dtype)
+        positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
+        if rotary is not None and cache.rotated:
+            k = rotary(k, positions)
+        k, v = k.astype(self.dtype), v.astype(self.dtype)
+        cache = cache.append(k, v, jnp.full(batch, size, jnp.int32), rotary)
+        if rotary is not None and not cache.rotated:
+            k = rotary(k, positions)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        keys, values = _decoded(cache.key, k, rotary), _decoded(cache.value, v, rotary)
+
+        def tile(start):
+            queries = jax.lax.dynamic_slice_in_dim(q, start, width, axis=3)
+            at = start + jnp.arange(width)
+            score = lambda k: jnp.einsum("bhgsd,bthd->bhgst", queries, k, preferred_element_type=jnp.float32)
+            mix = lambda w, v: jnp.einsum("bhgst,bthd->bhgsd", w.astype(v.dtype), v,
+                                          preferred_element_type=jnp.float32)
+            everything = jnp.ones((1, size), bool)
+            mask = visible(at[None], positions[:1], everything, window)[:, None, None]
+            scores = jnp.where(mask, _choose(cache.key, at, size, score(keys), lambda: score(k)), -jnp.inf)
+            maximum = jnp.max(scores, axis=-1)
+            weights = jnp.exp(scores - maximum[..., None])
+            chosen = _encoded(cache.value, at, size)
+            numerator = mix(jnp.where(chosen, weights, 0), values)
+            if _ever_raw(cache.value):
+                numerator = numerator + mix(jnp.where(chosen, 0, weights), v)
+            return Partial(numerator=numerator, denominator=jnp.sum(weights, axis=-1), maximum=maximum)
+
+        width = min(QUERY_TILE, size)
+        count = -(-size // width)
+        # The last tile is moved back to fit; rows that two tiles compute are equal.
+        starts = jnp.minimum(jnp.arange(count) * width, size - width)
+        tiles = jax.lax.map(tile, starts)
+        row = jnp.arange(size)
+        index, offset = row // width, row - starts[row // width]
+        return jax.tree.map(lambda a: _rows(a, index, offset), tiles)
+
+
+def _rows(tiles: jax.Array, index: jax.Array, offset: jax.Array) -> jax.Array:
+    """[tiles, B, H, G, width, ...] -> [B, H, G, S, ...]."""
+    return jnp.moveaxis(jnp.moveaxis(tiles, 4, 1)[index, offset], 0, 3)
+
+
+def _ever_raw(side: Side) -> bool:
+    """Whether some query may see some token of this side in full precision."""
+    return not (side.window.immediate and side.num_sinks == 0)
+
+
+def _decoded(side: Side, raw: jax.Array, rotary: Rotary | None) -> jax.Array:
+    """`raw` [B, S, Hkv, D] with every token that the cache ends up encoding replaced by its decoded self."""
+    if not side.num_groups:
+        return raw
+    decoded = read_groups(side, jnp.int32(0), side.num_groups, rotary, raw.dtype, folded=False)
+    decoded = decoded[:, : raw.shape[1] - side.num_sinks]
+    return jax.lax.dynamic_update_slice_in_dim(raw, decoded, side.num_sinks, axis=1)
+
+
+def _encoded(side: Side, at: jax.Array, size: int) -> jax.Array:
+    """bool[1, 1, 1, queries, size]: whether the query at `at` sees a token as decoded."""
+    tokens = at + 1 if side.window.immediate else at
+    count = side.window.encoded(jnp.maximum(tokens - side.num_sinks, 0))
+    token = jnp.arange(size) - side.num_sinks
+    return ((token[None] >= 0) & (token[None] < count[:, None]))[None, None, None]
+
+
+def _choose(side: Side, at: jax.Array, size: int, decoded: jax.Array, raw) -> jax.Array:
+    return jnp.where(_encoded(side, at, size), decoded, raw()) if _ever_raw(side) else decoded

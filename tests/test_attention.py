@@ -1,0 +1,238 @@
+"""`attend` against a float64 oracle that keeps lists of tokens, and what the compiled step costs."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nqkv_jax as nq
+from cases import BATCH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
+
+TOKENS, PROMPTS = 90, (41, 23)
+
+
+@functools.partial(jax.jit, static_argnames=("rotary", "window", "layer"), donate_argnums=3)
+def attend(q, k, v, cache, num_new=None, rotary=True, window=None, layer=0):
+    return nq.attend(q, k, v, cache, num_new=num_new, rotary=ROTARY if rotary else None, window=window, layer=layer)
+
+
+def rotate(x, positions):
+    """RoPE in float64: x [tokens, heads, D], rotate-half on the first 2 * len(frequencies) channels."""
+    frequencies = np.asarray(ROTARY.inverse_frequencies, np.float64)
+    half = len(frequencies)
+    angle = np.asarray(positions)[:, None, None] * frequencies
+    out = np.array(x, np.float64)
+    first, second = out[..., :half].copy(), out[..., half : 2 * half].copy()
+    out[..., :half] = first * np.cos(angle) - second * np.sin(angle)
+    out[..., half : 2 * half] = second * np.cos(angle) + first * np.sin(angle)
+    return out
+
+
+class SideOracle:
+    """One side of one sequence as a list of tokens; what is encoded is replaced when it is flushed."""
+
+    def __init__(self, quantizer, window, sinks, stored, ready):
+        self.quantizer, self.window, self.sinks, self.ready = quantizer, window, sinks, ready
+        self.stored = stored  # f32 [tokens, heads, D], as the scheme stores it
+        self.state = quantizer.init_state(*stored.shape[1:])
+        self.waiting, self.tokens = [], []
+
+    def append(self, position):
+        self.tokens.append(self.ready(self.stored[position : position + 1], [position])[0])
+        if position >= self.sinks:
+            self.waiting.append(position)
+        if self.window == nq.Window():  # no residual: a token is encoded before it is attended to
+            self.flush()
+
+    def flush(self):
+        while len(self.waiting) >= self.window.keep + self.window.chunk:
+            chunk, self.waiting = self.waiting[: self.window.chunk], self.waiting[self.window.chunk :]
+            x = jnp.asarray(self.stored[np.array(chunk)])
+            self.state = self.quantizer.observe(x, nq.Context(positions=jnp.asarray(chunk), rotary=ROTARY, state=self.state))
+            for i in range(0, len(chunk), self.quantizer.group):
+                group = slice(i, i + self.quantizer.group)
+                context = nq.Context(positions=jnp.asarray(chunk[group]), rotary=ROTARY, state=self.state)
+                decoded = self.quantizer.dequantize(self.quantizer.quantize(x[group], context), context)
+                for position, row in zip(chunk[group], np.asarray(decoded, np.float64), strict=True):
+                    self.tokens[position] = row
+
+
+def oracle_outputs(spec, q, k, v, window=None, prompt=0):
+    """Outputs f64[T, Hq, D] of decoding one sequence token by token; the first `prompt` see raw tokens."""
+    heads = dict(num_kv_heads=k.shape[1], head_dim=k.shape[2])
+    layer = nq.schemes.get(spec).layer(nq.schemes.LayerShape(**heads))
+    everywhere = np.arange(len(k))
+    rotated = np.asarray(ROTARY(jnp.asarray(k), jnp.arange(len(k)))) if layer.rotated else k
+    keep = lambda x, at: np.asarray(x, np.float64)
+    key = SideOracle(layer.key, layer.key_window, layer.sinks, rotated, keep if layer.rotated else rotate)
+    value = SideOracle(layer.value, layer.value_window, layer.sinks, v, keep)
+    q, raw = rotate(q, everywhere), rotate(k, everywhere)
+    outputs = []
+    for t in everywhere:
+        key.append(t), value.append(t)
+        keys = raw[: t + 1] if t < prompt else np.stack(key.tokens)
+        values = v[: t + 1].astype(np.float64) if t < prompt else np.stack(value.tokens)
+        first = 0 if window is None else max(0, t + 1 - window)
+        group = q.shape[1] // k.shape[1]
+        scores = np.einsum("hd,thd->ht", q[t], np.repeat(keys[first:], group, 1)) / np.sqrt(q.shape[2])
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        outputs.append(np.einsum("ht,thd->hd", weights, np.repeat(values[first:], group, 1)))
+        key.flush(), value.flush()
+    return np.stack(outputs)
+
+
+@pytest.mark.parametrize("spec, window", [(s, None) for s in SCHEMES] + [(s, 37) for s in SCHEMES[3::4]])
+def test_prompt_then_decode_matches_the_oracle(spec, window):
+    q, k, v = make_qkv(TOKENS)
+    cache = make_cache(spec, max_len=TOKENS)
+    longest = max(PROMPTS)
+    out, cache = attend(q[:, :longest], k[:, :longest], v[:, :longest], cache, jnp.asarray(PROMPTS, jnp.int32), window=window)
+    outputs = [[np.asarray(out)[b, :n]] for b, n in enumerate(PROMPTS)]
+    rows = np.arange(BATCH)
+    for step in range(TOKENS - longest):
+        at = step + np.asarray(PROMPTS)
+        now = [a[rows, at][:, None] for a in (q, k, v)]
+        out, cache = attend(*now, cache, window=window)
+        for b in rows:
+            outputs[b].append(np.asarray(out)[b])
+    for b in rows:
+        mine = np.concatenate(outputs[b])
+        n = len(mine)
+        expected = oracle_outputs(spec, *(np.asarray(a[b, :n]) for a in (q, k, v)), window=window, prompt=PROMPTS[b])
+        np.testing.assert_allclose(mine, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("spec, window", [(s, None) for s in SCHEMES] + [("kivi:residual=32", 37)])
+def test_decoded_view_equals_decoding_token_by_token(spec, window):
+    q, k, v = make_qkv(TOKENS, seed=1)
+    cache, outputs = make_cache(spec, max_len=TOKENS), []
+    for t in range(TOKENS):
+        out, cache = attend(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], cache, window=window)
+        outputs.append(out)
+    view = nq.DecodedView(scheme=nq.schemes.get(spec), num_layers=1, dtype=jnp.dtype(jnp.float32))
+    parallel, _ = attend(q, k, v, view, window=window)
+    np.testing.assert_allclose(parallel, np.concatenate(outputs, 1), atol=5e-6)
+
+
+def test_decoded_view_tiles_queries(monkeypatch):
+    q, k, v = make_qkv(50)
+    view = nq.DecodedView(scheme=nq.schemes.get("kivi:residual=32,sinks=1"), num_layers=1, dtype=jnp.dtype(jnp.float32))
+    whole, _ = nq.attend(q, k, v, view)
+    monkeypatch.setattr("nqkv_jax.decoded.QUERY_TILE", 16)
+    tiled, _ = nq.attend(q, k, v, view)
+    np.testing.assert_allclose(tiled, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(4, 4, 80), (8, 1, 128), (6, 3, 64), (2, 2, 256)])
+def test_head_shapes(num_heads, num_kv_heads, head_dim):
+    q, k, v = make_qkv(20, batch=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    cache = make_cache("nqkv", max_len=20, batch=1, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    _, cache = attend(q[:, :19], k[:, :19], v[:, :19], cache)
+    out, _ = attend(q[:, 19:], k[:, 19:], v[:, 19:], cache)
+    expected = oracle_outputs("nqkv", *(np.asarray(a[0]) for a in (q, k, v)))
+    np.testing.assert_allclose(out[0, 0], expected[-1], atol=5e-6)
+
+
+def test_chunked_prefill_through_a_full_precision_cache_is_exact():
+    q, k, v = make_qkv(TOKENS)
+    whole, _ = attend(q, k, v, None)
+    cache, outputs = make_cache("none", max_len=128), []
+    for start in range(0, TOKENS, 32):
+        cut = lambda a: jnp.pad(a[:, start : start + 32], ((0, 0), (0, max(0, start + 32 - TOKENS)), (0, 0), (0, 0)))
+        count = min(32, TOKENS - start)
+        out, cache = attend(cut(q), cut(k), cut(v), cache, jnp.full(BATCH, count, jnp.int32))
+        outputs.append(out[:, :count])
+    np.testing.assert_allclose(np.concatenate(outputs, 1), whole, atol=2e-6)
+    q64 = [np.asarray(a[0]) for a in (q, k, v)]
+    np.testing.assert_allclose(whole[0], oracle_outputs("none", *q64, prompt=TOKENS), atol=5e-6)
+
+
+def test_body_longer_than_a_tile(monkeypatch):
+    """Tiles, the last one moved back to fit, and tiles that a window skips."""
+    monkeypatch.setattr("nqkv_jax.attention.TILE", 32)
+    q, k, v = make_qkv(TOKENS)
+    for spec, window in (("nqkv", None), ("nqkv:sinks=3", 40), ("kivi:residual=32", None)):
+        cache = make_cache(spec, max_len=TOKENS + 5)
+        step = functools.partial(nq.attend, rotary=ROTARY, window=window)
+        _, cache = step(q[:, :-1], k[:, :-1], v[:, :-1], cache)
+        out, _ = step(q[:, -1:], k[:, -1:], v[:, -1:], cache)
+        expected = oracle_outputs(spec, *(np.asarray(a[0]) for a in (q, k, v)), window=window)
+        np.testing.assert_allclose(out[0, 0], expected[-1], atol=5e-6)
+
+
+@pytest.mark.parametrize("spec", ["nqkv", "nqkv:residual=16,centre=True,hadamard=True,sinks=4", "kivi"])
+def test_no_decoded_copy_of_the_cache_exists(spec):
+    """Temporary bytes of the compiled decode step do not grow with max_len, and the cache is updated in place."""
+    q, k, v = make_qkv(1)
+    temporary = []
+    for max_len in (1024, 8192):
+        cache = make_cache(spec, max_len=max_len)
+        analysis = attend.lower(q, k, v, cache).compile().memory_analysis()
+        temporary.append(analysis.temp_size_in_bytes)
+        assert analysis.alias_size_in_bytes == cache.nbytes
+    assert temporary[0] == temporary[1]
+    assert temporary[0] < 2 * 8192 * BATCH * NUM_KV_HEADS * HEAD_DIM * 4 / 4
+
+
+def test_decoding_traces_once():
+    step = jax.jit(chex.assert_max_traces(lambda *args: nq.attend(*args, rotary=ROTARY), n=1))
+    q, k, v = make_qkv(40)
+    cache = make_cache("kivi:residual=32", max_len=64)
+    for t in range(40):
+        now = slice(t, t + 1)
+        _, cache = step(q[:, now], k[:, now], v[:, now], cache)
+    np.testing.assert_array_equal(cache.lengths, [40, 40])
+
+
+def test_inside_scan_and_vmap():
+    q, k, v = make_qkv(12)
+    tokens_first = lambda a: jnp.moveaxis(a, 1, 0)[:, :, None]
+
+    def decode(cache, q, k, v):
+        step = lambda cache, now: nq.attend(*now, cache, rotary=ROTARY)[::-1]
+        return jax.lax.scan(step, cache, (tokens_first(q), tokens_first(k), tokens_first(v)))[1]
+
+    spec = "nqkv:residual=8,centre=False"
+    batch = jax.jit(decode)(make_cache(spec, max_len=16), q, k, v)                # [T, B, 1, Hq, D]
+    one = jax.vmap(lambda q, k, v: decode(make_cache(spec, max_len=16, batch=1), q[None], k[None], v[None]))(q, k, v)
+    np.testing.assert_allclose(jnp.moveaxis(one[:, :, 0], 0, 1), batch, atol=2e-6)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_one_traced_step_lowers_for_accelerators(platform):
+    q, k, v = make_qkv(1)
+    traced = attend.trace(q, k, v, make_cache("nqkv", max_len=64))
+    assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_low_precision_models_keep_their_dtype():
+    q, k, v = (a.astype(jnp.bfloat16) for a in make_qkv(9))
+    out, cache = attend(q, k, v, make_cache("nqkv:sinks=2", max_len=16, dtype=jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16 and cache.layers[0].key.sinks.dtype == jnp.bfloat16
+    chex.assert_tree_all_finite(out)
+
+
+GOOD = dict(q=(BATCH, 1, NUM_HEADS, HEAD_DIM), k=(BATCH, 1, NUM_KV_HEADS, HEAD_DIM))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(q=(1, NUM_HEADS, HEAD_DIM)), r"expected q \[batch, tokens, num_heads, head_dim\]"),
+    (dict(k=(BATCH, 2, NUM_KV_HEADS, HEAD_DIM)), "agree in batch, tokens and head_dim"),
+    (dict(q=(BATCH, 1, 5, HEAD_DIM)), "multiple of num_kv_heads"),
+    (dict(q=(3, 1, NUM_HEADS, HEAD_DIM), k=(3, 1, NUM_KV_HEADS, HEAD_DIM)), r"cache was made for .*\(2, 2, 32\)"),
+    (dict(dtype=jnp.int32), "floating-point q, k, v; got int32"),
+    (dict(layer=1), r"layers 0..0; got layer=1"),
+    (dict(window=0), "window >= 1"),
+    (dict(num_new=jnp.zeros((), jnp.int32)), r"num_new of shape \(2,\)"),
+    (dict(implementation="mosaic"), "'auto' or 'xla'; got 'mosaic'"),
+])
+def test_bad_calls_are_refused(changes, message):
+    shapes = GOOD | {n: changes.pop(n) for n in ("q", "k") if n in changes}
+    dtype = changes.pop("dtype", jnp.float32)
+    q, k = (jnp.zeros(shapes[n], dtype) for n in ("q", "k"))
+    with pytest.raises(ValueError, match=message):
+        nq.attend(q, k, k, make_cache("nqkv", max_len=8), **changes)

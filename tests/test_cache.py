@@ -1,0 +1,172 @@
+"""The cache: where tokens are, that every way to append them stores the same bits, and bad input."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nqkv_jax as nq
+from cases import BATCH, HEAD_DIM, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
+from nqkv_jax.cache import Window
+
+
+@functools.partial(jax.jit, static_argnames="rotary", donate_argnums=0)
+def append(cache, k, v, num_new, rotary):
+    """Appends to the only layer."""
+    rotary = ROTARY if rotary else None
+    if rotary is not None and cache.layers[0].rotated:
+        k = rotary(k, cache.positions(k.shape[1]))
+    return nq.KVCache(layers=(cache.layers[0].append(k, v, num_new, rotary),), scheme=cache.scheme)
+
+
+def append_in_pieces(cache, k, v, lengths, piece, rotary=True):
+    """Appends the first lengths[b] tokens of sequence b, `piece` at a time; pads are garbage."""
+    lengths = np.asarray(lengths)
+    for start in range(0, int(lengths.max()), piece):
+        count = np.clip(lengths - start, 0, piece)
+        cut = lambda a: np.full((a.shape[0], piece, *a.shape[2:]), 1e3, np.float32)
+        parts = []
+        for a in (k, v):
+            part = cut(a)
+            for b, n in enumerate(count):
+                part[b, :n] = a[b, start : start + n]
+            parts.append(jnp.asarray(part))
+        cache = append(cache, *parts, jnp.asarray(count, jnp.int32), rotary)
+    return cache
+
+
+def test_every_registered_scheme_is_covered():
+    assert {s.partition(":")[0] for s in SCHEMES} == set(nq.schemes.names())
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_append_one_by_one_equals_bulk_bit_for_bit(spec):
+    _, k, v = make_qkv(109)
+    lengths = [109, 70]
+    one_by_one = append_in_pieces(make_cache(spec, max_len=120), k, v, lengths, 1)
+    chex.assert_trees_all_equal(one_by_one, append_in_pieces(make_cache(spec, max_len=120), k, v, lengths, 48))
+    np.testing.assert_array_equal(one_by_one.lengths, lengths)
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_ragged_batch_equals_each_sequence_alone(spec):
+    _, k, v = make_qkv(80)
+    lengths = [80, 37]
+    batch = append_in_pieces(make_cache(spec, max_len=96), k, v, lengths, 80)
+    for b, n in enumerate(lengths):
+        alone = append_in_pieces(make_cache(spec, max_len=96, batch=1), k[b : b + 1], v[b : b + 1], [n], 80)
+        row = jax.tree.map(lambda a, b=b: a[b : b + 1], jax.tree.leaves(batch))
+        # A calibrated quantizer would add leaves without a batch axis; none of these has any.
+        chex.assert_trees_all_equal(row, jax.tree.leaves(alone))
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_overflow_is_counted_and_leaves_the_cache_intact(spec):
+    _, k, v = make_qkv(60)
+    fill = lambda n: append_in_pieces(make_cache(spec, max_len=45), k[:, :n], v[:, :n], [n, n], 10)
+    full = jax.tree.map(np.asarray, fill(45))
+    # The last piece crosses the end: what fits is kept.
+    crossing = fill(50)
+    np.testing.assert_array_equal(crossing.overflow, [5, 5])
+    stored = lambda cache: (cache.layers[0].key, cache.layers[0].value, cache.lengths)
+    chex.assert_trees_all_equal(stored(crossing), stored(full))
+    # And once it is full nothing moves.
+    more = append_in_pieces(crossing, k[:, 50:], v[:, 50:], [10, 3], 10)
+    np.testing.assert_array_equal(more.overflow, [15, 8])
+    chex.assert_trees_all_equal(stored(more), stored(full))
+    with pytest.raises(ValueError, match=r"max_len=45 is too small.*\[15, 8\].*at least 60 tokens"):
+        more.check()
+    assert full.check() is full
+
+
+attend = jax.jit(nq.attend, static_argnames=("layer", "window"))
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_non_finite_tokens_stay_visible(spec):
+    q, k, v = make_qkv(70)
+    empty = make_cache(spec, max_len=80)
+    for bad, where in ((np.nan, 0), (np.nan, 20), (np.inf, 20), (np.nan, 69)):  # sink, body, residual
+        broken = np.asarray(v).copy()
+        broken[0, where, 0, 5] = bad
+        fresh = jax.tree.map(jnp.copy, empty)
+        cache = append(fresh, k, jnp.asarray(broken), jnp.full(BATCH, 70, jnp.int32), False)
+        out = np.asarray(attend(q[:, :1], k[:, :1], v[:, :1], cache)[0])
+        assert not np.isfinite(out[0, :, :3]).all(), (bad, where)
+        assert np.isfinite(out[1]).all(), (bad, where)
+
+
+@given(st.integers(0, 3000), st.integers(0, 200), st.integers(1, 200))
+@settings(max_examples=300, deadline=None)
+def test_window_never_overfills_the_residual(tokens, keep, chunk):
+    window = Window(keep=keep, chunk=chunk)
+    encoded, before = window.encoded(tokens), window.encoded(max(tokens - 1, 0))
+    assert encoded == int(window.encoded(jnp.int32(tokens)))
+    assert encoded % chunk == 0 and 0 <= encoded - before <= chunk
+    # The token just appended and everything not encoded before it fit into the ring.
+    assert tokens - before <= max(window.capacity, 1)
+    assert tokens - encoded >= min(keep, tokens)
+
+
+def test_kivi_residual_lengths():
+    """kivi.md: after t tokens the key residual holds t mod R, the value residual min(t, R)."""
+    layer = nq.schemes.get("kivi:residual=32").layer(nq.schemes.LayerShape(num_kv_heads=2, head_dim=32))
+    for t in (1, 31, 32, 33, 64, 65, 100):
+        assert t - layer.key_window.encoded(t) == t % 32
+        assert t - layer.value_window.encoded(t) == min(t, 32)
+
+
+def test_kivi_keys_are_not_encoded_one_token_at_a_time():
+    """A per-channel group of one token has range 0 and would come out exact: a silent, too good error."""
+    _, k, v = make_qkv(64)
+    cache = append_in_pieces(make_cache("kivi:residual=32", max_len=64), k, v, [64, 64], 1, rotary=False)
+    side = cache.layers[0].key
+    decoded = jax.vmap(jax.vmap(lambda p: side.quantizer.dequantize(p, nq.Context())))(side.body)
+    error = np.abs(np.asarray(decoded).reshape(k.shape) - np.asarray(k))
+    assert 0.05 < error.mean() < 0.5 and error.max() > 0.3
+
+
+def test_bytes_are_those_of_the_live_arrays():
+    before = {id(a) for a in jax.live_arrays()}
+    cache = make_cache("nqkv:bits=3", max_len=64, num_layers=3)
+    fresh = [a for a in jax.live_arrays() if id(a) not in before]
+    assert sum(a.nbytes for a in fresh) == cache.nbytes
+    # A float32 copy of one side of one layer alone would be larger than the whole cache is.
+    assert cache.nbytes < 3 * 2 * BATCH * 64 * NUM_KV_HEADS * HEAD_DIM * 4 / 8
+    assert cache.stored_bits == 3 + 16 / 64
+
+
+def test_abstract_cache_counts_what_init_allocates():
+    for spec in SCHEMES:
+        sizes = dict(num_layers=2, batch=3, max_len=77, num_kv_heads=2, head_dim=32, dtype=jnp.bfloat16)
+        abstract, real = nq.schemes.get(spec).abstract(**sizes), nq.schemes.get(spec).init(**sizes)
+        chex.assert_trees_all_equal_shapes_and_dtypes(abstract, real)
+        assert abstract.nbytes == real.nbytes == sum(a.nbytes for a in jax.tree.leaves(real))
+        assert abstract.stored_bits == real.stored_bits
+
+
+@pytest.mark.parametrize("spec", ["nqkv:sinks=4", "nqkv:residual=16,centre=True", "kivi"])
+def test_a_cache_too_short_for_a_body_still_works(spec):
+    q, k, v = make_qkv(3)
+    cache = make_cache(spec, max_len=3)
+    for t in range(3):
+        now = slice(t, t + 1)
+        out, cache = attend(q[:, now], k[:, now], v[:, now], cache, rotary=ROTARY)
+    chex.assert_tree_all_finite(out)
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(batch=0), "expected batch >= 1; got 0"),
+    (dict(max_len=-5), "expected max_len >= 1; got -5"),
+    (dict(dtype=jnp.int8), "expected a floating-point dtype.*int8"),
+    (dict(head_dim=30), "multiple of|divide"),
+])
+def test_bad_sizes_are_refused(sizes, message):
+    good = dict(num_layers=1, batch=1, max_len=8, num_kv_heads=2, head_dim=32)
+    with pytest.raises(ValueError, match=message):
+        nq.schemes.get("nqkv:bits=3,block_size=16").init(**(good | sizes))
