@@ -1,0 +1,41 @@
+"""Keys stored before RoPE, rotated when they are read."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unrotated(Quantizer):
+    """Encodes unrotated keys with `inner`; what it decodes is rotated to the tokens' positions.
+
+    A map that `inner` could fold into the query does not commute with RoPE, so nothing is folded.
+    """
+
+    inner: Quantizer
+
+    @property
+    def group(self) -> int:
+        return self.inner.group
+
+    def check(self, heads: int, head_dim: int) -> None:
+        self.inner.check(heads, head_dim)
+
+    def init_state(self, heads: int, head_dim: int) -> State:
+        return self.inner.init_state(heads, head_dim)
+
+    def observe(self, x: jax.Array, context: Context) -> State:
+        return self.inner.observe(x, context)
+
+    def quantize(self, x: jax.Array, context: Context) -> Payload:
+        return self.inner.quantize(x, context)
+
+    def dequantize(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
+        if context.rotary is None:
+            return self.inner.dequantize(payload, context, dtype)
+        x = self.inner.dequantize(payload, context, jnp.float32)
+        return context.rotary(x, context.positions).astype(dtype)

@@ -1,0 +1,13 @@
+"""One file per published scheme, and the registry that names them."""
+
+from nqkv_jax.schemes.base import (
+    LayerScheme,
+    LayerShape,
+    Scheme,
+    defaults,
+    get,
+    names,
+    register,
+)
+
+__all__ = ["LayerScheme", "LayerShape", "Scheme", "defaults", "get", "names", "register"]
