@@ -1,1 +1,52 @@
-"""KV-cache quantization for JAX."""
+"""KV-cache quantization for JAX: every scheme behind one cache, one `jit`, and honest bytes.
+
+    import nqkv_jax as nq
+
+    codes = nq.quantize(kv, nq.BlockQuantizer(nq.codebooks.normal_float(4), block_size=256))
+    kv2 = nq.dequantize(codes)
+
+    cache = nq.schemes.get("nqkv").init(num_layers=32, batch=8, max_len=4096, num_kv_heads=32, head_dim=128)
+    out, cache = nq.attend(q, k, v, cache, layer=0)
+
+Decoders, weights and generation are in `nqkv_jax.models`, which alone needs Flax.
+"""
+
+from nqkv_jax import codebooks, packing, schemes
+from nqkv_jax.attention import attend
+from nqkv_jax.cache import KVCache, LayerCache, Window
+from nqkv_jax.decoded import DecodedView
+from nqkv_jax.quantize import QuantizedArray, dequantize, quantize, stored_bits
+from nqkv_jax.quantizers.base import Context, Quantizer
+from nqkv_jax.quantizers.block import BlockQuantizer
+from nqkv_jax.quantizers.float8 import Float8Quantizer
+from nqkv_jax.quantizers.full_precision import FullPrecision
+from nqkv_jax.quantizers.transforms import Centre, Hadamard, Rotation, Standardise, Transformed
+from nqkv_jax.quantizers.unrotated import Unrotated
+from nqkv_jax.rotary import Rotary
+
+__all__ = [
+    "BlockQuantizer",
+    "Centre",
+    "Context",
+    "DecodedView",
+    "Float8Quantizer",
+    "FullPrecision",
+    "Hadamard",
+    "KVCache",
+    "LayerCache",
+    "QuantizedArray",
+    "Quantizer",
+    "Rotary",
+    "Rotation",
+    "Standardise",
+    "Transformed",
+    "Unrotated",
+    "Window",
+    "attend",
+    "codebooks",
+    "dequantize",
+    "packing",
+    "quantize",
+    "schemes",
+    "stored_bits",
+]

@@ -101,6 +101,19 @@ def body_capacity(window: Window, num_sinks: int, max_len: int) -> int:
     return window.encoded(max(max_len - num_sinks, 0))
 
 
+@functools.lru_cache
+def _payload_shape(structure, arrays: tuple, num_kv_heads: int, head_dim: int, dtype) -> Payload:
+    """Shapes of the payload of one group. Cached: tracing a quantizer for each of 64 layers takes seconds."""
+
+    def one(arrays):
+        quantizer = jax.tree.unflatten(structure, arrays)
+        context = Context(positions=jnp.zeros(quantizer.group, jnp.int32),
+                          state=quantizer.init_state(num_kv_heads, head_dim))
+        return quantizer.quantize(jnp.zeros((quantizer.group, num_kv_heads, head_dim), dtype), context)
+
+    return jax.eval_shape(one, [jax.ShapeDtypeStruct(*a) for a in arrays])
+
+
 def init_side(quantizer: Quantizer, window: Window, *, num_sinks: int, capacity: int, batch: int,
               num_kv_heads: int, head_dim: int, dtype) -> Side:
     """An empty side whose body has room for `capacity` tokens, a multiple of the quantizer's group."""
@@ -108,14 +121,15 @@ def init_side(quantizer: Quantizer, window: Window, *, num_sinks: int, capacity:
     if window.chunk % group:
         raise ValueError(f"cache: expected chunk to be a multiple of the quantizer's group of {group} tokens; "
                          f"got chunk={window.chunk}")
-    one = jax.ShapeDtypeStruct((group, num_kv_heads, head_dim), dtype)
-    context = Context(positions=jnp.zeros(group, jnp.int32), state=quantizer.init_state(num_kv_heads, head_dim))
-    payload = jax.eval_shape(quantizer.quantize, one, context)
+    arrays, structure = jax.tree.flatten(quantizer)
+    shapes = tuple((a.shape, jnp.dtype(a.dtype)) for a in arrays)
+    payload = _payload_shape(structure, shapes, num_kv_heads, head_dim, jnp.dtype(dtype))
     zeros = lambda a: jnp.zeros((batch, capacity // group, *a.shape), a.dtype)
+    state = quantizer.init_state(num_kv_heads, head_dim)
     full = lambda tokens: jnp.zeros((batch, tokens, num_kv_heads, head_dim), dtype)
     return Side(
         sinks=full(num_sinks), body=jax.tree.map(zeros, payload), residual=full(window.capacity),
-        state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), context.state),
+        state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), state),
         quantizer=quantizer, window=window)
 
 

@@ -1,0 +1,139 @@
+"""Choosing the next token from logits.
+
+The order and the definitions are those of Hugging Face transformers: repetition penalty on the raw
+logits, then temperature, top-k, top-p and min-p, then a draw from what is left.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. The default is greedy: the token with the largest logit.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy.
+      top_k: draw from the k most likely tokens only.
+      top_p: draw from the fewest most likely tokens whose probabilities sum to `top_p` or more.
+      min_p: leave out tokens less likely than `min_p` times the most likely one.
+      repetition_penalty: of tokens that are in the prompt or were generated, positive logits are
+        divided and negative ones multiplied by it; 1 is none. Greedy choice heeds it too.
+
+    Tokens that tie with the last one inside top-k or top-p are inside as well.
+
+    Source: Fan et al. (2018), top-k; Holtzman et al. (2020), top-p (nucleus); Nguyen et al. (2024),
+      min-p; Keskar et al. (2019), CTRL, section 4.1, the penalty.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        self._check("temperature", self.temperature >= 0, "a finite number >= 0 (0 is greedy)")
+        if self.top_k is not None:
+            whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+            self._check("top_k", whole and self.top_k >= 1, "a whole number >= 1, or None")
+        if self.top_p is not None:
+            self._check("top_p", 0 < self.top_p <= 1, "a number in (0, 1], or None")
+        if self.min_p is not None:
+            self._check("min_p", 0 <= self.min_p <= 1, "a number in [0, 1], or None")
+        self._check("repetition_penalty", self.repetition_penalty > 0, "a finite number > 0")
+        filters = {name: getattr(self, name) for name in ("top_k", "top_p", "min_p")}
+        given = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
+        if self.greedy and given:
+            raise ValueError(
+                f"Sampling: {given} would change nothing, because temperature=0 is greedy. Set a "
+                "temperature (1.0 is the model's own distribution), or leave them out"
+            )
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        value = getattr(self, name)
+        if not good or not math.isfinite(value):
+            raise ValueError(f"Sampling.{name} must be {expected}; got {value!r}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def nucleus(self) -> bool:
+        """Whether top-p leaves anything out."""
+        return self.top_p is not None and self.top_p < 1
+
+    @property
+    def needs_seen(self) -> bool:
+        """Whether it has to be known which tokens were seen."""
+        return self.repetition_penalty != 1
+
+
+GREEDY = Sampling()
+
+
+def scores(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
+    """Logits of the distribution that is drawn from: -inf for what is left out.
+
+    Args:    logits f32[B, V]; seen: bool[B, V], tokens to be penalised, if there is a penalty.
+    Returns: f32[B, V], not normalised.
+    """
+    if sampling.needs_seen:
+        if seen is None:
+            raise ValueError(
+                "sample: repetition_penalty needs `seen` bool[batch, vocabulary]; got None"
+            )
+        penalty = sampling.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.greedy:
+        return logits
+    logits = logits / sampling.temperature
+    ranked = _ranked(logits, sampling)
+    if sampling.top_k is not None:
+        logits = jnp.where(logits < ranked[:, -1:], -jnp.inf, logits)
+    if sampling.nucleus:
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        # What the more likely tokens sum to. The first is always inside.
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        inside = (before < sampling.top_p).at[:, 0].set(True)
+        least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.min_p:
+        # The ratio of two probabilities needs no normalisation.
+        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(sampling.min_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def _ranked(logits: jax.Array, sampling: Sampling) -> jax.Array | None:
+    """The largest logits in descending order, as many as top-k and top-p look at."""
+    if sampling.top_k is not None:
+        return jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0]
+    return jnp.sort(logits, axis=-1, descending=True) if sampling.nucleus else None
+
+
+def sample(
+    logits: jax.Array, keys: jax.Array, sampling: Sampling, seen: jax.Array | None = None
+) -> jax.Array:
+    """Chooses one token per sequence. Pure; `sampling` is static.
+
+    Args:
+      logits: f32[B, V].
+      keys: one random key, or [B], one per sequence: then what is drawn for a sequence does not
+        depend on the others. Greedy choice ignores them.
+      seen: bool[B, V], tokens that are in the prompt or were generated; only a repetition penalty
+        needs it.
+
+    Returns: i32[B].
+    Raises:  ValueError if there is a repetition penalty and no `seen`.
+    """
+    logits = scores(logits, sampling, seen)
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if keys.ndim == 0:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

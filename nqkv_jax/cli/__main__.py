@@ -1,0 +1,7 @@
+"""`python -m nqkv_jax.cli`."""
+
+import sys
+
+from nqkv_jax.cli import main
+
+sys.exit(main())

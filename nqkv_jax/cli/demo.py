@@ -1,0 +1,140 @@
+"""`nqkv demo`: one model, two caches, side by side."""
+
+import importlib.resources
+import statistics
+
+from nqkv_jax.cli import options, terminal
+
+PROMPT = "Explain in a few sentences why the sky is blue."
+CACHE_DTYPE = "bfloat16"
+# One for both caches, so that it is the same text and one compilation each.
+WINDOW = 512
+REPEATS = 3  # of the timed generations
+
+
+def add(commands) -> None:
+    parser = options.subparser(
+        commands, "demo", "the same model with a bfloat16 cache and with a quantized one",
+        "nqkv demo --scheme nqkv:bits=3 --max-new-tokens 32",
+        "Text, cache size, perplexity on a passage of Moby-Dick, and speed. A minute or two on\n"
+        "two CPU cores.",
+    )  # fmt: skip
+    options.add_model(parser)
+    parser.add_argument("--scheme", default="nqkv", help="default: nqkv")
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
+    parser.add_argument("--prompt", metavar="TEXT", help="default: a question about the sky")
+    parser.set_defaults(run=run)
+
+
+def passage() -> str:
+    """The text on which perplexity is measured, without the comment that says where it is from."""
+    text = importlib.resources.files("nqkv_jax.cli").joinpath("passage.txt")
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("#"))
+
+
+def run(args) -> None:
+    import sys
+
+    import jax.numpy as jnp
+
+    from nqkv_jax import schemes
+
+    names = ["none", str(schemes.get(args.scheme))]
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    say(f"Loading {args.model} ...")
+    lm = options.load(args)
+    entries = []
+    for name in names:
+        say(f"{_label(name)}: generating, then reading a passage ...")
+        entries.append(_measure(lm, name, args))
+    say("Timing both, in turn ...")
+    # In turn, so that whatever else the machine does meets both alike; compiled by now.
+    speeds = [[_generate(lm, name, args).tokens_per_second for name in names]
+              for _ in range(REPEATS)]
+    for entry, speed in zip(entries, zip(*speeds, strict=True), strict=True):
+        entry["tokens_per_second"] = statistics.median(speed)
+        entry["speed_spread"] = (max(speed) - min(speed)) / statistics.median(speed)
+    if args.json:
+        terminal.print_json(dict(model=lm.name, dtype=jnp.dtype(lm.dtype).name,
+                                 cache_dtype=CACHE_DTYPE, entries=entries))
+    else:
+        _show(lm, entries, args.prompt or PROMPT, terminal.width())
+
+
+def _label(scheme: str) -> str:
+    return "bf16 cache" if scheme == "none" else f"{scheme} cache"
+
+
+def _generate(lm, scheme: str, args):
+    from nqkv_jax.models import generate
+
+    prompt, template = args.prompt or PROMPT, lm.tokenizer.chat_template
+    if template:
+        prompt = lm.tokenizer.chat([{"role": "user", "content": prompt}])
+    return generate(lm, [prompt], scheme=scheme, max_new_tokens=args.max_new_tokens,
+                    cache_dtype=CACHE_DTYPE, add_special_tokens=not template)
+
+
+def _measure(lm, scheme: str, args) -> dict:
+    from nqkv_jax.evaluation import perplexity
+    from nqkv_jax.plan import AbstractCaches
+    from nqkv_jax.schemes import get
+
+    result = _generate(lm, scheme, args)
+    window = min(WINDOW, lm.config.max_positions)
+    quality = perplexity(lm, passage(), scheme=scheme, window=window, cache_dtype=CACHE_DTYPE,
+                         progress=args.progress)
+    caches = AbstractCaches(lm.config, get(scheme), CACHE_DTYPE)
+    # A long cache's next token: what does not grow with the text is said by cache_bytes.
+    token_bytes = (caches(batch=1, max_len=1 << 17).nbytes
+                   - caches(batch=1, max_len=1 << 16).nbytes) / (1 << 16)
+    return dict(
+        scheme=scheme, text=result.texts[0], tokens=len(result.tokens[0]),
+        cache_bytes=result.cache_bytes, cache_tokens=result.cache.max_len,
+        bytes_per_token=token_bytes, stored_bits=caches.stored_bits,
+        perplexity=quality.perplexity, scored_tokens=quality.tokens, window=quality.window,
+    )  # fmt: skip
+
+
+def _show(lm, entries: list[dict], prompt: str, columns: int) -> None:
+    import jax.numpy as jnp
+
+    from nqkv_jax.plan import format_size
+
+    full, coded = entries
+    config = lm.config
+    print(f"\n{lm.name}: {config.num_layers} layers, {config.num_kv_heads} KV heads x "
+          f"{config.head_dim}; weights and arithmetic in {jnp.dtype(lm.dtype).name}\n")
+    print(f"> {prompt}\n")
+    print(terminal.side_by_side(*((_label(e["scheme"]), e["text"].strip()) for e in entries),
+                                columns=columns))
+    same = full["text"] == coded["text"]
+    print("\nThe texts are the same.\n" if same else "")
+    print(terminal.table(
+        ("", "bytes/token", "stored bits", "perplexity", "tokens/s"),
+        [(_label(e["scheme"]), f"{e['bytes_per_token']:,.0f}", f"{e['stored_bits']:.4f}",
+          f"{e['perplexity']:.2f}", f"{e['tokens_per_second']:.1f}") for e in entries],
+    ))  # fmt: skip
+    charts = (
+        ("cache bytes per token", "bytes_per_token", format_size, "less is better"),
+        ("perplexity", "perplexity", "{:.2f}".format, "less is better"),
+        ("tokens per second", "tokens_per_second", "{:.1f}".format, "more is better"),
+    )
+    for title, key, form, sense in charts:
+        print(f"\n{title} ({sense})")
+        print(terminal.bars([(_label(e["scheme"]), e[key], form(e[key])) for e in entries],
+                            columns=columns))
+    smaller = full["bytes_per_token"] / coded["bytes_per_token"]
+    change = coded["perplexity"] / full["perplexity"] - 1
+    speed = coded["tokens_per_second"] / full["tokens_per_second"]
+    print(f"\n{coded['scheme']} stores a token in {1 / smaller:.0%} of the bytes ({smaller:.1f} x "
+          f"smaller), at {change:+.1%} perplexity and {speed:.2f} x the speed.")
+    print(f"Speed: median of {REPEATS} generations in turn, spread "
+          f"{max(e['speed_spread'] for e in entries):.0%}; at lengths like these the weights cost "
+          "more\nthan the cache, see nqkv bench cache for longer ones.")
+    print(f"Perplexity: {full['scored_tokens']:,} tokens of Moby-Dick in windows of "
+          f"{full['window']}, each seen through the cache.")

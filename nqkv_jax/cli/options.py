@@ -1,0 +1,113 @@
+"""Arguments that several commands share, and what they stand for."""
+
+import argparse
+import pathlib
+import re
+import sys
+
+DTYPES = ("float32", "bfloat16", "float16")
+MODEL = "smollm2-135m"
+
+
+def subparser(commands, name: str, summary: str, example: str, notes: str = ""):
+    """A command's parser: its summary, an example that works, and --json."""
+    parser = commands.add_parser(
+        name, help=summary, description=summary + ("\n\n" + notes if notes else ""),
+        epilog=f"example:\n  {example}",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--model", default=None if required else MODEL, required=required, metavar="NAME",
+        help="a hub id, a local folder, a .gguf file, or smollm2-135m, which comes as a package"
+        + ("" if required else f" (default: {MODEL})"),
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations "
+                        "(default: float32 on a CPU, else bfloat16)")
+    add_progress(parser)
+
+
+def add_cache_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument("--cache-dtype", choices=DTYPES, default=default,
+                        help="of what a cache keeps in full precision "
+                        f"(default: {default or 'that of the model'})")
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None,
+                        help="progress bars on stderr (default: if that is a terminal)")
+
+
+def load(args: argparse.Namespace):
+    """The language model that `add_model` asked for."""
+    from nqkv_jax.models import from_pretrained
+
+    return from_pretrained(args.model, dtype=args.dtype, progress=args.progress is not False)
+
+
+def config_of(name: str):
+    """The configuration of a preset, a local checkpoint or a hub repository; loads no weights.
+
+    Raises: ValueError or OSError saying which presets there are.
+    """
+    from nqkv_jax.models import families
+
+    presets = families.presets
+    path = pathlib.Path(name).expanduser()
+    if not path.exists():
+        owner, _, last = name.rpartition("/")
+        # Presets are named as the hub names the releases of OPT; no need to ask the hub for those.
+        if last in presets and owner in ("", "facebook"):
+            return presets[last]
+    if path.is_file() and path.suffix != ".json":
+        from nqkv_jax.models.checkpoint import open_checkpoint
+
+        return families.config_from_hf(open_checkpoint(path).config)
+    known = f"Presets: {', '.join(presets)}"
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists():
+        # What begins with a dot, a slash or a tilde can only have been meant as a path.
+        if path.name == "config.json" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+            raise ValueError(f"--model: {name!r} must be a preset, a folder with config.json, a "
+                             f".gguf file or a hub id (owner/name); there is none. {known}")
+        path = _hub_config(name, known)
+    return families.config_from_hf(_read_json(path))
+
+
+def _hub_config(name: str, known: str) -> pathlib.Path:
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    # Without a network its own errors come, or those of the transport library that it uses now.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ValueError(
+            f"--model: {name!r} is no folder here, and its config.json could not be had from the "
+            f"Hugging Face hub ({type(error).__name__}: {reason}). Without a network, give a local "
+            f"folder or a preset. {known}") from error
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    import json
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file; {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
+    return value
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 file, or stdin for "-"."""
+    data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text; byte {error.start} is not") from error

@@ -1,0 +1,102 @@
+"""Codes of 1, 2, 3, 4 or 8 bits in arrays of whole words: the one layout of the whole library.
+
+The XLA reference, the Pallas kernels and saved files all read what is described here. A row of n
+codes of b bits becomes words of W bits (`uint8` or `uint16`) in W / b *planes* of n * b / W codes:
+
+    word j holds, at bit offset p * b, the code i = j + p * (n * b / W), for p in 0 .. W / b - 1
+
+so at 4 bits in bytes the low nibbles are the first half of the row and the high nibbles the second.
+Codes are never interleaved: a plane is a run of neighbouring channels, and unpacking it is one
+shift and one mask per lane, with no shuffle. For example n = 8, b = 2, W = 8 stores two words:
+
+    word 0 = code 0 | code 2 << 2 | code 4 << 4 | code 6 << 6
+    word 1 = code 1 | code 3 << 2 | code 5 << 4 | code 7 << 6
+
+3 bits do not divide a word. They are stored as two such rows, one after the other along the last
+axis: first the low two bits of every code (n / (W / 2) words), then the high bit of every code
+(n / W words). So 3-bit codes cost 3.0 bits.
+
+8 bits in bytes is the array of codes itself.
+"""
+
+import jax
+import jax.numpy as jnp
+
+SUPPORTED_BITS = (1, 2, 3, 4, 8)
+
+
+def packed_size(n: int, bits: int, word=jnp.uint8) -> int:
+    """The number of words that `n` codes of `bits` bits take.
+
+    Raises: ValueError if `bits` or `word` is not supported, or if words would not be full.
+    """
+    word_bits = _word_bits(word)
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"packing: bits must be one of {SUPPORTED_BITS}; got {bits}")
+    # The narrowest plane decides: the 1-bit plane of 3-bit codes, else the codes themselves.
+    per_word = word_bits if bits == 3 else word_bits // bits
+    if n % per_word or n <= 0:
+        raise ValueError(
+            f"packing: codes of {bits} bits fill whole {jnp.dtype(word).name} words only if their "
+            f"number is a positive multiple of {per_word}; got {n}"
+        )
+    return n * bits // word_bits
+
+
+def pack(codes: jax.Array, bits: int, word=jnp.uint8) -> jax.Array:
+    """Packs codes along the last axis, in the layout of this module.
+
+    Args:    codes: integers [..., n], each in [0, 2**bits); higher bits are dropped.
+             bits: 1, 2, 3, 4 or 8.  word: jnp.uint8 or jnp.uint16.
+    Returns: word[..., n * bits / word_bits].
+    Raises:  ValueError if `bits`, `word` or n is not supported.
+    """
+    n = codes.shape[-1]
+    packed_size(n, bits, word)
+    if bits == 3:
+        low, high = codes & _like(codes, 3), (codes >> _like(codes, 2)) & _like(codes, 1)
+        return jnp.concatenate([pack(low, 2, word), pack(high, 1, word)], axis=-1)
+    planes = _word_bits(word) // bits
+    codes = (codes & _like(codes, 2**bits - 1)).astype(word)
+    packed = None
+    for p, plane in enumerate(jnp.split(codes, planes, axis=-1)):
+        shifted = plane << _like(plane, p * bits)
+        packed = shifted if packed is None else packed | shifted
+    return packed
+
+
+def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
+    """The inverse of `pack`: uint8 codes [..., n] from words [..., n * bits / word_bits].
+
+    Args:    packed: uint8 or uint16, as `pack` returns it.  bits: as packed.  n: codes per row.
+    Raises:  ValueError if the number of words is not what `n` codes take.
+    """
+    words = packed_size(n, bits, packed.dtype)
+    if packed.shape[-1] != words:
+        raise ValueError(
+            f"unpack: {n} codes of {bits} bits take {words} {packed.dtype.name} words; "
+            f"got packed.shape={packed.shape}"
+        )
+    if bits == 3:
+        low, high = jnp.split(packed, [n * 2 // _word_bits(packed.dtype)], axis=-1)
+        low, high = unpack(low, 2, n), unpack(high, 1, n)
+        return low | (high << _like(high, 2))
+    planes = _word_bits(packed.dtype) // bits
+    mask = _like(packed, 2**bits - 1)
+    # Concatenated planes, not a broadcast against a vector of shifts and a reshape: on XLA:CPU the
+    # former is 1.6 to 2.2 times as fast, alone or fused into the product that reads the codes.
+    codes = [(packed >> _like(packed, p * bits)) & mask for p in range(planes)]
+    return jnp.concatenate([c.astype(jnp.uint8) for c in codes], axis=-1)
+
+
+def _word_bits(word) -> int:
+    """Bits of a word dtype."""
+    dtype = jnp.dtype(word)
+    if dtype not in (jnp.dtype(jnp.uint8), jnp.dtype(jnp.uint16)):
+        raise ValueError(f"packing: word must be uint8 or uint16; got {dtype.name}")
+    return dtype.itemsize * 8
+
+
+def _like(x: jax.Array, value: int) -> jax.Array:
+    """A constant of the dtype of `x`, so that nothing is promoted."""
+    return jnp.asarray(value, x.dtype)

@@ -1,0 +1,15 @@
+"""Quantizers: what a scheme encodes keys and values with. See `base` for the contract."""
+
+from nqkv_jax.quantizers.base import Context as Context
+from nqkv_jax.quantizers.base import Quantizer as Quantizer
+from nqkv_jax.quantizers.block import BlockPayload as BlockPayload
+from nqkv_jax.quantizers.block import BlockQuantizer as BlockQuantizer
+from nqkv_jax.quantizers.float8 import Float8Payload as Float8Payload
+from nqkv_jax.quantizers.float8 import Float8Quantizer as Float8Quantizer
+from nqkv_jax.quantizers.full_precision import FullPrecision as FullPrecision
+from nqkv_jax.quantizers.transforms import Centre as Centre
+from nqkv_jax.quantizers.transforms import Hadamard as Hadamard
+from nqkv_jax.quantizers.transforms import Rotation as Rotation
+from nqkv_jax.quantizers.transforms import Standardise as Standardise
+from nqkv_jax.quantizers.transforms import Transform as Transform
+from nqkv_jax.quantizers.transforms import Transformed as Transformed
