@@ -35,6 +35,7 @@ demo: $(VENV)/demo.stamp
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -1,8 +1,9 @@
 """Decode tokens/s on this CPU: this library against Hugging Face transformers, in one run.
 
 SmolLM2-135M, float32, batch 1, greedy, the same prompt and the same number of threads for both:
-full precision against DynamicCache, and `nqkv` against QuantizedCache (quanto, 4 bits, its defaults).
-Rounds are interleaved, because shared machines drift; medians and the spread are printed.
+full precision against DynamicCache, and `nqkv` against QuantizedCache (quanto, 4 bits, its
+defaults). Rounds are interleaved, because shared machines drift; medians and the spread are
+printed.
 
     make benchmark          or
     python benchmarks/decode_vs_transformers.py --prompt-tokens 1000 --new-tokens 32 --rounds 3
@@ -24,9 +25,13 @@ def transformers_model(checkpoint):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**{k: v for k, v in checkpoint.config.items() if k not in ("architectures", "model_type")})
+    config = LlamaConfig(
+        **{k: v for k, v in checkpoint.config.items() if k not in ("architectures", "model_type")}
+    )
     model = LlamaForCausalLM(config).eval()
-    state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in checkpoint.tensors()}
+    state = {
+        name: torch.from_numpy(np.array(array, np.float32)) for name, array in checkpoint.tensors()
+    }
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"transformers does not take these weights: {missing=}, {unexpected=}")
@@ -39,7 +44,11 @@ def run_transformers(model, prompt, new_tokens, quantized):
     import torch
     from transformers import DynamicCache, QuantizedCache
 
-    cache = QuantizedCache("quanto", model.config, nbits=4) if quantized else DynamicCache(config=model.config)
+    cache = (
+        QuantizedCache("quanto", model.config, nbits=4)
+        if quantized
+        else DynamicCache(config=model.config)
+    )
     ids, tokens = torch.tensor([prompt]), []
     with torch.inference_mode():
         for step in range(new_tokens):
@@ -59,8 +68,10 @@ def run_ours(lm, prompt, new_tokens, scheme):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     epilog="example: python benchmarks/decode_vs_transformers.py --new-tokens 32")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="example: python benchmarks/decode_vs_transformers.py --new-tokens 32",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -82,9 +93,13 @@ def main():
     prompt = lm.tokenizer.encode(text)[: args.prompt_tokens]
 
     runs = {
-        "transformers DynamicCache": lambda: run_transformers(peer, prompt, args.new_tokens, quantized=False),
+        "transformers DynamicCache": lambda: run_transformers(
+            peer, prompt, args.new_tokens, quantized=False
+        ),
         "ours, none": lambda: run_ours(lm, prompt, args.new_tokens, "none"),
-        "transformers QuantizedCache": lambda: run_transformers(peer, prompt, args.new_tokens, quantized=True),
+        "transformers QuantizedCache": lambda: run_transformers(
+            peer, prompt, args.new_tokens, quantized=True
+        ),
         "ours, nqkv": lambda: run_ours(lm, prompt, args.new_tokens, "nqkv"),
     }
     rates, tokens = {name: [] for name in runs}, {}
@@ -94,18 +109,28 @@ def main():
             if round_:  # the first round compiles and warms up
                 rates[name].append(rate)
     if tokens["ours, none"] != tokens["transformers DynamicCache"]:
-        raise SystemExit("full precision: the two libraries generate different tokens; the speeds mean nothing")
+        raise SystemExit(
+            "full precision: the two libraries generate different tokens; the speeds mean nothing"
+        )
 
-    print(f"{platform.processor() or platform.machine()}, {threads} threads, jax {jax.__version__}, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}; SmolLM2-135M float32, "
-          f"{args.prompt_tokens} prompt + {args.new_tokens} new tokens, {args.rounds} rounds")
+    print(
+        f"{platform.processor() or platform.machine()}, {threads} threads, jax {jax.__version__}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"SmolLM2-135M float32, {args.prompt_tokens} prompt + {args.new_tokens} new tokens, "
+        f"{args.rounds} rounds"
+    )
     medians = {name: statistics.median(r) for name, r in rates.items()}
     for name, median in medians.items():
-        print(f"{name:30s} {median:7.2f} tokens/s   (from {min(rates[name]):.2f} to {max(rates[name]):.2f})")
+        low, high = min(rates[name]), max(rates[name])
+        print(f"{name:30s} {median:7.2f} tokens/s   (from {low:.2f} to {high:.2f})")
     full = medians["ours, none"] / medians["transformers DynamicCache"]
     quantized = medians["ours, nqkv"] / medians["transformers QuantizedCache"]
     print(f"full precision {full:.2f}x, quantized {quantized:.2f}x")
-    print(json.dumps({"tokens_per_second": rates, "full_precision_ratio": full, "quantized_ratio": quantized}))
+    print(
+        json.dumps(
+            {"tokens_per_second": rates, "full_precision_ratio": full, "quantized_ratio": quantized}
+        )
+    )
 
 
 if __name__ == "__main__":

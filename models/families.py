@@ -33,9 +33,7 @@ class Family:
     bare: tuple[str, ...]
 
 
-_OPT = Family(
-    config=OptConfig, model=opt.Opt, weight_map=opt.weight_map, bare=("decoder.",)
-)
+_OPT = Family(config=OptConfig, model=opt.Opt, weight_map=opt.weight_map, bare=("decoder.",))
 _LLAMA = Family(
     config=LlamaConfig,
     model=llama.Llama,

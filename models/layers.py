@@ -31,9 +31,7 @@ class Linear(nnx.Module):
     memory bandwidth with one row, but from a few rows on [in, out] is the faster by a third.
     """
 
-    def __init__(
-        self, features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs, dtype: Any
-    ):
+    def __init__(self, features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs, dtype: Any):
         self.kernel = nnx.Param(_INIT(rngs.params(), (features, out_features), dtype))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from flax import nnx
+
 from nqkv_jax.models import families
 from nqkv_jax.models.checkpoint import (
     Checkpoint,

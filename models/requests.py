@@ -45,6 +45,7 @@ class Request:
             num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
             dtype=self.cache_dtype,
         )  # fmt: skip
+
         # The cache is donated. What a calibrated quantizer has learned belongs to the scheme, and
         # would be gone for the next generation.
         def own(side: Side) -> Side:
@@ -159,8 +160,7 @@ def _encode(lm: Any, prompts: Any, add_special_tokens: bool) -> list[list[int]]:
         prompts = [prompts]
     if not np.iterable(prompts) or not len(prompts):
         raise ValueError(
-            "generate: prompts must be a text, texts or lists of token ids; got "
-            f"{prompts!r}"
+            f"generate: prompts must be a text, texts or lists of token ids; got {prompts!r}"
         )
     if all(np.ndim(p) == 0 and not isinstance(p, str) for p in prompts):
         raise ValueError(

@@ -18,12 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
 from nqkv_jax.models.checkpoint.base import (
     CheckpointFileError,
     CheckpointNotFoundError,
     read_json,
 )
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 # How Llama 3 and Qwen 2 split text before merging; from the tokenizer.json that each publishes.
 _LLAMA3_SPLIT = (

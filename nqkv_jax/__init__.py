@@ -5,8 +5,8 @@
     codes = nq.quantize(kv, nq.BlockQuantizer(nq.codebooks.normal_float(4), block_size=256))
     kv2 = nq.dequantize(codes)
 
-    cache = nq.schemes.get("nqkv").init(num_layers=32, batch=8, max_len=4096, num_kv_heads=32, head_dim=128)
-    out, cache = nq.attend(q, k, v, cache, layer=0)
+    cache = nq.schemes.get("nqkv").init(num_layers=32, batch=8, max_len=4096, num_kv_heads=32,
+    head_dim=128) out, cache = nq.attend(q, k, v, cache, layer=0)
 
 Decoders, weights and generation are in `nqkv_jax.models`, which alone needs Flax.
 """

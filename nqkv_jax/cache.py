@@ -1,13 +1,13 @@
 """The cache: sinks | body | residual for keys and for values of every layer.
 
-One side (keys or values) of one layer keeps its first tokens in full precision (*sinks*), then the tokens
-that its quantizer has encoded (*body*), and the latest tokens in full precision (*residual*, a ring).
-How many tokens are where is a closed form of the length alone (`Window`), so that nothing but `lengths`
-has to be tracked, sequences of a batch are independent, and appending token by token or all at once
-leaves the same bits.
+One side (keys or values) of one layer keeps its first tokens in full precision (*sinks*), then the
+tokens that its quantizer has encoded (*body*), and the latest tokens in full precision (*residual*,
+a ring). How many tokens are where is a closed form of the length alone (`Window`), so that nothing
+but `lengths` has to be tracked, sequences of a batch are independent, and appending token by token
+or all at once leaves the same bits.
 
-What is written for one sequence is vmapped over the batch; encoding runs under one loop outside the vmap,
-so that a step in which no sequence completes a chunk costs nothing.
+What is written for one sequence is vmapped over the batch; encoding runs under one loop outside the
+vmap, so that a step in which no sequence completes a chunk costs nothing.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
 from nqkv_jax.rotary import Rotary
 
-_static = functools.partial(dataclasses.field, metadata={"static": True})
+_STATIC = {"static": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,12 @@ class Window:
 
     Attributes:
       keep: latest tokens that stay in full precision after a flush.
-      chunk: tokens that are encoded at a time; the residual grows to keep + chunk, then one chunk leaves.
+      chunk: tokens that are encoded at a time; the residual grows to keep + chunk, then one chunk
+      leaves.
 
-    `keep=0, chunk=1` has no residual: a token is encoded as it arrives, and attention sees it as decoded.
-    With a residual, attention sees the current token in full precision and the flush comes after.
-    KIVI's keys are `keep=0, chunk=128`, its values `keep=128, chunk=1`.
+    `keep=0, chunk=1` has no residual: a token is encoded as it arrives, and attention sees it as
+    decoded. With a residual, attention sees the current token in full precision and the flush comes
+    after. KIVI's keys are `keep=0, chunk=128`, its values `keep=128, chunk=1`.
     """
 
     keep: int = 0
@@ -52,7 +53,7 @@ class Window:
         return self.keep == 0 and self.chunk == 1
 
     def encoded(self, tokens):
-        """How many of `tokens` (int or array, sinks not counted) are encoded once they are appended."""
+        """How many of `tokens` (int or array, without sinks) are encoded once they are appended."""
         waiting = tokens - self.keep
         waiting = max(waiting, 0) if isinstance(waiting, int) else jnp.maximum(waiting, 0)
         return waiting // self.chunk * self.chunk
@@ -66,7 +67,8 @@ class Side:
     Attributes:
       sinks: [B, num_sinks, Hkv, D], the first tokens.
       body: payload leaves [B, groups, ...]; group g holds tokens num_sinks + [g, g + 1) * group.
-      residual: [B, capacity, Hkv, D]; the token at position p is in slot (p - num_sinks) % capacity.
+      residual: [B, capacity, Hkv, D]; the token at position p is in slot (p - num_sinks) %
+      capacity.
       state: the quantizer's per-sequence state, leaves [B, ...].
       quantizer: a pytree; static unless it is calibrated.
     """
@@ -76,7 +78,7 @@ class Side:
     residual: jax.Array
     state: State
     quantizer: Quantizer
-    window: Window = _static()
+    window: Window = dataclasses.field(metadata=_STATIC)
 
     @property
     def num_sinks(self) -> int:
@@ -103,24 +105,39 @@ def body_capacity(window: Window, num_sinks: int, max_len: int) -> int:
 
 @functools.lru_cache
 def _payload_shape(structure, arrays: tuple, num_kv_heads: int, head_dim: int, dtype) -> Payload:
-    """Shapes of the payload of one group. Cached: tracing a quantizer for each of 64 layers takes seconds."""
+    """Shapes of the payload of one group. Cached, as tracing it for every layer takes seconds."""
 
     def one(arrays):
         quantizer = jax.tree.unflatten(structure, arrays)
-        context = Context(positions=jnp.zeros(quantizer.group, jnp.int32),
-                          state=quantizer.init_state(num_kv_heads, head_dim))
-        return quantizer.quantize(jnp.zeros((quantizer.group, num_kv_heads, head_dim), dtype), context)
+        context = Context(
+            positions=jnp.zeros(quantizer.group, jnp.int32),
+            state=quantizer.init_state(num_kv_heads, head_dim),
+        )
+        return quantizer.quantize(
+            jnp.zeros((quantizer.group, num_kv_heads, head_dim), dtype), context
+        )
 
     return jax.eval_shape(one, [jax.ShapeDtypeStruct(*a) for a in arrays])
 
 
-def init_side(quantizer: Quantizer, window: Window, *, num_sinks: int, capacity: int, batch: int,
-              num_kv_heads: int, head_dim: int, dtype) -> Side:
-    """An empty side whose body has room for `capacity` tokens, a multiple of the quantizer's group."""
+def init_side(
+    quantizer: Quantizer,
+    window: Window,
+    *,
+    num_sinks: int,
+    capacity: int,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype,
+) -> Side:
+    """An empty side; its body has room for `capacity` tokens, a multiple of the group."""
     group = quantizer.group
     if window.chunk % group:
-        raise ValueError(f"cache: expected chunk to be a multiple of the quantizer's group of {group} tokens; "
-                         f"got chunk={window.chunk}")
+        raise ValueError(
+            f"cache: expected chunk to be a multiple of the quantizer's group of {group} tokens; "
+            f"got chunk={window.chunk}"
+        )
     arrays, structure = jax.tree.flatten(quantizer)
     shapes = tuple((a.shape, jnp.dtype(a.dtype)) for a in arrays)
     payload = _payload_shape(structure, shapes, num_kv_heads, head_dim, jnp.dtype(dtype))
@@ -128,24 +145,39 @@ def init_side(quantizer: Quantizer, window: Window, *, num_sinks: int, capacity:
     state = quantizer.init_state(num_kv_heads, head_dim)
     full = lambda tokens: jnp.zeros((batch, tokens, num_kv_heads, head_dim), dtype)
     return Side(
-        sinks=full(num_sinks), body=jax.tree.map(zeros, payload), residual=full(window.capacity),
+        sinks=full(num_sinks),
+        body=jax.tree.map(zeros, payload),
+        residual=full(window.capacity),
         state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), state),
-        quantizer=quantizer, window=window)
+        quantizer=quantizer,
+        window=window,
+    )
 
 
 def _write(buffer: jax.Array, rows: jax.Array, index: jax.Array, keep: jax.Array) -> jax.Array:
     """Writes `rows` to `buffer[index]` where `keep`; one sequence."""
-    # Out-of-range rows are dropped, so that pads and tokens past max_len cannot reach what is cached.
+    # Out-of-range rows are dropped, so that pads and tokens past max_len cannot reach what is
+    # cached.
     index = jnp.where(keep, index, buffer.shape[0])
     return buffer.at[index].set(rows, mode="drop", unique_indices=True)
 
 
-def _encode(side: Side, rotary: Rotary | None, count: int, body: Payload, state: State, residual: jax.Array,
-            x: jax.Array, start: jax.Array, first: jax.Array, last: jax.Array) -> tuple[Payload, State]:
+def _encode(
+    side: Side,
+    rotary: Rotary | None,
+    count: int,
+    body: Payload,
+    state: State,
+    residual: jax.Array,
+    x: jax.Array,
+    start: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+) -> tuple[Payload, State]:
     """Encodes body tokens first + [0, count) as far as they are below `last`; one sequence.
 
-    Token i comes from `x` [S, Hkv, D] if it is not older than `start`, else from the residual. Of `side`
-    only what all sequences share is used.
+    Token i comes from `x` [S, Hkv, D] if it is not older than `start`, else from the residual. Of
+    `side` only what all sequences share is used.
     """
     quantizer, group, capacity = side.quantizer, side.quantizer.group, side.window.capacity
     token = first + jnp.arange(count)
@@ -159,11 +191,14 @@ def _encode(side: Side, rotary: Rotary | None, count: int, body: Payload, state:
     quantize = lambda r, p: quantizer.quantize(r, Context(positions=p, rotary=rotary, state=state))
     payload = jax.vmap(quantize)(split(rows), split(positions))
     index = first // group + jnp.arange(count // group)
-    return jax.tree.map(lambda b, p: _write(b, p, index, index * group < last), body, payload), state
+    return jax.tree.map(
+        lambda b, p: _write(b, p, index, index * group < last), body, payload
+    ), state
 
 
-def append_side(side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.Array,
-                rotary: Rotary | None) -> Side:
+def append_side(
+    side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.Array, rotary: Rotary | None
+) -> Side:
     """Appends x[b, :new_lengths[b] - lengths[b]] to sequence b.
 
     Args:
@@ -210,35 +245,43 @@ def append_side(side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.A
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """Keys and values of one layer; `lengths` i32[B] valid tokens, `overflow` i32[B] tokens turned away."""
+    """One layer; `lengths` i32[B] valid tokens, `overflow` i32[B] tokens turned away."""
 
     key: Side
     value: Side
     lengths: jax.Array
     overflow: jax.Array
-    max_len: int = _static()
-    num_kv_heads: int = _static()
-    head_dim: int = _static()
-    dtype: jnp.dtype = _static()
-    rotated: bool = _static()  # whether keys are stored after RoPE
+    max_len: int = dataclasses.field(metadata=_STATIC)
+    num_kv_heads: int = dataclasses.field(metadata=_STATIC)
+    head_dim: int = dataclasses.field(metadata=_STATIC)
+    dtype: jnp.dtype = dataclasses.field(metadata=_STATIC)
+    rotated: bool = dataclasses.field(metadata=_STATIC)  # whether keys are stored after RoPE
 
-    def append(self, k: jax.Array, v: jax.Array, num_new: jax.Array, rotary: Rotary | None) -> "LayerCache":
-        """Appends `num_new` i32[B] tokens of k, v [B, S, Hkv, D]; tokens past `max_len` are counted, not stored."""
+    def append(
+        self, k: jax.Array, v: jax.Array, num_new: jax.Array, rotary: Rotary | None
+    ) -> "LayerCache":
+        """Appends `num_new` i32[B] of the tokens k, v [B, S, Hkv, D].
+
+        Tokens past `max_len` are counted, not stored.
+        """
         wanted = self.lengths + num_new
         lengths = jnp.minimum(wanted, self.max_len)
         return dataclasses.replace(
-            self, key=append_side(self.key, k, self.lengths, lengths, rotary),
+            self,
+            key=append_side(self.key, k, self.lengths, lengths, rotary),
             value=append_side(self.value, v, self.lengths, lengths, rotary),
-            lengths=lengths, overflow=self.overflow + wanted - lengths)
+            lengths=lengths,
+            overflow=self.overflow + wanted - lengths,
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """The caches of all layers. A pytree of arrays: carry it through `jit`, donate it, shard it, save it."""
+    """The caches of all layers, a pytree of arrays: carry it through `jit`, donate it, shard it."""
 
     layers: tuple[LayerCache, ...]
-    scheme: str = _static()  # the string form, for messages
+    scheme: str = dataclasses.field(metadata=_STATIC)  # the string form, for messages
 
     @property
     def batch(self) -> int:
@@ -269,7 +312,7 @@ class KVCache:
 
     @property
     def stored_bits(self) -> float:
-        """Bits per element of the body, from the arrays that are allocated; 0 if there is no body."""
+        """Bits per element of the body, from the arrays that are there; 0 without a body."""
         bodies = [s for layer in self.layers for s in (layer.key, layer.value)]
         stored = sum(a.size * a.dtype.itemsize for s in bodies for a in jax.tree.leaves(s.body))
         tokens = sum(s.capacity for s in bodies) * self.batch
@@ -277,11 +320,12 @@ class KVCache:
         return 8 * stored / max(tokens * layer.num_kv_heads * layer.head_dim, 1)
 
     def check(self) -> "KVCache":
-        """Returns the cache; raises if tokens were turned away. Call it when control is back in Python."""
+        """Returns the cache; raises ValueError if tokens were turned away. Not for use in `jit`."""
         lost = [int(n) for n in self.overflow]
         if any(lost):
             raise ValueError(
-                f"cache: max_len={self.max_len} is too small: {lost} tokens per sequence did not fit and were not "
-                f"stored; what was cached before is intact. Allocate scheme.init(..., max_len=...) for at least "
-                f"{self.max_len + max(lost)} tokens")
+                f"cache: max_len={self.max_len} is too small: {lost} tokens per sequence did not "
+                "fit and were not stored; what was cached before is intact. Allocate "
+                f"scheme.init(..., max_len=...) for at least {self.max_len + max(lost)} tokens"
+            )
         return self

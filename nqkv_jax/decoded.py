@@ -1,9 +1,11 @@
 """What decoding token by token would see, for a whole text in parallel.
 
-Scoring a text through the cache one token at a time is exact and slow. But what the query at position t
-sees is known in advance: a token is decoded from its codes if the scheme has encoded it by then, and in
-full precision otherwise. `DecodedView` stands in for a cache and chooses, per query and token, the raw or
-the decoded key and value. It encodes through the cache itself, so that both give the same bits.
+Scoring a text through the cache one token at a time is exact and slow. But what the query at
+position t
+sees is known in advance: a token is decoded from its codes if the scheme has encoded it by then,
+and in full precision otherwise. `DecodedView` stands in for a cache and chooses, per query and
+token, the raw or the decoded key and value. It encodes through the cache itself, so that both give
+the same bits.
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.attention import Partial, read_groups, visible
+from nqkv_jax.attention import Partial, decode_groups, visible
 from nqkv_jax.cache import Side
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, Scheme
@@ -38,11 +40,21 @@ class DecodedView:
         """i32[1, num_tokens]."""
         return jnp.arange(num_tokens)[None]
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, *, layer: int, rotary: Rotary | None,
-               window: int | None) -> Partial:
-        """Queries [B, Hkv, G, S, D] rotated and scaled; k, v [B, S, Hkv, D] as the model made them."""
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        layer: int,
+        rotary: Rotary | None,
+        window: int | None,
+    ) -> Partial:
+        """Queries [B, Hkv, G, S, D], rotated and scaled; k, v [B, S, Hkv, D] as they were made."""
         batch, size, num_kv_heads, head_dim = k.shape
-        shape = LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=layer, num_layers=self.num_layers)
+        shape = LayerShape(
+            num_kv_heads=num_kv_heads, head_dim=head_dim, layer=layer, num_layers=self.num_layers
+        )
         cache = self.scheme.layer(shape).init(shape, batch=batch, max_len=size, dtype=self.dtype)
         positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
         if rotary is not None and cache.rotated:
@@ -57,19 +69,26 @@ class DecodedView:
         def tile(start):
             queries = jax.lax.dynamic_slice_in_dim(q, start, width, axis=3)
             at = start + jnp.arange(width)
-            score = lambda k: jnp.einsum("bhgsd,bthd->bhgst", queries, k, preferred_element_type=jnp.float32)
-            mix = lambda w, v: jnp.einsum("bhgst,bthd->bhgsd", w.astype(v.dtype), v,
-                                          preferred_element_type=jnp.float32)
+            score = lambda k: jnp.einsum(
+                "bhgsd,bthd->bhgst", queries, k, preferred_element_type=jnp.float32
+            )
+            mix = lambda w, v: jnp.einsum(
+                "bhgst,bthd->bhgsd", w.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
             everything = jnp.ones((1, size), bool)
             mask = visible(at[None], positions[:1], everything, window)[:, None, None]
-            scores = jnp.where(mask, _choose(cache.key, at, size, score(keys), lambda: score(k)), -jnp.inf)
+            scores = jnp.where(
+                mask, _choose(cache.key, at, size, score(keys), lambda: score(k)), -jnp.inf
+            )
             maximum = jnp.max(scores, axis=-1)
             weights = jnp.exp(scores - maximum[..., None])
             chosen = _encoded(cache.value, at, size)
             numerator = mix(jnp.where(chosen, weights, 0), values)
             if _ever_raw(cache.value):
                 numerator = numerator + mix(jnp.where(chosen, 0, weights), v)
-            return Partial(numerator=numerator, denominator=jnp.sum(weights, axis=-1), maximum=maximum)
+            return Partial(
+                numerator=numerator, denominator=jnp.sum(weights, axis=-1), maximum=maximum
+            )
 
         width = min(QUERY_TILE, size)
         count = -(-size // width)
@@ -92,10 +111,11 @@ def _ever_raw(side: Side) -> bool:
 
 
 def _decoded(side: Side, raw: jax.Array, rotary: Rotary | None) -> jax.Array:
-    """`raw` [B, S, Hkv, D] with every token that the cache ends up encoding replaced by its decoded self."""
+    """`raw` [B, S, Hkv, D], with every token that ends up encoded replaced by its decoded self."""
     if not side.num_groups:
         return raw
-    decoded = read_groups(side, jnp.int32(0), side.num_groups, rotary, raw.dtype, folded=False)
+    first = jnp.zeros((), jnp.int32)
+    decoded = decode_groups(side, side.body, first, rotary=rotary, dtype=raw.dtype, folded=False)
     decoded = decoded[:, : raw.shape[1] - side.num_sinks]
     return jax.lax.dynamic_update_slice_in_dim(raw, decoded, side.num_sinks, axis=1)
 

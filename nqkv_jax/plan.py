@@ -152,8 +152,10 @@ def plan(
         does not exist or does not fit the model.
     """
     if memory < 1 or weights < 0 or reserve < 0:
-        raise ValueError("plan: expected memory > 0, weights >= 0 and reserve >= 0 bytes; got "
-                         f"{memory}, {weights}, {reserve}")
+        raise ValueError(
+            "plan: expected memory > 0, weights >= 0 and reserve >= 0 bytes; got "
+            f"{memory}, {weights}, {reserve}"
+        )
     contexts, batches = list(contexts), list(batches)
     if wrong := [n for n in contexts + batches if n < 1]:
         raise ValueError(f"plan: contexts and batches must be positive; got {wrong}")
@@ -162,11 +164,19 @@ def plan(
         raise ValueError(
             f"plan: weights and reserve must leave memory for a cache; they take "
             f"{format_size(weights)} + {format_size(reserve)} of {format_size(memory)}. Give more "
-            "memory, or weights of a smaller dtype")
-    rows = tuple(_row(config, schemes.get(name), budget, contexts, batches, dtype)
-                 for name in names)
-    return Plan(memory=memory, weights=weights, reserve=reserve,
-                max_positions=config.max_positions, dtype=jnp.dtype(dtype).name, rows=rows)
+            "memory, or weights of a smaller dtype"
+        )
+    rows = tuple(
+        _row(config, schemes.get(name), budget, contexts, batches, dtype) for name in names
+    )
+    return Plan(
+        memory=memory,
+        weights=weights,
+        reserve=reserve,
+        max_positions=config.max_positions,
+        dtype=jnp.dtype(dtype).name,
+        rows=rows,
+    )
 
 
 def _row(config: CacheShape, scheme: Scheme, budget: int, contexts: list[int], batches: list[int],
@@ -233,8 +243,10 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS:
-        raise ValueError(f"a size must be a number and a unit such as 80GiB (2^30 bytes each), "
-                         f"80GB or 80G (10^9), 512MiB; got {text!r}")
+        raise ValueError(
+            f"a size must be a number and a unit such as 80GiB (2^30 bytes each), "
+            f"80GB or 80G (10^9), 512MiB; got {text!r}"
+        )
     size = int(float(match[1]) * _UNITS[match[2].lower()])
     if size < 1:
         raise ValueError(f"a size must be at least one byte; got {text!r}")

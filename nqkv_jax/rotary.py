@@ -22,7 +22,7 @@ class Rotary:
     attention_factor: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotates `x` [..., tokens, heads, head_dim] to `positions` i32[..., tokens]; keeps dtype."""
+        """Rotates `x` [..., tokens, heads, head_dim] to `positions` i32[..., tokens]."""
         frequencies = jnp.expand_dims(self.inverse_frequencies, range(positions.ndim + 1))
         angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, R / 2]
         cos = jnp.cos(angles) * self.attention_factor

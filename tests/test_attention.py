@@ -1,4 +1,4 @@
-"""`attend` against a float64 oracle that keeps lists of tokens, and what the compiled step costs."""
+"""`attend` against a float64 oracle that keeps lists of tokens; what a compiled step costs."""
 
 import functools
 
@@ -7,20 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import BATCH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
 
 import nqkv_jax as nq
-from cases import BATCH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
 
 TOKENS, PROMPTS = 90, (41, 23)
 
 
 @functools.partial(jax.jit, static_argnames=("rotary", "window", "layer"), donate_argnums=3)
 def attend(q, k, v, cache, num_new=None, rotary=True, window=None, layer=0):
-    return nq.attend(q, k, v, cache, num_new=num_new, rotary=ROTARY if rotary else None, window=window, layer=layer)
+    return nq.attend(
+        q,
+        k,
+        v,
+        cache,
+        num_new=num_new,
+        rotary=ROTARY if rotary else None,
+        window=window,
+        layer=layer,
+    )
 
 
 def rotate(x, positions):
-    """RoPE in float64: x [tokens, heads, D], rotate-half on the first 2 * len(frequencies) channels."""
+    """RoPE in float64, rotate-half on the first channels; x [tokens, heads, D]."""
     frequencies = np.asarray(ROTARY.inverse_frequencies, np.float64)
     half = len(frequencies)
     angle = np.asarray(positions)[:, None, None] * frequencies
@@ -32,13 +41,15 @@ def rotate(x, positions):
 
 
 class SideOracle:
-    """One side of one sequence as a list of tokens; what is encoded is replaced when it is flushed."""
+    """One side of one sequence as a list of tokens, which are replaced as they are encoded."""
 
     def __init__(self, quantizer, window, sinks, stored, ready):
         self.quantizer, self.window, self.sinks, self.ready = quantizer, window, sinks, ready
         self.stored = stored  # f32 [tokens, heads, D], as the scheme stores it
         self.state = quantizer.init_state(*stored.shape[1:])
-        self.round_trip = jax.jit(lambda x, context: quantizer.dequantize(quantizer.quantize(x, context), context))
+        self.round_trip = jax.jit(
+            lambda x, context: quantizer.dequantize(quantizer.quantize(x, context), context)
+        )
         self.waiting, self.tokens = [], []
 
     def append(self, position):
@@ -50,25 +61,36 @@ class SideOracle:
 
     def flush(self):
         while len(self.waiting) >= self.window.keep + self.window.chunk:
-            chunk, self.waiting = self.waiting[: self.window.chunk], self.waiting[self.window.chunk :]
+            chunk, self.waiting = (
+                self.waiting[: self.window.chunk],
+                self.waiting[self.window.chunk :],
+            )
             x = jnp.asarray(self.stored[np.array(chunk)])
-            self.state = self.quantizer.observe(x, nq.Context(positions=jnp.asarray(chunk), rotary=ROTARY, state=self.state))
+            self.state = self.quantizer.observe(
+                x, nq.Context(positions=jnp.asarray(chunk), rotary=ROTARY, state=self.state)
+            )
             for i in range(0, len(chunk), self.quantizer.group):
                 group = slice(i, i + self.quantizer.group)
-                context = nq.Context(positions=jnp.asarray(chunk[group]), rotary=ROTARY, state=self.state)
+                context = nq.Context(
+                    positions=jnp.asarray(chunk[group]), rotary=ROTARY, state=self.state
+                )
                 decoded = self.round_trip(x[group], context)
-                for position, row in zip(chunk[group], np.asarray(decoded, np.float64), strict=True):
+                for position, row in zip(
+                    chunk[group], np.asarray(decoded, np.float64), strict=True
+                ):
                     self.tokens[position] = row
 
 
 def oracle_outputs(spec, q, k, v, window=None, prompt=0):
-    """Outputs f64[T, Hq, D] of decoding one sequence token by token; the first `prompt` see raw tokens."""
+    """f64[T, Hq, D] of decoding a sequence token by token; the first `prompt` see raw tokens."""
     heads = dict(num_kv_heads=k.shape[1], head_dim=k.shape[2])
     layer = nq.schemes.get(spec).layer(nq.schemes.LayerShape(**heads))
     everywhere = np.arange(len(k))
     rotated = np.asarray(ROTARY(jnp.asarray(k), jnp.arange(len(k)))) if layer.rotated else k
     keep = lambda x, at: np.asarray(x, np.float64)
-    key = SideOracle(layer.key, layer.key_window, layer.sinks, rotated, keep if layer.rotated else rotate)
+    key = SideOracle(
+        layer.key, layer.key_window, layer.sinks, rotated, keep if layer.rotated else rotate
+    )
     value = SideOracle(layer.value, layer.value_window, layer.sinks, v, keep)
     q, raw = rotate(q, everywhere), rotate(k, everywhere)
     outputs = []
@@ -78,7 +100,9 @@ def oracle_outputs(spec, q, k, v, window=None, prompt=0):
         values = v[: t + 1].astype(np.float64) if t < prompt else np.stack(value.tokens)
         first = 0 if window is None else max(0, t + 1 - window)
         group = q.shape[1] // k.shape[1]
-        scores = np.einsum("hd,thd->ht", q[t], np.repeat(keys[first:], group, 1)) / np.sqrt(q.shape[2])
+        scores = np.einsum("hd,thd->ht", q[t], np.repeat(keys[first:], group, 1)) / np.sqrt(
+            q.shape[2]
+        )
         weights = np.exp(scores - scores.max(1, keepdims=True))
         weights /= weights.sum(1, keepdims=True)
         outputs.append(np.einsum("ht,thd->hd", weights, np.repeat(values[first:], group, 1)))
@@ -86,12 +110,21 @@ def oracle_outputs(spec, q, k, v, window=None, prompt=0):
     return np.stack(outputs)
 
 
-@pytest.mark.parametrize("spec, window", [(s, None) for s in SCHEMES] + [(s, 37) for s in SCHEMES[3::4]])
+@pytest.mark.parametrize(
+    "spec, window", [(s, None) for s in SCHEMES] + [(s, 37) for s in SCHEMES[3::4]]
+)
 def test_prompt_then_decode_matches_the_oracle(spec, window):
     q, k, v = make_qkv(TOKENS)
     cache = make_cache(spec, max_len=TOKENS)
     longest = max(PROMPTS)
-    out, cache = attend(q[:, :longest], k[:, :longest], v[:, :longest], cache, jnp.asarray(PROMPTS, jnp.int32), window=window)
+    out, cache = attend(
+        q[:, :longest],
+        k[:, :longest],
+        v[:, :longest],
+        cache,
+        jnp.asarray(PROMPTS, jnp.int32),
+        window=window,
+    )
     outputs = [[np.asarray(out)[b, :n]] for b, n in enumerate(PROMPTS)]
     rows = np.arange(BATCH)
     for step in range(TOKENS - longest):
@@ -103,7 +136,9 @@ def test_prompt_then_decode_matches_the_oracle(spec, window):
     for b in rows:
         mine = np.concatenate(outputs[b])
         n = len(mine)
-        expected = oracle_outputs(spec, *(np.asarray(a[b, :n]) for a in (q, k, v)), window=window, prompt=PROMPTS[b])
+        expected = oracle_outputs(
+            spec, *(np.asarray(a[b, :n]) for a in (q, k, v)), window=window, prompt=PROMPTS[b]
+        )
         np.testing.assert_allclose(mine, expected, atol=5e-6)
 
 
@@ -121,16 +156,24 @@ def test_decoded_view_equals_decoding_token_by_token(spec, window):
 
 def test_decoded_view_tiles_queries(monkeypatch):
     q, k, v = make_qkv(50)
-    view = nq.DecodedView(scheme=nq.schemes.get("kivi:residual=32,sinks=1"), num_layers=1, dtype=jnp.dtype(jnp.float32))
+    view = nq.DecodedView(
+        scheme=nq.schemes.get("kivi:residual=32,sinks=1"),
+        num_layers=1,
+        dtype=jnp.dtype(jnp.float32),
+    )
     whole, _ = nq.attend(q, k, v, view)
     monkeypatch.setattr("nqkv_jax.decoded.QUERY_TILE", 16)
     tiled, _ = nq.attend(q, k, v, view)
     np.testing.assert_allclose(tiled, whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(4, 4, 80), (8, 1, 128), (6, 3, 64), (2, 2, 256)])
+@pytest.mark.parametrize(
+    "num_heads, num_kv_heads, head_dim", [(4, 4, 80), (8, 1, 128), (6, 3, 64), (2, 2, 256)]
+)
 def test_head_shapes(num_heads, num_kv_heads, head_dim):
-    q, k, v = make_qkv(20, batch=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    q, k, v = make_qkv(
+        20, batch=1, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
     cache = make_cache("nqkv", max_len=20, batch=1, num_kv_heads=num_kv_heads, head_dim=head_dim)
     _, cache = attend(q[:, :19], k[:, :19], v[:, :19], cache)
     out, _ = attend(q[:, 19:], k[:, 19:], v[:, 19:], cache)
@@ -143,8 +186,10 @@ def test_chunked_prefill_through_a_full_precision_cache_is_exact():
     whole, _ = attend(q, k, v, None)
     cache, outputs = make_cache("none", max_len=128), []
     for start in range(0, TOKENS, 32):
-        cut = lambda a: jnp.pad(a[:, start : start + 32], ((0, 0), (0, max(0, start + 32 - TOKENS)), (0, 0), (0, 0)))
         count = min(32, TOKENS - start)
+        cut = lambda a, start=start, count=count: jnp.pad(
+            a[:, start : start + count], ((0, 0), (0, 32 - count), (0, 0), (0, 0))
+        )
         out, cache = attend(cut(q), cut(k), cut(v), cache, jnp.full(BATCH, count, jnp.int32))
         outputs.append(out[:, :count])
     np.testing.assert_allclose(np.concatenate(outputs, 1), whole, atol=2e-6)
@@ -166,9 +211,11 @@ def test_body_longer_than_a_tile(monkeypatch):
         np.testing.assert_allclose(out[0, 0], expected[-1], atol=5e-6)
 
 
-@pytest.mark.parametrize("spec", ["nqkv", "nqkv:residual=16,centre=True,hadamard=True,sinks=4", "kivi"])
+@pytest.mark.parametrize(
+    "spec", ["nqkv", "nqkv:residual=16,centre=True,hadamard=True,sinks=4", "kivi"]
+)
 def test_no_decoded_copy_of_the_cache_exists(spec):
-    """Temporary bytes of the compiled decode step do not grow with max_len, and the cache is updated in place."""
+    """Temporary bytes of a decode step do not grow with max_len; the cache is updated in place."""
     q, k, v = make_qkv(1)
     temporary = []
     for max_len in (1024, 8192):
@@ -199,8 +246,10 @@ def test_inside_scan_and_vmap():
         return jax.lax.scan(step, cache, (tokens_first(q), tokens_first(k), tokens_first(v)))[1]
 
     spec = "nqkv:residual=8,centre=False"
-    batch = jax.jit(decode)(make_cache(spec, max_len=16), q, k, v)                # [T, B, 1, Hq, D]
-    one = jax.vmap(lambda q, k, v: decode(make_cache(spec, max_len=16, batch=1), q[None], k[None], v[None]))(q, k, v)
+    batch = jax.jit(decode)(make_cache(spec, max_len=16), q, k, v)  # [T, B, 1, Hq, D]
+    one = jax.vmap(
+        lambda q, k, v: decode(make_cache(spec, max_len=16, batch=1), q[None], k[None], v[None])
+    )(q, k, v)
     np.testing.assert_allclose(jnp.moveaxis(one[:, :, 0], 0, 1), batch, atol=2e-6)
 
 
@@ -221,17 +270,23 @@ def test_low_precision_models_keep_their_dtype():
 GOOD = dict(q=(BATCH, 1, NUM_HEADS, HEAD_DIM), k=(BATCH, 1, NUM_KV_HEADS, HEAD_DIM))
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(q=(1, NUM_HEADS, HEAD_DIM)), r"expected q \[batch, tokens, num_heads, head_dim\]"),
-    (dict(k=(BATCH, 2, NUM_KV_HEADS, HEAD_DIM)), "agree in batch, tokens and head_dim"),
-    (dict(q=(BATCH, 1, 5, HEAD_DIM)), "multiple of num_kv_heads"),
-    (dict(q=(3, 1, NUM_HEADS, HEAD_DIM), k=(3, 1, NUM_KV_HEADS, HEAD_DIM)), r"cache was made for .*\(2, 2, 32\)"),
-    (dict(dtype=jnp.int32), "floating-point q, k, v; got int32"),
-    (dict(layer=1), r"layers 0..0; got layer=1"),
-    (dict(window=0), "window >= 1"),
-    (dict(num_new=jnp.zeros((), jnp.int32)), r"num_new of shape \(2,\)"),
-    (dict(implementation="mosaic"), "'auto' or 'xla'; got 'mosaic'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(q=(1, NUM_HEADS, HEAD_DIM)), r"expected q \[batch, tokens, num_heads, head_dim\]"),
+        (dict(k=(BATCH, 2, NUM_KV_HEADS, HEAD_DIM)), "agree in batch, tokens and head_dim"),
+        (dict(q=(BATCH, 1, 5, HEAD_DIM)), "multiple of num_kv_heads"),
+        (
+            dict(q=(3, 1, NUM_HEADS, HEAD_DIM), k=(3, 1, NUM_KV_HEADS, HEAD_DIM)),
+            r"cache was made for .*\(2, 2, 32\)",
+        ),
+        (dict(dtype=jnp.int32), "floating-point q, k, v; got int32"),
+        (dict(layer=1), r"layers 0..0; got layer=1"),
+        (dict(window=0), "window >= 1"),
+        (dict(num_new=jnp.zeros((), jnp.int32)), r"num_new of shape \(2,\)"),
+        (dict(implementation="mosaic"), "'auto' or 'xla'; got 'mosaic'"),
+    ],
+)
 def test_bad_calls_are_refused(changes, message):
     shapes = GOOD | {n: changes.pop(n) for n in ("q", "k") if n in changes}
     dtype = changes.pop("dtype", jnp.float32)

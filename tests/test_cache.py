@@ -1,4 +1,4 @@
-"""The cache: where tokens are, that every way to append them stores the same bits, and bad input."""
+"""The cache: where tokens are; that every way to append stores the same bits; bad input."""
 
 import functools
 
@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import BATCH, HEAD_DIM, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nqkv_jax as nq
-from cases import BATCH, HEAD_DIM, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
 from nqkv_jax.cache import Window
 
 
@@ -49,7 +49,9 @@ def test_append_one_by_one_equals_bulk_bit_for_bit(spec):
     _, k, v = make_qkv(109)
     lengths = [109, 70]
     one_by_one = append_in_pieces(make_cache(spec, max_len=120), k, v, lengths, 1)
-    chex.assert_trees_all_equal(one_by_one, append_in_pieces(make_cache(spec, max_len=120), k, v, lengths, 48))
+    chex.assert_trees_all_equal(
+        one_by_one, append_in_pieces(make_cache(spec, max_len=120), k, v, lengths, 48)
+    )
     np.testing.assert_array_equal(one_by_one.lengths, lengths)
 
 
@@ -59,7 +61,9 @@ def test_ragged_batch_equals_each_sequence_alone(spec):
     lengths = [80, 37]
     batch = append_in_pieces(make_cache(spec, max_len=96), k, v, lengths, 80)
     for b, n in enumerate(lengths):
-        alone = append_in_pieces(make_cache(spec, max_len=96, batch=1), k[b : b + 1], v[b : b + 1], [n], 80)
+        alone = append_in_pieces(
+            make_cache(spec, max_len=96, batch=1), k[b : b + 1], v[b : b + 1], [n], 80
+        )
         row = jax.tree.map(lambda a, b=b: a[b : b + 1], jax.tree.leaves(batch))
         # A calibrated quantizer would add leaves without a batch axis; none of these has any.
         chex.assert_trees_all_equal(row, jax.tree.leaves(alone))
@@ -91,7 +95,12 @@ attend = jax.jit(nq.attend, static_argnames=("layer", "window"))
 def test_non_finite_tokens_stay_visible(spec):
     q, k, v = make_qkv(70)
     empty = make_cache(spec, max_len=80)
-    for bad, where in ((np.nan, 0), (np.nan, 20), (np.inf, 20), (np.nan, 69)):  # sink, body, residual
+    for bad, where in (
+        (np.nan, 0),
+        (np.nan, 20),
+        (np.inf, 20),
+        (np.nan, 69),
+    ):  # sink, body, residual
         broken = np.asarray(v).copy()
         broken[0, where, 0, 5] = bad
         fresh = jax.tree.map(jnp.copy, empty)
@@ -115,16 +124,20 @@ def test_window_never_overfills_the_residual(tokens, keep, chunk):
 
 def test_kivi_residual_lengths():
     """kivi.md: after t tokens the key residual holds t mod R, the value residual min(t, R)."""
-    layer = nq.schemes.get("kivi:residual=32").layer(nq.schemes.LayerShape(num_kv_heads=2, head_dim=32))
+    layer = nq.schemes.get("kivi:residual=32").layer(
+        nq.schemes.LayerShape(num_kv_heads=2, head_dim=32)
+    )
     for t in (1, 31, 32, 33, 64, 65, 100):
         assert t - layer.key_window.encoded(t) == t % 32
         assert t - layer.value_window.encoded(t) == min(t, 32)
 
 
 def test_kivi_keys_are_not_encoded_one_token_at_a_time():
-    """A per-channel group of one token has range 0 and would come out exact: a silent, too good error."""
+    """A per-channel group of one token has range 0 and would come out exact: silently too good."""
     _, k, v = make_qkv(64)
-    cache = append_in_pieces(make_cache("kivi:residual=32", max_len=64), k, v, [64, 64], 1, rotary=False)
+    cache = append_in_pieces(
+        make_cache("kivi:residual=32", max_len=64), k, v, [64, 64], 1, rotary=False
+    )
     side = cache.layers[0].key
     decoded = jax.vmap(jax.vmap(lambda p: side.quantizer.dequantize(p, nq.Context())))(side.body)
     error = np.abs(np.asarray(decoded).reshape(k.shape) - np.asarray(k))
@@ -143,7 +156,9 @@ def test_bytes_are_those_of_the_live_arrays():
 
 def test_abstract_cache_counts_what_init_allocates():
     for spec in SCHEMES:
-        sizes = dict(num_layers=2, batch=3, max_len=77, num_kv_heads=2, head_dim=32, dtype=jnp.bfloat16)
+        sizes = dict(
+            num_layers=2, batch=3, max_len=77, num_kv_heads=2, head_dim=32, dtype=jnp.bfloat16
+        )
         abstract, real = nq.schemes.get(spec).abstract(**sizes), nq.schemes.get(spec).init(**sizes)
         chex.assert_trees_all_equal_shapes_and_dtypes(abstract, real)
         assert abstract.nbytes == real.nbytes == sum(a.nbytes for a in jax.tree.leaves(real))
@@ -160,12 +175,15 @@ def test_a_cache_too_short_for_a_body_still_works(spec):
     chex.assert_tree_all_finite(out)
 
 
-@pytest.mark.parametrize("sizes, message", [
-    (dict(batch=0), "expected batch >= 1; got 0"),
-    (dict(max_len=-5), "expected max_len >= 1; got -5"),
-    (dict(dtype=jnp.int8), "expected a floating-point dtype.*int8"),
-    (dict(head_dim=30), "multiple of|divide"),
-])
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(batch=0), "expected batch >= 1; got 0"),
+        (dict(max_len=-5), "expected max_len >= 1; got -5"),
+        (dict(dtype=jnp.int8), "expected a floating-point dtype.*int8"),
+        (dict(head_dim=30), "multiple of|divide"),
+    ],
+)
 def test_bad_sizes_are_refused(sizes, message):
     good = dict(num_layers=1, batch=1, max_len=8, num_kv_heads=2, head_dim=32)
     with pytest.raises(ValueError, match=message):

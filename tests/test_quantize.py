@@ -27,7 +27,7 @@ every = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS
 
 def tree(seed=0, batch=2, tokens=64):
     rng = np.random.default_rng(seed)
-    make = lambda shape, dtype: jnp.asarray(rng.standard_normal(shape) + 1, dtype)  # noqa: E731
+    make = lambda shape, dtype: jnp.asarray(rng.standard_normal(shape) + 1, dtype)
     return {
         "k": make((batch, tokens, 2, 32), jnp.float32),
         "v": [make((batch, 3, tokens, 2, 32), jnp.bfloat16), make((batch, 32, 1, 64), jnp.float16)],

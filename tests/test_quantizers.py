@@ -493,7 +493,7 @@ def test_float8_matches_ml_dtypes_and_saturates(name):
     assert np.abs(y).max() > top  # some stored scale was rounded down
     expected = np.clip(y, -top, top).astype(dtype)
     np.testing.assert_array_equal(
-        np.asarray(payload.values).astype(np.float32), expected.astype(np.float32)
+        np.asarray(payload.values).view(dtype).astype(np.float32), expected.astype(np.float32)
     )
 
 

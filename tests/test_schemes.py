@@ -13,73 +13,91 @@ def stored_bits(spec: str, num_kv_heads: int, head_dim: int) -> float:
     return nq.schemes.get(spec).abstract(**sizes).stored_bits
 
 
-@pytest.mark.parametrize("spec, heads, head_dim, bits", [
-    ("nqkv", 32, 128, 4.0625),  # nqkv.md: hidden 4096, blocks of 256, 16-bit scales
-    ("nqkv:bits=3", 32, 128, 3.0625),
-    ("nqkv:bits=2,scale_dtype=float32", 32, 128, 2.125),
-    ("nqkv:block_size=64", 32, 128, 4.25),
-    ("nqkv", 32, 80, 4.0625),  # OPT-2.7b: blocks straddle heads
-    ("nqkv", 3, 64, 4 + 16 / 192),  # SmolLM2: 256 does not divide 192
-    ("none", 32, 128, 16),
-    ("fp8", 32, 128, 8.125),
-    ("int8:group_size=128", 32, 128, 8.25),
-    ("int4", 32, 128, 4.5),
-    ("int2", 32, 128, 2.5),
-    ("kivi", 32, 128, 3.0),  # kivi.md: never "2 bits"
-    ("kivi:bits=4", 8, 128, 5.0),
-    ("kivi:bits=4,group_size=64", 8, 128, 4.5),
-])
+@pytest.mark.parametrize(
+    "spec, heads, head_dim, bits",
+    [
+        ("nqkv", 32, 128, 4.0625),  # nqkv.md: hidden 4096, blocks of 256, 16-bit scales
+        ("nqkv:bits=3", 32, 128, 3.0625),
+        ("nqkv:bits=2,scale_dtype=float32", 32, 128, 2.125),
+        ("nqkv:block_size=64", 32, 128, 4.25),
+        ("nqkv", 32, 80, 4.0625),  # OPT-2.7b: blocks straddle heads
+        ("nqkv", 3, 64, 4 + 16 / 192),  # SmolLM2: 256 does not divide 192
+        ("none", 32, 128, 16),
+        ("fp8", 32, 128, 8.125),
+        ("int8:group_size=128", 32, 128, 8.25),
+        ("int4", 32, 128, 4.5),
+        ("int2", 32, 128, 2.5),
+        ("kivi", 32, 128, 3.0),  # kivi.md: never "2 bits"
+        ("kivi:bits=4", 8, 128, 5.0),
+        ("kivi:bits=4,group_size=64", 8, 128, 4.5),
+    ],
+)
 def test_stored_bits(spec, heads, head_dim, bits):
     assert stored_bits(spec, heads, head_dim) == bits
 
 
 def test_opt_table_of_bytes_per_token():
     """opt.md: bytes per token of a 16-bit and of an NF4-256 cache, for every OPT size."""
-    table = {(12, 12, 64): (36864, 9360), (24, 32, 64): (196608, 49920), (32, 32, 80): (327680, 83200),
-             (32, 32, 128): (524288, 133120), (64, 72, 128): (2359296, 599040)}
+    table = {
+        (12, 12, 64): (36864, 9360),
+        (24, 32, 64): (196608, 49920),
+        (32, 32, 80): (327680, 83200),
+        (32, 32, 128): (524288, 133120),
+        (64, 72, 128): (2359296, 599040),
+    }
     for (layers, heads, head_dim), expected in table.items():
         sizes = dict(num_layers=layers, batch=1, num_kv_heads=heads, head_dim=head_dim)
         for spec, per_token in zip(("none", "nqkv"), expected, strict=True):
-            count = lambda n, spec=spec, sizes=sizes: nq.schemes.get(spec).abstract(max_len=n, **sizes).nbytes
+            count = lambda n, spec=spec, sizes=sizes: (
+                nq.schemes.get(spec).abstract(max_len=n, **sizes).nbytes
+            )
             assert count(2048) - count(2047) == per_token
 
 
 def test_string_form_round_trips():
     scheme = nq.schemes.get("nqkv: bits=3 , block_size=64", scale_dtype="bfloat16")
     assert str(scheme) == "nqkv:bits=3,block_size=64,scale_dtype=bfloat16"
-    assert nq.schemes.get(str(scheme)) == scheme and hash(nq.schemes.get(str(scheme))) == hash(scheme)
+    assert nq.schemes.get(str(scheme)) == scheme and hash(nq.schemes.get(str(scheme))) == hash(
+        scheme
+    )
     assert nq.schemes.get(scheme) is scheme
     assert str(nq.schemes.get("none")) == "none"
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("nqvk", "unknown scheme 'nqvk'; there are: .*kivi.*none.*nqkv"),
-    ("", "unknown scheme ''"),
-    ("nqkv:bit=3", "no option 'bit'; it has: bits=4, block_size=None"),
-    ("none:bits=3", "no option 'bits'; it has: none"),
-    ("nqkv:bits", "expected option=value; got 'bits'"),
-    ("nqkv:bits=four", "option bits takes a value like 4; got 'four'"),
-    ("nqkv:bits=True", "option bits takes a value like 4; got True"),
-    ("nqkv:bits=5", "nqkv: bits: expected one of 2, 3, 4; got 5"),
-    ("nqkv:block_size=4.5", "block_size takes a whole number; got 4.5"),
-    ("nqkv:codebook=nf", "expected one of normal_float, lloyd_max.*got 'nf'"),
-    ("nqkv:scale_dtype=int8", "expected one of float16, bfloat16, float32; got 'int8'"),
-    ("nqkv:centre=True", "needs residual >= 16"),
-    ("kivi:residual=100", "positive multiple of group_size.*residual=100, group_size=32"),
-    ("kivi:keys=before", "expected one of rotated, unrotated; got 'before'"),
-    ("fp8:format=e3m4", "expected one of e4m3, e5m2"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("nqvk", "unknown scheme 'nqvk'; there are: .*kivi.*none.*nqkv"),
+        ("", "unknown scheme ''"),
+        ("nqkv:bit=3", "no option 'bit'; it has: bits=4, block_size=None"),
+        ("none:bits=3", "no option 'bits'; it has: none"),
+        ("nqkv:bits", "expected option=value; got 'bits'"),
+        ("nqkv:bits=four", "option bits takes a value like 4; got 'four'"),
+        ("nqkv:bits=True", "option bits takes a value like 4; got True"),
+        ("nqkv:bits=5", "nqkv: bits: expected one of 2, 3, 4; got 5"),
+        ("nqkv:block_size=4.5", "block_size takes a whole number; got 4.5"),
+        ("nqkv:codebook=nf", "expected one of normal_float, lloyd_max.*got 'nf'"),
+        ("nqkv:scale_dtype=int8", "expected one of float16, bfloat16, float32; got 'int8'"),
+        ("nqkv:centre=True", "needs residual >= 16"),
+        ("kivi:residual=100", "positive multiple of group_size.*residual=100, group_size=32"),
+        ("kivi:keys=before", "expected one of rotated, unrotated; got 'before'"),
+        ("fp8:format=e3m4", "expected one of e4m3, e5m2"),
+    ],
+)
 def test_bad_specs_say_what_exists(spec, message):
     with pytest.raises(ValueError, match=message):
         nq.schemes.get(spec)
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("nqkv:block_size=100", r"block_size must divide .* = 192: one of .*64, 96, 192"),
-    ("kivi:group_size=48,residual=48", "group_size to divide head_dim=64; got 48"),
-    ("nqkv:residual=-1", "chunk >= 1"),
-    ("nqkv:sinks=-1", "sinks >= 0"),
-])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("nqkv:block_size=100", r"block_size must divide .* = 192: one of .*64, 96, 192"),
+        ("kivi:group_size=48,residual=48", "group_size to divide head_dim=64; got 48"),
+        ("nqkv:residual=-1", "chunk >= 1"),
+        ("nqkv:sinks=-1", "sinks >= 0"),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_allocated(spec, message):
     with pytest.raises(ValueError, match=message):
         nq.schemes.get(spec).init(num_layers=1, batch=1, max_len=64, num_kv_heads=3, head_dim=64)
@@ -88,7 +106,7 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_allocated(spec, m
 def test_residual_must_hold_whole_groups():
     group = nq.BlockQuantizer(nq.codebooks.uniform(4), block_size=32, axis="tokens", scale="minmax")
     layer = base.LayerScheme(key=group, value=group, key_window=nq.Window(chunk=48))
-    with pytest.raises(ValueError, match="keys are encoded 32 tokens at a time.*multiple of 32"):
+    with pytest.raises(ValueError, match=r"keys are encoded 32 tokens at a time.*multiple of 32"):
         layer.check(base.LayerShape(num_kv_heads=2, head_dim=32))
 
 
@@ -102,7 +120,9 @@ def test_a_new_scheme_needs_nothing_but_a_function(monkeypatch):
         return lambda shape: nq.schemes.LayerScheme(key=key, value=nq.FullPrecision())
 
     assert stored_bits("keys-only", 2, 32) == (4.5 + 16) / 2
-    cache = nq.schemes.get("keys-only:bits=2").init(num_layers=1, batch=1, max_len=9, num_kv_heads=2, head_dim=32)
+    cache = nq.schemes.get("keys-only:bits=2").init(
+        num_layers=1, batch=1, max_len=9, num_kv_heads=2, head_dim=32
+    )
     q = jnp.ones((1, 4, 2, 32), jnp.bfloat16)
     out, cache = jax.jit(nq.attend)(q, q, q, cache)
     assert out.shape == q.shape and int(cache.lengths[0]) == 4

@@ -7,14 +7,15 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+from tokenizers import models as token_models
+
 from nqkv_jax.models.checkpoint import (
     CheckpointFileError,
     CheckpointNotFoundError,
     open_checkpoint,
 )
 from nqkv_jax.models.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, pre_tokenizers, processors
-from tokenizers import models as token_models
 
 OPT = {"model_type": "opt"}
 TEXTS = [

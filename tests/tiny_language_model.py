@@ -43,8 +43,16 @@ class TinyLM:
         def matrix(*shape):
             return jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[-2]), jnp.float32)
 
-        layers = [dict(q=matrix(64, 128), kv=2 * matrix(64, 128), out=2 * matrix(128, 64),
-                       up=matrix(64, 96), down=matrix(96, 64)) for _ in range(2)]
+        layers = [
+            dict(
+                q=matrix(64, 128),
+                kv=2 * matrix(64, 128),
+                out=2 * matrix(128, 64),
+                up=matrix(64, 96),
+                down=matrix(96, 64),
+            )
+            for _ in range(2)
+        ]
         # Large enough for predictions to depend on the cache, small enough to be no certainties.
         params = dict(embed=matrix(256, 64) * 16, head=matrix(64, 256) * 2, layers=layers)
         return cls(params, **fields)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
 from nqkv_jax.models.checkpoint.base import Checkpoint, CheckpointFileError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

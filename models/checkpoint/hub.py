@@ -4,6 +4,7 @@ import pathlib
 
 import huggingface_hub
 from huggingface_hub import errors
+
 from nqkv_jax.models.checkpoint import embedded
 from nqkv_jax.models.checkpoint.base import CheckpointNotFoundError
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
 from nqkv_jax.models.checkpoint.base import CheckpointFileError, numpy_dtype
 
 # Names that torch gives to storage classes, and since 2.x to dtypes beside untyped storages.

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 # Importing it teaches numpy the name "bfloat16", by which `safetensors` asks for the dtype.
 import ml_dtypes  # noqa: F401
 import numpy as np
-from nqkv_jax.models.checkpoint.base import CheckpointFileError, numpy_dtype
 from safetensors import SafetensorError, safe_open
+
+from nqkv_jax.models.checkpoint.base import CheckpointFileError, numpy_dtype
 
 # Names of https://github.com/huggingface/safetensors#format; float8 and below come with scales that
 # only the quantization library which wrote them can apply.

@@ -4,8 +4,12 @@ from nqkv_jax.cli import options, terminal
 
 
 def add(commands) -> None:
-    group = commands.add_parser("bench", help="measure speed", description="measure speed",
-                                epilog="example:\n  nqkv bench cache --help")
+    group = commands.add_parser(
+        "bench",
+        help="measure speed",
+        description="measure speed",
+        epilog="example:\n  nqkv bench cache --help",
+    )
     parser = options.subparser(
         group.add_subparsers(title="measures", metavar="MEASURE", required=True),
         "cache", "seconds per token: no cache at all, full-precision caches, a quantized one",
@@ -15,12 +19,19 @@ def add(commands) -> None:
     )  # fmt: skip
     options.add_model(parser)
     parser.add_argument("--scheme", default="nqkv", help="default: nqkv")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024],
-                        metavar="TOKENS", help="of the text (default: 64 128 256 512 1024)")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256, 512, 1024],
+        metavar="TOKENS",
+        help="of the text (default: 64 128 256 512 1024)",
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--steps", type=int, default=8, metavar="TOKENS",
-                        help="decoded per repeat (default: 8)")
+    parser.add_argument(
+        "--steps", type=int, default=8, metavar="TOKENS", help="decoded per repeat (default: 8)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -35,28 +46,58 @@ def run(args) -> None:
     lm = options.load(args)
     own = jnp.dtype(lm.dtype).name
     caches = [("none", name) for name in dict.fromkeys(("bfloat16", own))] + [(scheme, own)]
-    timings = cache_timings(lm, caches, lengths=args.lengths, batch=args.batch, steps=args.steps,
-                            repeats=args.repeats, progress=args.progress)
+    timings = cache_timings(
+        lm,
+        caches,
+        lengths=args.lengths,
+        batch=args.batch,
+        steps=args.steps,
+        repeats=args.repeats,
+        progress=args.progress,
+    )
     device = jax.tree.leaves(lm.params)[0].devices().pop()
-    machine = dict(model=lm.name, dtype=own, device=device.device_kind, jax=jax.__version__,
-                   batch=args.batch)
+    machine = dict(
+        model=lm.name, dtype=own, device=device.device_kind, jax=jax.__version__, batch=args.batch
+    )
     found = {(t.variant, t.cache_dtype, t.length): t for t in timings}
     lengths = sorted(set(args.lengths))
     bf16, quantized = ("none", "bfloat16"), (str(scheme), own)
     ratios = []
     for length in lengths:
         mine = found[*quantized, length].median
-        ratios.append(dict(length=length, no_cache=found[NO_CACHE, "", length].median / mine,
-                           full_bfloat16=found[*bf16, length].median / mine))
+        ratios.append(
+            dict(
+                length=length,
+                no_cache=found[NO_CACHE, "", length].median / mine,
+                full_bfloat16=found[*bf16, length].median / mine,
+            )
+        )
     if args.json:
-        records = [dict(variant=t.variant, cache_dtype=t.cache_dtype, length=t.length,
-                        seconds=t.median, spread=t.spread, repeats=len(t.seconds),
-                        cache_bytes=t.cache_bytes) for t in timings]
-        terminal.print_json(dict(**machine, scheme=str(scheme), timings=records,
-                                 speedup_over=ratios))
+        records = [
+            dict(
+                variant=t.variant,
+                cache_dtype=t.cache_dtype,
+                length=t.length,
+                seconds=t.median,
+                spread=t.spread,
+                repeats=len(t.seconds),
+                cache_bytes=t.cache_bytes,
+            )
+            for t in timings
+        ]
+        terminal.print_json(
+            dict(**machine, scheme=str(scheme), timings=records, speedup_over=ratios)
+        )
         return
-    _show(machine, [(NO_CACHE, ""), *((str(s), d) for s, d in caches)], found, lengths, ratios,
-          str(scheme), terminal.width())
+    _show(
+        machine,
+        [(NO_CACHE, ""), *((str(s), d) for s, d in caches)],
+        found,
+        lengths,
+        ratios,
+        str(scheme),
+        terminal.width(),
+    )
 
 
 def _label(variant: str, dtype: str) -> str:
@@ -68,30 +109,58 @@ def _show(machine, variants, found, lengths, ratios, scheme, columns) -> None:
     from nqkv_jax.plan import format_size
 
     repeats = len(next(iter(found.values())).seconds)
-    print(f"{machine['model']} ({machine['dtype']}) on {machine['device']}, batch "
-          f"{machine['batch']}: seconds per token, median of {repeats} (spread)\n")
+    print(
+        f"{machine['model']} ({machine['dtype']}) on {machine['device']}, batch "
+        f"{machine['batch']}: seconds per token, median of {repeats} (spread)\n"
+    )
     rows = []
     for length in lengths:
         cells = (found[*v, length] for v in variants)
-        rows.append([f"{length:,}", *(f"{terminal.seconds(t.median)} ({t.spread:3.0%})"
-                                      for t in cells)])
-    print(terminal.table(["tokens", *(_label(*v) for v in variants)], rows,
-                         right=range(1 + len(variants))))
+        rows.append(
+            [f"{length:,}", *(f"{terminal.seconds(t.median)} ({t.spread:3.0%})" for t in cells)]
+        )
+    print(
+        terminal.table(
+            ["tokens", *(_label(*v) for v in variants)], rows, right=range(1 + len(variants))
+        )
+    )
     last = lengths[-1]
     print(f"\nSpeed-up of {scheme} over no cache at all\n")
-    print(terminal.bars([(f"{r['length']:>6,}", r["no_cache"], f"{r['no_cache']:.2f} x")
-                         for r in ratios], columns=columns))
+    print(
+        terminal.bars(
+            [(f"{r['length']:>6,}", r["no_cache"], f"{r['no_cache']:.2f} x") for r in ratios],
+            columns=columns,
+        )
+    )
     print(f"\nSpeed-up of {scheme} over a full-precision cache in bfloat16\n")
-    print(terminal.bars([(f"{r['length']:>6,}", r["full_bfloat16"], f"{r['full_bfloat16']:.2f} x")
-                         for r in ratios], columns=columns))
+    print(
+        terminal.bars(
+            [
+                (f"{r['length']:>6,}", r["full_bfloat16"], f"{r['full_bfloat16']:.2f} x")
+                for r in ratios
+            ],
+            columns=columns,
+        )
+    )
     print(f"\nCache for {last:,} tokens\n")
-    print(terminal.bars([(_label(*v), found[*v, last].cache_bytes,
-                          format_size(found[*v, last].cache_bytes)) for v in variants[1:]],
-                        columns=columns))
-    lost = {"no cache at all": [r["length"] for r in ratios if r["no_cache"] < 1],
-            "the bfloat16 cache": [r["length"] for r in ratios if r["full_bfloat16"] < 1]}
+    print(
+        terminal.bars(
+            [
+                (_label(*v), found[*v, last].cache_bytes, format_size(found[*v, last].cache_bytes))
+                for v in variants[1:]
+            ],
+            columns=columns,
+        )
+    )
+    lost = {
+        "no cache at all": [r["length"] for r in ratios if r["no_cache"] < 1],
+        "the bfloat16 cache": [r["length"] for r in ratios if r["full_bfloat16"] < 1],
+    }
     print()
     for other, where in lost.items():
         at = ", ".join(f"{n:,}" for n in where)
-        print(f"{scheme} is slower than {other} at {at} tokens." if where
-              else f"{scheme} is nowhere slower than {other} here.")
+        print(
+            f"{scheme} is slower than {other} at {at} tokens."
+            if where
+            else f"{scheme} is nowhere slower than {other} here."
+        )

@@ -53,14 +53,21 @@ def run(args) -> None:
         entries.append(_measure(lm, name, args))
     say("Timing both, in turn ...")
     # In turn, so that whatever else the machine does meets both alike; compiled by now.
-    speeds = [[_generate(lm, name, args).tokens_per_second for name in names]
-              for _ in range(REPEATS)]
+    speeds = [
+        [_generate(lm, name, args).tokens_per_second for name in names] for _ in range(REPEATS)
+    ]
     for entry, speed in zip(entries, zip(*speeds, strict=True), strict=True):
         entry["tokens_per_second"] = statistics.median(speed)
         entry["speed_spread"] = (max(speed) - min(speed)) / statistics.median(speed)
     if args.json:
-        terminal.print_json(dict(model=lm.name, dtype=jnp.dtype(lm.dtype).name,
-                                 cache_dtype=CACHE_DTYPE, entries=entries))
+        terminal.print_json(
+            dict(
+                model=lm.name,
+                dtype=jnp.dtype(lm.dtype).name,
+                cache_dtype=CACHE_DTYPE,
+                entries=entries,
+            )
+        )
     else:
         _show(lm, entries, args.prompt or PROMPT, terminal.width())
 
@@ -75,8 +82,14 @@ def _generate(lm, scheme: str, args):
     prompt, template = args.prompt or PROMPT, lm.tokenizer.chat_template
     if template:
         prompt = lm.tokenizer.chat([{"role": "user", "content": prompt}])
-    return generate(lm, [prompt], scheme=scheme, max_new_tokens=args.max_new_tokens,
-                    cache_dtype=CACHE_DTYPE, add_special_tokens=not template)
+    return generate(
+        lm,
+        [prompt],
+        scheme=scheme,
+        max_new_tokens=args.max_new_tokens,
+        cache_dtype=CACHE_DTYPE,
+        add_special_tokens=not template,
+    )
 
 
 def _measure(lm, scheme: str, args) -> dict:
@@ -86,12 +99,14 @@ def _measure(lm, scheme: str, args) -> dict:
 
     result = _generate(lm, scheme, args)
     window = min(WINDOW, lm.config.max_positions)
-    quality = perplexity(lm, passage(), scheme=scheme, window=window, cache_dtype=CACHE_DTYPE,
-                         progress=args.progress)
+    quality = perplexity(
+        lm, passage(), scheme=scheme, window=window, cache_dtype=CACHE_DTYPE, progress=args.progress
+    )
     caches = AbstractCaches(lm.config, get(scheme), CACHE_DTYPE)
     # A long cache's next token: what does not grow with the text is said by cache_bytes.
-    token_bytes = (caches(batch=1, max_len=1 << 17).nbytes
-                   - caches(batch=1, max_len=1 << 16).nbytes) / (1 << 16)
+    token_bytes = (
+        caches(batch=1, max_len=1 << 17).nbytes - caches(batch=1, max_len=1 << 16).nbytes
+    ) / (1 << 16)
     return dict(
         scheme=scheme, text=result.texts[0], tokens=len(result.tokens[0]),
         cache_bytes=result.cache_bytes, cache_tokens=result.cache.max_len,
@@ -107,11 +122,16 @@ def _show(lm, entries: list[dict], prompt: str, columns: int) -> None:
 
     full, coded = entries
     config = lm.config
-    print(f"\n{lm.name}: {config.num_layers} layers, {config.num_kv_heads} KV heads x "
-          f"{config.head_dim}; weights and arithmetic in {jnp.dtype(lm.dtype).name}\n")
+    print(
+        f"\n{lm.name}: {config.num_layers} layers, {config.num_kv_heads} KV heads x "
+        f"{config.head_dim}; weights and arithmetic in {jnp.dtype(lm.dtype).name}\n"
+    )
     print(f"> {prompt}\n")
-    print(terminal.side_by_side(*((_label(e["scheme"]), e["text"].strip()) for e in entries),
-                                columns=columns))
+    print(
+        terminal.side_by_side(
+            *((_label(e["scheme"]), e["text"].strip()) for e in entries), columns=columns
+        )
+    )
     same = full["text"] == coded["text"]
     print("\nThe texts are the same.\n" if same else "")
     print(terminal.table(
@@ -126,15 +146,24 @@ def _show(lm, entries: list[dict], prompt: str, columns: int) -> None:
     )
     for title, key, form, sense in charts:
         print(f"\n{title} ({sense})")
-        print(terminal.bars([(_label(e["scheme"]), e[key], form(e[key])) for e in entries],
-                            columns=columns))
+        print(
+            terminal.bars(
+                [(_label(e["scheme"]), e[key], form(e[key])) for e in entries], columns=columns
+            )
+        )
     smaller = full["bytes_per_token"] / coded["bytes_per_token"]
     change = coded["perplexity"] / full["perplexity"] - 1
     speed = coded["tokens_per_second"] / full["tokens_per_second"]
-    print(f"\n{coded['scheme']} stores a token in {1 / smaller:.0%} of the bytes ({smaller:.1f} x "
-          f"smaller), at {change:+.1%} perplexity and {speed:.2f} x the speed.")
-    print(f"Speed: median of {REPEATS} generations in turn, spread "
-          f"{max(e['speed_spread'] for e in entries):.0%}; at lengths like these the weights cost "
-          "more\nthan the cache, see nqkv bench cache for longer ones.")
-    print(f"Perplexity: {full['scored_tokens']:,} tokens of Moby-Dick in windows of "
-          f"{full['window']}, each seen through the cache.")
+    print(
+        f"\n{coded['scheme']} stores a token in {1 / smaller:.0%} of the bytes ({smaller:.1f} x "
+        f"smaller), at {change:+.1%} perplexity and {speed:.2f} x the speed."
+    )
+    print(
+        f"Speed: median of {REPEATS} generations in turn, spread "
+        f"{max(e['speed_spread'] for e in entries):.0%}; at lengths like these the weights cost "
+        "more\nthan the cache, see nqkv bench cache for longer ones."
+    )
+    print(
+        f"Perplexity: {full['scored_tokens']:,} tokens of Moby-Dick in windows of "
+        f"{full['window']}, each seen through the cache."
+    )

@@ -7,9 +7,12 @@ from nqkv_jax.cli import options, terminal
 
 
 def add(commands) -> None:
-    group = commands.add_parser("eval", help="measure quality through the cache",
-                                description="measure quality through the cache",
-                                epilog="example:\n  nqkv eval ppl --help")
+    group = commands.add_parser(
+        "eval",
+        help="measure quality through the cache",
+        description="measure quality through the cache",
+        epilog="example:\n  nqkv eval ppl --help",
+    )
     parser = options.subparser(
         group.add_subparsers(title="measures", metavar="MEASURE", required=True),
         "ppl", "perplexity of a text, every token seen as decoding with the scheme would see it",
@@ -20,18 +23,38 @@ def add(commands) -> None:
     options.add_model(parser, required=True)
     options.add_cache_dtype(parser)
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - for stdin")
-    parser.add_argument("--scheme", nargs="+", default=["none"], metavar="SCHEME",
-                        help="one or several (default: none)")
-    parser.add_argument("--window", type=int, default=1024, metavar="TOKENS",
-                        help="the model reads so many at once (default: 1024)")
-    parser.add_argument("--stride", type=int, metavar="TOKENS",
-                        help="from one window to the next (default: the window)")
+    parser.add_argument(
+        "--scheme",
+        nargs="+",
+        default=["none"],
+        metavar="SCHEME",
+        help="one or several (default: none)",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=1024,
+        metavar="TOKENS",
+        help="the model reads so many at once (default: 1024)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="from one window to the next (default: the window)",
+    )
     parser.add_argument("--max-tokens", type=int, metavar="TOKENS", help="use so much of the text")
-    parser.add_argument("--resume", metavar="FILE",
-                        help="keep finished windows there, and go on from what it holds; with "
-                        "several schemes one file each, with the scheme in its name")
-    parser.add_argument("--through-cache", action="store_true",
-                        help="token by token through a real cache: the same figure, and slow")
+    parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="keep finished windows there, and go on from what it holds; with "
+        "several schemes one file each, with the scheme in its name",
+    )
+    parser.add_argument(
+        "--through-cache",
+        action="store_true",
+        help="token by token through a real cache: the same figure, and slow",
+    )
     parser.set_defaults(run=run)
 
 
@@ -59,16 +82,21 @@ def run(args) -> None:
     if args.json:
         return
     first = results[0]
-    print(f"{first.model} ({first.dtype}, cache {first.cache_dtype}): {first.tokens:,} tokens of "
-          f"{pathlib.Path(args.text).name} scored in {first.windows:,} windows of {first.window:,}"
-          + (f", stride {first.stride:,}" if first.stride != first.window else "") + "\n")
+    print(
+        f"{first.model} ({first.dtype}, cache {first.cache_dtype}): {first.tokens:,} tokens of "
+        f"{pathlib.Path(args.text).name} scored in {first.windows:,} windows of {first.window:,}"
+        + (f", stride {first.stride:,}" if first.stride != first.window else "")
+        + "\n"
+    )
     print(terminal.table(
         ("scheme", "perplexity", "NLL", "+-", "stored bits", "seconds"),
         [(r.scheme, f"{r.perplexity:.3f}", f"{r.nll:.4f}", f"{r.standard_error:.4f}",
           f"{r.stored_bits:.4f}", f"{r.seconds:.1f}") for r in results],
     ))  # fmt: skip
-    print("\nNLL in nats per token; +- its standard error over windows, of the text rather than of "
-          "the\ndifference between schemes.")
+    print(
+        "\nNLL in nats per token; +- its standard error over windows, of the text rather than of "
+        "the\ndifference between schemes."
+    )
 
 
 def _resume_path(path: str | None, scheme: str, count: int) -> pathlib.Path | None:

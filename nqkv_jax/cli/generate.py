@@ -19,20 +19,47 @@ def add(commands) -> None:
     source.add_argument("--file", metavar="FILE", help="of the prompt, UTF-8; - for stdin")
     parser.add_argument("--scheme", default="nqkv", help="of the cache (default: nqkv)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--temperature", type=float, default=0.0,
-                        help="0 takes the likeliest token every time (default)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the likeliest token every time (default)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
-    parser.add_argument("--top-p", type=float, metavar="P",
-                        help="draw from the likeliest that make up the probability P")
-    parser.add_argument("--min-p", type=float, metavar="P",
-                        help="leave out tokens less likely than P times the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X",
-                        help="more than 1 avoids tokens that came before")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest that make up the probability P",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="leave out tokens less likely than P times the likeliest",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="more than 1 avoids tokens that came before",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N",
-                        help="continuations; several are shown once all are done")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="ends the text; may be given more than once")
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="continuations; several are shown once all are done",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends the text; may be given more than once",
+    )
     parser.set_defaults(run=run)
 
 
@@ -49,8 +76,10 @@ def run(args) -> None:
     prompt = options.read_text(args.file) if args.file is not None else args.prompt
     lm = options.load(args)
     if lm.tokenizer is None:
-        raise ValueError(f"{lm.name} came without a tokenizer, so there is no text to make. Put "
-                         "its tokenizer.json into the folder")
+        raise ValueError(
+            f"{lm.name} came without a tokenizer, so there is no text to make. Put "
+            "its tokenizer.json into the folder"
+        )
     if args.chat is not None:
         prompt = lm.tokenizer.chat([{"role": "user", "content": args.chat}])
     settings = dict(
@@ -77,8 +106,18 @@ def run(args) -> None:
 
 
 def _record(lm, result) -> dict:
-    names = ("texts", "tokens", "finish_reasons", "scheme", "cache_bytes", "stored_bits",
-             "prefill_seconds", "decode_seconds", "compile_seconds", "tokens_per_second")
+    names = (
+        "texts",
+        "tokens",
+        "finish_reasons",
+        "scheme",
+        "cache_bytes",
+        "stored_bits",
+        "prefill_seconds",
+        "decode_seconds",
+        "compile_seconds",
+        "tokens_per_second",
+    )
     record = {name: getattr(result, name) for name in names}
     record["tokens"] = [[int(token) for token in tokens] for tokens in record["tokens"]]
     return dict(model=lm.name, prompt_tokens=len(result.prompt_tokens[0]), **record)
@@ -89,7 +128,9 @@ def summary(result) -> str:
     from nqkv_jax.plan import format_size
 
     bits = f"{result.stored_bits:.4g} bits stored" if result.stored_bits else "nothing encoded yet"
-    return (f"[{result.scheme}: {sum(map(len, result.tokens))} tokens, "
-            f"{result.tokens_per_second:.1f} tokens/s (+ {result.prefill_seconds:.1f} s for the "
-            f"prompt, {result.compile_seconds:.1f} s compiling), cache "
-            f"{format_size(result.cache_bytes)}, {bits}]")
+    return (
+        f"[{result.scheme}: {sum(map(len, result.tokens))} tokens, "
+        f"{result.tokens_per_second:.1f} tokens/s (+ {result.prefill_seconds:.1f} s for the "
+        f"prompt, {result.compile_seconds:.1f} s compiling), cache "
+        f"{format_size(result.cache_bytes)}, {bits}]"
+    )

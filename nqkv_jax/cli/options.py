@@ -25,20 +25,30 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
         help="a hub id, a local folder, a .gguf file, or smollm2-135m, which comes as a package"
         + ("" if required else f" (default: {MODEL})"),
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations "
-                        "(default: float32 on a CPU, else bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and activations (default: float32 on a CPU, else bfloat16)",
+    )
     add_progress(parser)
 
 
 def add_cache_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument("--cache-dtype", choices=DTYPES, default=default,
-                        help="of what a cache keeps in full precision "
-                        f"(default: {default or 'that of the model'})")
+    parser.add_argument(
+        "--cache-dtype",
+        choices=DTYPES,
+        default=default,
+        help=f"of what a cache keeps in full precision (default: {default or 'that of the model'})",
+    )
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None,
-                        help="progress bars on stderr (default: if that is a terminal)")
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="progress bars on stderr (default: if that is a terminal)",
+    )
 
 
 def load(args: argparse.Namespace):
@@ -72,8 +82,10 @@ def config_of(name: str):
     if not path.exists():
         # What begins with a dot, a slash or a tilde can only have been meant as a path.
         if path.name == "config.json" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            raise ValueError(f"--model: {name!r} must be a preset, a folder with config.json, a "
-                             f".gguf file or a hub id (owner/name); there is none. {known}")
+            raise ValueError(
+                f"--model: {name!r} must be a preset, a folder with config.json, a "
+                f".gguf file or a hub id (owner/name); there is none. {known}"
+            )
         path = _hub_config(name, known)
     return families.config_from_hf(_read_json(path))
 
@@ -89,7 +101,8 @@ def _hub_config(name: str, known: str) -> pathlib.Path:
         raise ValueError(
             f"--model: {name!r} is no folder here, and its config.json could not be had from the "
             f"Hugging Face hub ({type(error).__name__}: {reason}). Without a network, give a local "
-            f"folder or a preset. {known}") from error
+            f"folder or a preset. {known}"
+        ) from error
 
 
 def _read_json(path: pathlib.Path) -> dict:

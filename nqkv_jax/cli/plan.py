@@ -10,21 +10,50 @@ def add(commands) -> None:
         "Bytes are counted from the arrays that would be allocated. Works offline for presets,\n"
         "local folders and .gguf files; of a hub repository only config.json is fetched.",
     )  # fmt: skip
-    parser.add_argument("--model", required=True, metavar="NAME",
-                        help="a preset such as opt-6.7b or llama-3-8b, a folder, a hub id")
-    parser.add_argument("--memory", required=True, metavar="SIZE",
-                        help="of the device: 80GiB (2^30 bytes each), 80GB or 80G (10^9 each)")
-    parser.add_argument("--context", type=int, nargs="+", metavar="TOKENS",
-                        help="largest batch at these (default: 2048, or the model's limit)")
-    parser.add_argument("--batch", type=int, nargs="+", metavar="N", default=[1],
-                        help="largest context at these (default: 1)")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a preset such as opt-6.7b or llama-3-8b, a folder, a hub id",
+    )
+    parser.add_argument(
+        "--memory",
+        required=True,
+        metavar="SIZE",
+        help="of the device: 80GiB (2^30 bytes each), 80GB or 80G (10^9 each)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="largest batch at these (default: 2048, or the model's limit)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=[1],
+        help="largest context at these (default: 1)",
+    )
     parser.add_argument("--schemes", nargs="+", metavar="SCHEME", help="default: all")
-    parser.add_argument("--weights-dtype", choices=options.DTYPES, default="bfloat16",
-                        help="of the parameters (default: bfloat16)")
-    parser.add_argument("--weights", metavar="SIZE",
-                        help="what the parameters take, where they are stored in another way")
-    parser.add_argument("--reserve", metavar="SIZE",
-                        help="kept free for activations and the runtime (default: nothing)")
+    parser.add_argument(
+        "--weights-dtype",
+        choices=options.DTYPES,
+        default="bfloat16",
+        help="of the parameters (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="SIZE",
+        help="what the parameters take, where they are stored in another way",
+    )
+    parser.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        help="kept free for activations and the runtime (default: nothing)",
+    )
     options.add_cache_dtype(parser, "bfloat16")
     parser.set_defaults(run=run)
 
@@ -51,27 +80,44 @@ def run(args) -> None:
         dtype=jnp.dtype(args.cache_dtype),
     )  # fmt: skip
     if args.json:
-        terminal.print_json(dict(model=args.model, budget=result.budget,
-                                 **dataclasses.asdict(result)))
+        terminal.print_json(
+            dict(model=args.model, budget=result.budget, **dataclasses.asdict(result))
+        )
         return
     limit = result.max_positions
     stored = "given" if args.weights else args.weights_dtype
     reserved = f" - reserve {format_size(reserve)}" if reserve else ""
-    print(f"{args.model}: {config.num_layers} layers x 2 x {config.num_kv_heads} KV heads x "
-          f"{config.head_dim}; trained for {limit:,} positions")
-    print(f"memory {format_size(memory)} - weights {format_size(weights)} ({stored}){reserved} = "
-          f"{format_size(result.budget)} for the cache\n")
+    print(
+        f"{args.model}: {config.num_layers} layers x 2 x {config.num_kv_heads} KV heads x "
+        f"{config.head_dim}; trained for {limit:,} positions"
+    )
+    print(
+        f"memory {format_size(memory)} - weights {format_size(weights)} ({stored}){reserved} = "
+        f"{format_size(result.budget)} for the cache\n"
+    )
     first = result.rows[0]
-    header = ["scheme", "bits", "bytes/token", "+ per sequence",
-              *(f"batch at {n:,}" for n in first.largest_batch),
-              *(f"context at batch {n:,}" for n in first.largest_context)]
+    header = [
+        "scheme",
+        "bits",
+        "bytes/token",
+        "+ per sequence",
+        *(f"batch at {n:,}" for n in first.largest_batch),
+        *(f"context at batch {n:,}" for n in first.largest_context),
+    ]
     rows = []
     for row in result.rows:
         # Marked, not cut: how far memory would reach is the answer, and the limit is said below.
         longest = [f"{n:,}{' *' if n > limit else '  '}" for n in row.largest_context.values()]
-        rows.append([row.scheme, f"{row.stored_bits:.4f}", f"{row.token_bytes:,.0f}",
-                     format_size(row.sequence_bytes),
-                     *(f"{n:,}" for n in row.largest_batch.values()), *longest])
+        rows.append(
+            [
+                row.scheme,
+                f"{row.stored_bits:.4f}",
+                f"{row.token_bytes:,.0f}",
+                format_size(row.sequence_bytes),
+                *(f"{n:,}" for n in row.largest_batch.values()),
+                *longest,
+            ]
+        )
     print(terminal.table(header, rows))
     if any(n > limit for row in result.rows for n in row.largest_context.values()):
         print(f"\n* fits into memory; the model was trained for {limit:,} positions.")

@@ -24,14 +24,20 @@ def run(args) -> None:
     from nqkv_jax.plan import AbstractCaches
 
     if args.heads < 1 or args.head_dim < 1:
-        raise ValueError(f"--heads and --head-dim must be positive; got {args.heads} and "
-                         f"{args.head_dim}")
+        raise ValueError(
+            f"--heads and --head-dim must be positive; got {args.heads} and {args.head_dim}"
+        )
     shape = types.SimpleNamespace(num_layers=1, num_kv_heads=args.heads, head_dim=args.head_dim)
     found = []
     for name in args.schemes or schemes.names():
         scheme = schemes.get(name)
-        entry = dict(name=str(scheme), summary=scheme.summary, stored_bits=None, problem=None,
-                     options=schemes.defaults(scheme.name) | dict(scheme.options))
+        entry = dict(
+            name=str(scheme),
+            summary=scheme.summary,
+            stored_bits=None,
+            problem=None,
+            options=schemes.defaults(scheme.name) | dict(scheme.options),
+        )
         try:
             entry["stored_bits"] = AbstractCaches(shape, scheme).stored_bits
         except ValueError as error:
@@ -44,8 +50,10 @@ def run(args) -> None:
         terminal.print_json(dict(heads=args.heads, head_dim=args.head_dim, schemes=found))
         return
     print(f"Stored bits for {args.heads} KV heads x {args.head_dim}, bfloat16.\n")
-    rows = [(e["name"], "-" if e["stored_bits"] is None else f"{e['stored_bits']:.4f}",
-             e["summary"]) for e in found]
+    rows = [
+        (e["name"], "-" if e["stored_bits"] is None else f"{e['stored_bits']:.4f}", e["summary"])
+        for e in found
+    ]
     print(terminal.table(("scheme", "bits", "summary"), rows, right=(1,)))
     print("\noptions and their values:")
     for entry in found:

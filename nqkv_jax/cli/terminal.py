@@ -39,16 +39,19 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *,
-          right: Sequence[int] | None = None) -> str:
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] | None = None
+) -> str:
     """Columns two blanks apart, those of `right` (all but the first) aligned to the right."""
     right = range(1, len(header)) if right is None else right
     rows = [list(map(str, row)) for row in rows]
     sizes = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        cells = [c.rjust(n) if i in right else c.ljust(n)
-                 for i, (c, n) in enumerate(zip(cells, sizes, strict=True))]
+        cells = [
+            c.rjust(n) if i in right else c.ljust(n)
+            for i, (c, n) in enumerate(zip(cells, sizes, strict=True))
+        ]
         return "  ".join(cells).rstrip()
 
     rule = ("─" if unicode_output() else "-") * len("  ".join("x" * n for n in sizes))
@@ -89,15 +92,18 @@ def side_by_side(left: tuple[str, str], right: tuple[str, str], *, columns: int)
     dash, cross = ("─", "─┼─") if unicode_output() else ("-", "-+-")
 
     def wrap(text: str) -> list[str]:
-        return [line for part in text.splitlines() or [""]
-                for line in textwrap.wrap(part, room) or [""]]
+        return [
+            line for part in text.splitlines() or [""] for line in textwrap.wrap(part, room) or [""]
+        ]
 
     a, b = ([title, dash * room, *wrap(text)] for title, text in (left, right))
     height = max(len(a), len(b))
     a += [""] * (height - len(a))
     b += [""] * (height - len(b))
-    lines = [f"{x.ljust(room)}{cross if i == 1 else mark}{y}".rstrip()
-             for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    lines = [
+        f"{x.ljust(room)}{cross if i == 1 else mark}{y}".rstrip()
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
+    ]
     return "\n".join(lines)
 
 

@@ -133,9 +133,14 @@ def perplexity(
     score = (_sequential if through_cache else _parallel)(lm, scheme, dtype, window)
     params = lm.params
     disable = None if progress is None else not progress
-    with tqdm.tqdm(total=len(spans), initial=len(record.windows), desc=str(scheme), unit="window",
-                   disable=disable) as bar:
-        for start, first, stop in spans[len(record.windows):]:
+    with tqdm.tqdm(
+        total=len(spans),
+        initial=len(record.windows),
+        desc=str(scheme),
+        unit="window",
+        disable=disable,
+    ) as bar:
+        for start, first, stop in spans[len(record.windows) :]:
             began = time.perf_counter()
             padded = np.zeros(window, np.int32)
             padded[: stop - start] = tokens[start:stop]
@@ -155,8 +160,9 @@ def perplexity(
     )  # fmt: skip
 
 
-def decode_perplexity(lm: LanguageModel, text: str | Sequence[int] | np.ndarray,
-                      **options: Any) -> PerplexityResult:
+def decode_perplexity(
+    lm: LanguageModel, text: str | Sequence[int] | np.ndarray, **options: Any
+) -> PerplexityResult:
     """`perplexity` by definition: token by token through a real cache, in one jitted loop.
 
     Takes the same options. Hundreds of times slower; it is what `perplexity` is tested against.
@@ -174,33 +180,45 @@ def _exp(nll: float) -> float:
 def _check_sizes(lm: LanguageModel, window: int, stride: int, max_tokens: int | None) -> None:
     longest = lm.config.max_positions
     if not 2 <= window <= longest:
-        raise ValueError(f"perplexity: window must be between 2 and {longest}, the positions that "
-                         f"{lm.name} has; got {window}")
+        raise ValueError(
+            f"perplexity: window must be between 2 and {longest}, the positions that "
+            f"{lm.name} has; got {window}"
+        )
     if not 1 <= stride <= window:
         raise ValueError(f"perplexity: stride must be between 1 and window={window}; got {stride}")
     if max_tokens is not None and max_tokens < 2:
-        raise ValueError(f"perplexity: max_tokens must be at least 2, the first token is not "
-                         f"scored; got {max_tokens}")
+        raise ValueError(
+            f"perplexity: max_tokens must be at least 2, the first token is not "
+            f"scored; got {max_tokens}"
+        )
 
 
 def _tokens(lm: LanguageModel, text: Any, max_tokens: int | None) -> np.ndarray:
     """i32[tokens]."""
     if isinstance(text, str):
         if lm.tokenizer is None:
-            raise ValueError(f"perplexity: {lm.name} came without a tokenizer, so text must be "
-                             "token ids; got a string")
+            raise ValueError(
+                f"perplexity: {lm.name} came without a tokenizer, so text must be "
+                "token ids; got a string"
+            )
         text = lm.tokenizer.encode(text, add_special_tokens=False)
     tokens = np.asarray(text)
     if tokens.size and (tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer)):
-        raise ValueError("perplexity: text must be a string or integers [tokens]; got "
-                         f"{tokens.dtype} of shape {tokens.shape}")
+        raise ValueError(
+            "perplexity: text must be a string or integers [tokens]; got "
+            f"{tokens.dtype} of shape {tokens.shape}"
+        )
     tokens = tokens[:max_tokens]
     if tokens.size < 2:
-        raise ValueError(f"perplexity: text must have at least 2 tokens, the first is not scored; "
-                         f"got {tokens.size}")
+        raise ValueError(
+            f"perplexity: text must have at least 2 tokens, the first is not scored; "
+            f"got {tokens.size}"
+        )
     if tokens.min() < 0 or tokens.max() >= lm.config.vocab_size:
-        raise ValueError(f"perplexity: token ids must be in [0, {lm.config.vocab_size}), the "
-                         f"vocabulary of {lm.name}; got {tokens.min()} to {tokens.max()}")
+        raise ValueError(
+            f"perplexity: token ids must be in [0, {lm.config.vocab_size}), the "
+            f"vocabulary of {lm.name}; got {tokens.min()} to {tokens.max()}"
+        )
     return tokens.astype(np.int32)
 
 
@@ -266,10 +284,12 @@ def _nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
         targets = jax.lax.dynamic_slice_in_dim(tokens, start + 1, block)
         chosen = jnp.take_along_axis(rows, targets[:, None], axis=1)[:, 0]
         return jax.lax.dynamic_update_slice_in_dim(
-            nll, jax.nn.logsumexp(rows, axis=1) - chosen, start, axis=0)
+            nll, jax.nn.logsumexp(rows, axis=1) - chosen, start, axis=0
+        )
 
-    return jax.lax.fori_loop(0, starts.size, lambda i, nll: one(starts[i], nll),
-                             jnp.zeros(size, jnp.float32))
+    return jax.lax.fori_loop(
+        0, starts.size, lambda i, nll: one(starts[i], nll), jnp.zeros(size, jnp.float32)
+    )
 
 
 class _Record:
@@ -288,8 +308,9 @@ class _Record:
         header = dict(record=_RECORD, **setting)
         whole = self._read(header) if self._path.is_file() else b""
         if len(self.windows) > len(spans):
-            raise self._wrong(f"must hold at most {len(spans)} windows; it holds "
-                              f"{len(self.windows)}")
+            raise self._wrong(
+                f"must hold at most {len(spans)} windows; it holds {len(self.windows)}"
+            )
         # Not only when something was torn: a file that cannot be written fails now, not later.
         with open(self._path, "ab") as file:
             file.truncate(len(whole))
@@ -310,13 +331,16 @@ class _Record:
             try:
                 entry = json.loads(line)
             except ValueError as error:
-                raise self._wrong(f"must hold one JSON object per line; line {number + 1} is not: "
-                                  f"{error}") from error
+                raise self._wrong(
+                    f"must hold one JSON object per line; line {number + 1} is not: {error}"
+                ) from error
             if number == 0:
                 self._compare(entry, header)
             elif not isinstance(entry, dict) or entry.get("window") != number - 1:
-                raise self._wrong(f"must go on with window {number - 1} in line {number + 1}; got "
-                                  f"{line.decode(errors='replace')[:80]}")
+                raise self._wrong(
+                    f"must go on with window {number - 1} in line {number + 1}; got "
+                    f"{line.decode(errors='replace')[:80]}"
+                )
             else:
                 self.windows.append(entry)
         return whole
@@ -325,8 +349,11 @@ class _Record:
         if not isinstance(entry, dict) or entry.get("record") != _RECORD:
             raise self._wrong("must be a record of a perplexity run; it is something else")
         if entry != header:
-            differ = [f"{key}: {entry.get(key)!r} there, {header.get(key)!r} now"
-                      for key in header | entry if entry.get(key) != header.get(key)]
+            differ = [
+                f"{key}: {entry.get(key)!r} there, {header.get(key)!r} now"
+                for key in header | entry
+                if entry.get(key) != header.get(key)
+            ]
             raise self._wrong(f"must hold the same run; these differ: {'; '.join(differ)}")
 
     def add(self, **entry: Any) -> None:

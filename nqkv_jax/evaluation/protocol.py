@@ -28,8 +28,15 @@ class LanguageModel(Protocol):
     name: str
     dtype: Any
 
-    def apply(self, params: Any, tokens: jax.Array, cache: Any = None, *,
-              num_new: jax.Array | None = None, last_only: bool = False) -> tuple[jax.Array, Any]:
+    def apply(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        cache: Any = None,
+        *,
+        num_new: jax.Array | None = None,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, Any]:
         """The logits after tokens i32[B, S], and the cache with these tokens.
 
         Logits are [B, S, vocabulary]; with `last_only` [B, vocabulary], after the last valid token.

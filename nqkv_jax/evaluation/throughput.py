@@ -88,22 +88,32 @@ def cache_timings(
     lengths = sorted(set(lengths))
     longest = lm.config.max_positions - steps
     if not lengths or lengths[0] < 1 or lengths[-1] > longest:
-        raise ValueError(f"cache_timings: lengths must be between 1 and {longest} (the positions "
-                         f"of {lm.name}, less {steps} that are decoded); got {lengths}")
+        raise ValueError(
+            f"cache_timings: lengths must be between 1 and {longest} (the positions "
+            f"of {lm.name}, less {steps} that are decoded); got {lengths}"
+        )
     if min(batch, steps, repeats) < 1:
-        raise ValueError("cache_timings: batch, steps and repeats must be positive; got "
-                         f"{batch}, {steps}, {repeats}")
+        raise ValueError(
+            "cache_timings: batch, steps and repeats must be positive; got "
+            f"{batch}, {steps}, {repeats}"
+        )
     # Real words are not needed: time depends on shapes and lengths alone.
     text = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, lengths[-1]))
     text = jnp.asarray(text, jnp.int32)
-    variants = [_Cached(lm, schemes.get(scheme), dtype, text, lengths[-1] + steps, steps)
-                for scheme, dtype in caches]
+    variants = [
+        _Cached(lm, schemes.get(scheme), dtype, text, lengths[-1] + steps, steps)
+        for scheme, dtype in caches
+    ]
     if no_cache:
         variants.insert(0, _Uncached(lm, text))
     timings = []
     disable = None if progress is None else not progress
-    with tqdm.tqdm(total=len(lengths) * len(variants) * (repeats + 1), disable=disable,
-                   desc="bench", unit="run") as bar:
+    with tqdm.tqdm(
+        total=len(lengths) * len(variants) * (repeats + 1),
+        disable=disable,
+        desc="bench",
+        unit="run",
+    ) as bar:
         for length in lengths:
             for variant in variants:
                 variant.prepare(length)
@@ -152,8 +162,15 @@ class _Uncached:
 
 
 class _Cached:
-    def __init__(self, lm: LanguageModel, scheme: schemes.Scheme, dtype: Any, text: jax.Array,
-                 max_len: int, steps: int):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        scheme: schemes.Scheme,
+        dtype: Any,
+        text: jax.Array,
+        max_len: int,
+        steps: int,
+    ):
         self.name, self.cache_dtype = str(scheme), jnp.dtype(dtype).name
         self._scheme, self._steps, self._params, self._text = scheme, steps, lm.params, text
         self._sizes = dict(**cache_sizes(lm.config), batch=text.shape[0], dtype=dtype)

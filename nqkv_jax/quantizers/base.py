@@ -1,8 +1,9 @@
 """The contract between quantizers and everything that stores or attends to what they made.
 
-A quantizer is written for one sequence and one *group* of tokens, `[group, heads, head_dim]`: 1 token for
-per-token schemes, 32..128 for schemes with per-channel scales. Callers `vmap` it over groups and batch,
-so a payload leaf of shape S is stored as `[batch, groups, *S]` and every scheme shares one cache.
+A quantizer is written for one sequence and one *group* of tokens, `[group, heads, head_dim]`: 1
+token for per-token schemes, 32..128 for schemes with per-channel scales. Callers `vmap` it over
+groups and batch, so a payload leaf of shape S is stored as `[batch, groups, *S]` and every scheme
+shares one cache.
 """
 
 import dataclasses
@@ -37,7 +38,8 @@ class Quantizer:
     """A pair of pure functions between one group of tokens and its payload.
 
     Subclasses are frozen dataclasses, registered as pytrees: hyper-parameters are static fields,
-    calibrated arrays are leaves. `check` is called once, outside `jit`, before anything is allocated.
+    calibrated arrays are leaves. `check` is called once, outside `jit`, before anything is
+    allocated.
     """
 
     @property
@@ -68,8 +70,8 @@ class Quantizer:
         """Decodes one group: [group, heads, head_dim], keys ready for rotated queries."""
         raise NotImplementedError
 
-    # A linear map that a quantizer applies before coding need not be undone on every cached token: on
-    # keys it moves to the query, on values to the output. The defaults say "nothing to fold".
+    # A linear map that a quantizer applies before coding need not be undone on every cached token:
+    # on keys it moves to the query, on values to the output. The defaults say "nothing to fold".
 
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         """(q', shift) such that <q, key> = <q', folded key> + shift.

@@ -1,7 +1,7 @@
 """What a scheme is, and the registry.
 
-A scheme is a function of its options that returns a function from `LayerShape` to `LayerScheme`; the
-registry gives it a string form, `"nqkv:bits=3,block_size=64"`. A new file in this folder with a
+A scheme is a function of its options that returns a function from `LayerShape` to `LayerScheme`;
+the registry gives it a string form, `"nqkv:bits=3,block_size=64"`. A new file in this folder with a
 `@register`ed function is a new scheme, everywhere.
 """
 
@@ -24,7 +24,7 @@ SCALE_DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """Where a layer stands and what its cache holds per token: num_kv_heads x head_dim elements a side."""
+    """Where a layer stands, and what a token is there: num_kv_heads x head_dim a side."""
 
     num_kv_heads: int
     head_dim: int
@@ -44,7 +44,8 @@ class LayerScheme:
       key, value: the quantizers of the body.
       sinks: first tokens that stay in full precision, on both sides.
       key_window, value_window: which of the latest tokens do.
-      rotated: whether keys are stored after RoPE. If not, `key.dequantize` must rotate (`Unrotated`).
+      rotated: whether keys are stored after RoPE. If not, `key.dequantize` must rotate
+      (`Unrotated`).
     """
 
     key: Quantizer
@@ -58,11 +59,16 @@ class LayerScheme:
         """Raises ValueError if the layer's shape or the windows do not fit the quantizers."""
         if self.sinks < 0:
             raise ValueError(f"scheme: expected sinks >= 0; got {self.sinks}")
-        for side, quantizer, window in (("key", self.key, self.key_window), ("value", self.value, self.value_window)):
+        for side, quantizer, window in (
+            ("key", self.key, self.key_window),
+            ("value", self.value, self.value_window),
+        ):
             quantizer.check(shape.num_kv_heads, shape.head_dim)
             if window.chunk % quantizer.group:
-                raise ValueError(f"scheme: {side}s are encoded {quantizer.group} tokens at a time, so their residual "
-                                 f"must be a multiple of {quantizer.group}; got {window}")
+                raise ValueError(
+                    f"scheme: {side}s are encoded {quantizer.group} tokens at a time, so their "
+                    f"residual must be a multiple of {quantizer.group}; got {window}"
+                )
 
     def init(self, shape: LayerShape, *, batch: int, max_len: int, dtype) -> LayerCache:
         """An empty cache of this layer."""
@@ -72,12 +78,26 @@ class LayerScheme:
         group = math.lcm(self.key.group, self.value.group)
         common = -(-min(own) // group) * group
         side = lambda quantizer, window, capacity: init_side(
-            quantizer, window, num_sinks=self.sinks, capacity=max(capacity, common), batch=batch,
-            num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, dtype=dtype)
+            quantizer,
+            window,
+            num_sinks=self.sinks,
+            capacity=max(capacity, common),
+            batch=batch,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=dtype,
+        )
         return LayerCache(
-            key=side(self.key, self.key_window, own[0]), value=side(self.value, self.value_window, own[1]),
-            lengths=jnp.zeros(batch, jnp.int32), overflow=jnp.zeros(batch, jnp.int32), max_len=max_len,
-            num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, dtype=jnp.dtype(dtype), rotated=self.rotated)
+            key=side(self.key, self.key_window, own[0]),
+            value=side(self.value, self.value_window, own[1]),
+            lengths=jnp.zeros(batch, jnp.int32),
+            overflow=jnp.zeros(batch, jnp.int32),
+            max_len=max_len,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=jnp.dtype(dtype),
+            rotated=self.rotated,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,25 +113,46 @@ class Scheme:
         options = ",".join(f"{k}={v}" for k, v in self.options)
         return f"{self.name}:{options}" if options else self.name
 
-    def init(self, *, num_layers: int, batch: int, max_len: int, num_kv_heads: int, head_dim: int,
-             dtype=jnp.bfloat16) -> KVCache:
+    def init(
+        self,
+        *,
+        num_layers: int,
+        batch: int,
+        max_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype=jnp.bfloat16,
+    ) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_len` tokens.
 
         Args:
-          dtype: of sinks, residual and full-precision bodies; keys and values are rounded to it on entry.
+          dtype: of sinks, residual and full-precision bodies; keys and values are rounded to it on
+          entry.
 
         Raises:
           ValueError: the model's shape does not fit the scheme, or a size is not positive.
         """
-        sizes = dict(num_layers=num_layers, batch=batch, max_len=max_len, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        sizes = dict(
+            num_layers=num_layers,
+            batch=batch,
+            max_len=max_len,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{self}: expected {name} >= 1; got {size}")
         if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-            raise ValueError(f"{self}: expected a floating-point dtype such as bfloat16 or float32; got {dtype}")
-        shapes = (LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=i, num_layers=num_layers)
-                  for i in range(num_layers))
-        layers = tuple(self.layer(s).init(s, batch=batch, max_len=max_len, dtype=dtype) for s in shapes)
+            raise ValueError(
+                f"{self}: expected a floating-point dtype such as bfloat16 or float32; got {dtype}"
+            )
+        shapes = (
+            LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=i, num_layers=num_layers)
+            for i in range(num_layers)
+        )
+        layers = tuple(
+            self.layer(s).init(s, batch=batch, max_len=max_len, dtype=dtype) for s in shapes
+        )
         return KVCache(layers=layers, scheme=str(self))
 
     def abstract(self, **sizes) -> KVCache:
@@ -123,11 +164,13 @@ _REGISTRY: dict[str, Callable] = {}
 
 
 def register(name: str) -> Callable[[Callable], Callable]:
-    """Names a scheme function: keyword-only options with defaults -> (LayerShape -> LayerScheme)."""
+    """Names a scheme: a function of keyword options that returns LayerShape -> LayerScheme."""
 
     def decorate(function: Callable) -> Callable:
         if name in _REGISTRY and _REGISTRY[name] is not function:
-            raise ValueError(f"schemes.register: there is already a scheme named {name!r}; choose another name")
+            raise ValueError(
+                f"schemes.register: there is already a scheme named {name!r}; choose another name"
+            )
         _REGISTRY[name] = function
         return function
 
@@ -172,7 +215,9 @@ def get(spec: "str | Scheme", **options) -> Scheme:
     """
     if isinstance(spec, Scheme):
         if options:
-            raise ValueError(f"schemes.get: options go with a name; got the scheme {spec} and {options}")
+            raise ValueError(
+                f"schemes.get: options go with a name; got the scheme {spec} and {options}"
+            )
         return spec
     name, _, rest = spec.partition(":")
     name = name.strip()
@@ -181,22 +226,36 @@ def get(spec: "str | Scheme", **options) -> Scheme:
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"scheme {spec!r}: expected option=value; got {item!r}. "
-                             f"Example: {name}:{next(iter(known), 'option')}=...")
+            raise ValueError(
+                f"scheme {spec!r}: expected option=value; got {item!r}. "
+                f"Example: {name}:{next(iter(known), 'option')}=..."
+            )
         given[key.strip()] = _parse(value.strip())
     given |= options
     for key, value in given.items():
         if key not in known:
-            raise ValueError(f"scheme {name!r} has no option {key!r}; it has: "
-                             f"{', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}")
+            raise ValueError(
+                f"scheme {name!r} has no option {key!r}; it has: "
+                f"{', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}"
+            )
         _check_type(name, key, value, known[key])
     function = _REGISTRY[name]
-    return Scheme(name, tuple(given.items()), function(**given), inspect.getdoc(function).split("\n")[0])
+    return Scheme(
+        name, tuple(given.items()), function(**given), inspect.getdoc(function).split("\n")[0]
+    )
 
 
 def _check_type(name: str, key: str, value: object, default: object) -> None:
-    expected = (int, type(None)) if default is None else (float, int) if isinstance(default, float) else type(default)
-    if not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool)):
+    expected = (
+        (int, type(None))
+        if default is None
+        else (float, int)
+        if isinstance(default, float)
+        else type(default)
+    )
+    if not isinstance(value, expected) or (
+        isinstance(value, bool) and not isinstance(default, bool)
+    ):
         kind = "a whole number" if default is None else f"a value like {default!r}"
         raise ValueError(f"scheme {name!r}: option {key} takes {kind}; got {value!r}")
 

@@ -1,7 +1,7 @@
 """8-bit floats with one dynamic scale per token and head.
 
-Source: Micikevicius et al. (2022), FP8 formats for deep learning. Engines that default to a scale of 1.0
-lose small activations to underflow; the scale here always comes from the data.
+Source: Micikevicius et al. (2022), FP8 formats for deep learning. Engines that default to a scale
+of 1.0 lose small activations to underflow; the scale here always comes from the data.
 """
 
 from nqkv_jax.cache import Window
@@ -12,8 +12,11 @@ from nqkv_jax.schemes.base import SCALE_DTYPES, LayerScheme, one_of, register
 @register("fp8")
 def fp8(*, format: str = "e4m3", sinks: int = 0, residual: int = 0, scale_dtype: str = "float16"):
     """8-bit floats (e4m3 or e5m2), one scale per token and head."""
-    quantizer = Float8Quantizer(one_of("fp8: format", format, ("e4m3", "e5m2")),
-                                scale_dtype=one_of("scale_dtype", scale_dtype, SCALE_DTYPES))
+    quantizer = Float8Quantizer(
+        one_of("fp8: format", format, ("e4m3", "e5m2")),
+        scale_dtype=one_of("scale_dtype", scale_dtype, SCALE_DTYPES),
+    )
     window = Window(chunk=residual or 1)
-    return lambda shape: LayerScheme(key=quantizer, value=quantizer, sinks=sinks, key_window=window,
-                                     value_window=window)
+    return lambda shape: LayerScheme(
+        key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
+    )

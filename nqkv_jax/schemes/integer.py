@@ -1,7 +1,7 @@
-"""Per-token asymmetric integers: min–max groups along the hidden axis, keys after RoPE, no residual.
+"""Per-token asymmetric integers: min–max groups along the hidden axis, keys after RoPE.
 
-The baseline of every 4-bit cache paper, and what inference engines call `int8_per_token_head` when the
-group is a head. x ≈ code * scale + zero with scale = (max - min) / (2^bits - 1) and zero = min.
+The baseline of every 4-bit cache paper, and what inference engines call `int8_per_token_head` when
+the group is a head. x ≈ code * scale + zero with scale = (max - min) / (2^bits - 1) and zero = min.
 """
 
 from nqkv_jax import codebooks
@@ -15,19 +15,31 @@ def _integer(bits: int, group_size: int | None, sinks: int, residual: int, scale
 
     def layer(shape):
         size = group_size or largest_divisor(shape.hidden, 64)
-        quantizer = BlockQuantizer(codebooks.uniform(bits), block_size=size, scale="minmax", scale_dtype=dtype)
+        quantizer = BlockQuantizer(
+            codebooks.uniform(bits), block_size=size, scale="minmax", scale_dtype=dtype
+        )
         window = Window(chunk=residual or 1)
-        return LayerScheme(key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window)
+        return LayerScheme(
+            key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
+        )
 
     return layer
 
 
 def _register(bits: int):
     @register(f"int{bits}")
-    def scheme(*, group_size: int | None = None, sinks: int = 0, residual: int = 0, scale_dtype: str = "float16"):
+    def scheme(
+        *,
+        group_size: int | None = None,
+        sinks: int = 0,
+        residual: int = 0,
+        scale_dtype: str = "float16",
+    ):
         return _integer(bits, group_size, sinks, residual, scale_dtype)
 
-    scheme.__doc__ = f"{bits}-bit asymmetric integers per token, groups of 64 along the hidden axis."
+    scheme.__doc__ = (
+        f"{bits}-bit asymmetric integers per token, groups of 64 along the hidden axis."
+    )
 
 
 for _bits in (8, 4, 2):

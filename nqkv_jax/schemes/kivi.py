@@ -1,9 +1,9 @@
 """KIVI: asymmetric integers, keys per channel over groups of tokens, values per token.
 
-Keys wait in full precision until there are R of them; then all R are encoded, each channel of each group
-of G tokens with its own scale and zero. Values keep exactly their last R tokens in full precision, and are
-encoded one token at a time, in groups of G channels. The current token is always seen in full precision.
-Both sides cost bits + 32 / G.
+Keys wait in full precision until there are R of them; then all R are encoded, each channel of each
+group of G tokens with its own scale and zero. Values keep exactly their last R tokens in full
+precision, and are encoded one token at a time, in groups of G channels. The current token is always
+seen in full precision. Both sides cost bits + 32 / G.
 
 Source: Liu et al. (2024), arXiv 2402.02750; G = 32 and R = 128 are the paper's, keys after RoPE.
 """
@@ -16,23 +16,43 @@ from nqkv_jax.schemes.base import SCALE_DTYPES, LayerScheme, one_of, register
 
 
 @register("kivi")
-def kivi(*, bits: int = 2, group_size: int = 32, residual: int = 128, sinks: int = 0,
-         scale_dtype: str = "float16", keys: str = "rotated"):
-    """Asymmetric integers: keys per channel over 32 tokens, values per token; 128 tokens stay as they are."""
+def kivi(
+    *,
+    bits: int = 2,
+    group_size: int = 32,
+    residual: int = 128,
+    sinks: int = 0,
+    scale_dtype: str = "float16",
+    keys: str = "rotated",
+):
+    """Asymmetric integers: keys per channel over 32 tokens, values per token; residual of 128."""
     one_of("kivi: bits", bits, (1, 2, 3, 4, 8))
     one_of("kivi: keys", keys, ("rotated", "unrotated"))
     if group_size < 1 or residual < group_size or residual % group_size:
-        raise ValueError("kivi: expected residual to be a positive multiple of group_size; got "
-                         f"residual={residual}, group_size={group_size}")
-    block = dict(block_size=group_size, scale="minmax", scale_dtype=one_of("scale_dtype", scale_dtype, SCALE_DTYPES))
+        raise ValueError(
+            "kivi: expected residual to be a positive multiple of group_size; got "
+            f"residual={residual}, group_size={group_size}"
+        )
+    block = dict(
+        block_size=group_size,
+        scale="minmax",
+        scale_dtype=one_of("scale_dtype", scale_dtype, SCALE_DTYPES),
+    )
     key = BlockQuantizer(codebooks.uniform(bits), axis="tokens", **block)
     value = BlockQuantizer(codebooks.uniform(bits), axis="hidden", **block)
 
     def layer(shape):
         if shape.head_dim % group_size:
-            raise ValueError(f"kivi: expected group_size to divide head_dim={shape.head_dim}; got {group_size}")
-        return LayerScheme(key=key if keys == "rotated" else Unrotated(key), value=value, sinks=sinks,
-                           key_window=Window(chunk=residual), value_window=Window(keep=residual),
-                           rotated=keys == "rotated")
+            raise ValueError(
+                f"kivi: expected group_size to divide head_dim={shape.head_dim}; got {group_size}"
+            )
+        return LayerScheme(
+            key=key if keys == "rotated" else Unrotated(key),
+            value=value,
+            sinks=sinks,
+            key_window=Window(chunk=residual),
+            value_window=Window(keep=residual),
+            rotated=keys == "rotated",
+        )
 
     return layer

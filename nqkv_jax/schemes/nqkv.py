@@ -1,15 +1,16 @@
 """NQKV: blocks of one token's hidden vector, across heads, in 4-bit normal-quantile codes.
 
-Per token and side, x [hidden] is cut into blocks of n = 256. A block stores its absolute maximum s as
-float16 and, for each element, the nearest of the 16 NF4 levels to x / s: 4 + 16 / 256 = 4.0625 bits.
-No residual, no sinks, no calibration; a token is encoded as it arrives.
+Per token and side, x [hidden] is cut into blocks of n = 256. A block stores its absolute maximum s
+as float16 and, for each element, the nearest of the 16 NF4 levels to x / s: 4 + 16 / 256 = 4.0625
+bits. No residual, no sinks, no calibration; a token is encoded as it arrives.
 
-Source: Cai et al. (2025), arXiv 2505.16210; NF4 from Dettmers et al. (2023), arXiv 2305.14314. The paper
-does not say how scales are stored or keys placed relative to RoPE (OPT has none): float16, after RoPE.
+Source: Cai et al. (2025), arXiv 2505.16210; NF4 from Dettmers et al. (2023), arXiv 2305.14314. The
+paper does not say how scales are stored or keys placed relative to RoPE (OPT has none): float16,
+after RoPE.
 
-Beyond the paper, each off by default and each exact where it touches attention: other codebooks, sinks, a
-residual that is encoded block by block, keys before RoPE, and (with a residual, whose first block they are
-estimated from) channel means removed and a Hadamard rotation.
+Beyond the paper, each off by default and each exact where it touches attention: other codebooks,
+sinks, a residual that is encoded block by block, keys before RoPE, and (with a residual, whose
+first block they are estimated from) channel means removed and a Hadamard rotation.
 """
 
 from nqkv_jax import codebooks
@@ -24,33 +25,55 @@ CODEBOOKS = {
     "normal_float": (lambda bits, n: codebooks.normal_float(bits), "absmax"),
     "lloyd_max": (lambda bits, n: codebooks.lloyd_max_normal(bits), "rms"),
     "block_normal": (lambda bits, n: codebooks.block_normal(bits, n), "absmax"),
-    "signed_block_normal": (lambda bits, n: codebooks.block_normal(bits, n, signed=True), "signed_absmax"),
+    "signed_block_normal": (
+        lambda bits, n: codebooks.block_normal(bits, n, signed=True),
+        "signed_absmax",
+    ),
     "cubic": (lambda bits, n: codebooks.cubic_normal(bits, n), "absmax"),
     "signed_cubic": (lambda bits, n: codebooks.cubic_normal(bits, n, signed=True), "signed_absmax"),
 }
 
 
 @register("nqkv")
-def nqkv(*, bits: int = 4, block_size: int | None = None, codebook: str = "normal_float",
-         scale_dtype: str = "float16", sinks: int = 0, residual: int = 0, centre: bool = False,
-         hadamard: bool = False, keys: str = "rotated"):
+def nqkv(
+    *,
+    bits: int = 4,
+    block_size: int | None = None,
+    codebook: str = "normal_float",
+    scale_dtype: str = "float16",
+    sinks: int = 0,
+    residual: int = 0,
+    centre: bool = False,
+    hadamard: bool = False,
+    keys: str = "rotated",
+):
     """Normal-quantile codes (NF4), one absmax scale per block of 256 of a token's hidden vector."""
     one_of("nqkv: bits", bits, (2, 3, 4))
     make, scale = one_of("nqkv: codebook", codebook, CODEBOOKS)
     dtype = one_of("scale_dtype", scale_dtype, SCALE_DTYPES)
     one_of("nqkv: keys", keys, ("rotated", "unrotated"))
     if centre and residual < 16:
-        raise ValueError("nqkv: centre=True estimates the channel means from the first residual block, so it needs "
-                         f"residual >= 16 tokens, for example residual=64; got residual={residual}")
+        raise ValueError(
+            "nqkv: centre=True estimates the channel means from the first residual block, so it "
+            f"needs residual >= 16 tokens, for example residual=64; got residual={residual}"
+        )
 
     def layer(shape):
         size = block_size or largest_divisor(shape.hidden, 256)
-        quantizer = BlockQuantizer(make(bits, size), block_size=size, scale=scale, scale_dtype=dtype)
+        quantizer = BlockQuantizer(
+            make(bits, size), block_size=size, scale=scale, scale_dtype=dtype
+        )
         transforms = (Centre(),) * centre + (Hadamard(),) * hadamard
         if transforms:
             quantizer = Transformed(quantizer, transforms)
         window = Window(chunk=residual or 1)
-        return LayerScheme(key=quantizer if keys == "rotated" else Unrotated(quantizer), value=quantizer, sinks=sinks,
-                           key_window=window, value_window=window, rotated=keys == "rotated")
+        return LayerScheme(
+            key=quantizer if keys == "rotated" else Unrotated(quantizer),
+            value=quantizer,
+            sinks=sinks,
+            key_window=window,
+            value_window=window,
+            rotated=keys == "rotated",
+        )
 
     return layer
