@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from nqkv_jax.models import llama, opt
-from nqkv_jax.models.config import LlamaConfig, ModelConfig, OptConfig, RopeConfig
+from nqkv_jax.models.config import LlamaConfig, ModelConfig, OptConfig
 from nqkv_jax.models.layers import Decoder
+from nqkv_jax.models.rope import RopeConfig
 from nqkv_jax.models.weights import ParamFiller, Weight
 
 

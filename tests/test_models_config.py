@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from nqkv_jax.models import families
-from nqkv_jax.models.config import LlamaConfig, OptConfig, RopeConfig, check_tokens
+from nqkv_jax.models.config import LlamaConfig, OptConfig, check_tokens
+from nqkv_jax.models.rope import RopeConfig
 from nqkv_jax.models.weights import CheckpointError, ParamFiller, Weight
 
 TINY = dict(
