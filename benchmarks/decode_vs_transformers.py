@@ -2,9 +2,9 @@
 
 SmolLM2-135M, float32, batch 1, greedy, the same prompt and the same number of threads for both:
 full precision against DynamicCache, and `nqkv` against QuantizedCache (quanto, 4 bits, its
-defaults). The last row is our speed where attention costs nothing (a prompt of 16 tokens): what reading the
-weights allows. Rounds are interleaved, because shared machines drift; medians and the spread are
-printed.
+defaults). The last row is our speed where attention costs nothing (a prompt of 16 tokens): what
+reading the weights allows. Rounds are interleaved, because shared machines drift; medians and the
+spread are printed.
 
     make benchmark          or
     python benchmarks/decode_vs_transformers.py --prompt-tokens 1000 --new-tokens 32 --rounds 3
