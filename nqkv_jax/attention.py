@@ -74,12 +74,25 @@ def attend_tokens(
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     maximum = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - jnp.where(maximum == -jnp.inf, 0, maximum)[..., None])
-    # A token that no query may see could be NaN, and 0 * NaN is not 0.
-    v = jnp.where(jnp.any(mask, axis=1)[:, :, None, None], v, 0)
-    numerator = jnp.einsum(
+    return Partial(
+        numerator=mix(weights, v, mask), denominator=jnp.sum(weights, axis=-1), maximum=maximum
+    )
+
+
+def mix(weights: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """sum_t weights * v, f32[B, Hkv, G, S, D], for v [B, T, Hkv, D] and mask [B, S, T].
+
+    Tokens outside the mask have weight 0, but could be NaN, and 0 * NaN is not 0: a NaN or infinite
+    value reaches those queries that see it, and no others.
+    """
+    product = lambda v: jnp.einsum(
         "bhgst,bthd->bhgsd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return Partial(numerator=numerator, denominator=jnp.sum(weights, axis=-1), maximum=maximum)
+    if mask.shape[1] == 1:
+        return product(jnp.where(mask[:, 0, :, None, None], v, 0))
+    finite = jnp.all(jnp.isfinite(v), axis=-1, keepdims=True)  # [B, T, Hkv, 1]
+    broken = jnp.einsum("bst,bth->bhs", mask.astype(v.dtype), (~finite[..., 0]).astype(v.dtype))
+    return jnp.where((broken > 0)[:, :, None, :, None], jnp.nan, product(jnp.where(finite, v, 0)))
 
 
 def visible(
@@ -284,7 +297,8 @@ def attend(
       cache: a `KVCache`, a `DecodedView`, or None for plain causal attention.
       layer: index of the layer in the cache.
       rotary: how to rotate q and k; None for models without RoPE.
-      num_new: i32[B], how many of the S tokens are valid (right-padded); None for all.
+      num_new: i32[B], how many of the S tokens are valid (right-padded); None for all. Clipped to
+        0 .. S.
       window: attend to the latest `window` tokens only, the current one included.
       scale: of the scores; default D ** -0.5.
       implementation: of attention over the body: "auto" or "xla".
@@ -297,9 +311,11 @@ def attend(
     """
     _check(q, k, v, cache, layer, num_new, window, implementation)
     batch, size, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
+    num_kv_heads, dtype = k.shape[2], q.dtype
     if num_new is None:
         num_new = jnp.full(batch, size, jnp.int32)
+    else:
+        num_new = jnp.clip(jnp.asarray(num_new), 0, size).astype(jnp.int32)
     if isinstance(cache, KVCache):
         positions = cache.layers[layer].lengths[:, None] + jnp.arange(size)[None]
     else:
@@ -324,7 +340,7 @@ def attend(
     else:
         out = cache.attend(q, k, v, layer=layer, rotary=rotary, window=window)
     out = out.output().transpose(0, 3, 1, 2, 4).reshape(batch, size, num_heads, head_dim)
-    return out.astype(v.dtype), cache
+    return out.astype(dtype), cache
 
 
 def _attend_cache(
@@ -398,19 +414,30 @@ def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
             "attend: q and k must agree in batch, tokens and head_dim, and num_heads must be a "
             f"multiple of num_kv_heads; got q {q.shape}, k {k.shape}"
         )
+    if not q.size or not k.size:
+        raise ValueError(f"attend: expected at least one token; got q {q.shape}, k {k.shape}")
     if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in (q, k, v)):
         raise ValueError(
             f"attend: expected floating-point q, k, v; got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if num_new is not None and num_new.shape != (batch,):
-        raise ValueError(
-            f"attend: expected num_new of shape ({batch},), one count per sequence; "
-            f"got {num_new.shape}"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"attend: expected window >= 1 or None; got {window}")
+    if num_new is not None:
+        shape, dtype = jnp.shape(num_new), jnp.result_type(num_new)
+        if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"attend: expected num_new of shape ({batch},), one whole number per sequence; "
+                f"got {dtype} of shape {shape}"
+            )
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, int) or window < 1
+    ):
+        raise ValueError(f"attend: expected window >= 1, a whole number, or None; got {window!r}")
     if implementation not in ("auto", "xla"):
         raise ValueError(f"attend: expected implementation 'auto' or 'xla'; got {implementation!r}")
+    if not isinstance(layer, int):
+        raise ValueError(
+            f"attend: layer must be a Python int, as layers may be cached differently; got "
+            f"{layer}. Unroll the loop over layers"
+        )
     if isinstance(cache, KVCache):
         if not 0 <= layer < len(cache.layers):
             raise ValueError(
@@ -423,3 +450,8 @@ def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
                 "attend: the cache was made for (batch, num_kv_heads, head_dim) = "
                 f"{expected}; got k {k.shape}"
             )
+    elif cache is not None and not hasattr(cache, "attend"):
+        raise ValueError(
+            "attend: expected cache to be a KVCache (scheme.init makes one), a DecodedView or "
+            f"None; got {type(cache).__name__}"
+        )

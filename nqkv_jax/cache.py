@@ -158,7 +158,7 @@ def _write(buffer: jax.Array, rows: jax.Array, index: jax.Array, keep: jax.Array
     """Writes `rows` to `buffer[index]` where `keep`; one sequence."""
     # Out-of-range rows are dropped, so that pads and tokens past max_len cannot reach what is
     # cached.
-    index = jnp.where(keep, index, buffer.shape[0])
+    index = jnp.where(keep, index, buffer.shape[0] + jnp.arange(index.shape[0]))
     return buffer.at[index].set(rows, mode="drop", unique_indices=True)
 
 
@@ -298,8 +298,8 @@ class KVCache:
 
     @property
     def overflow(self) -> jax.Array:
-        """i32[B], tokens that did not fit into `max_len` and were not stored."""
-        return self.layers[0].overflow
+        """i32[B], tokens that did not fit into `max_len` and were not stored, in any layer."""
+        return jnp.max(jnp.stack([layer.overflow for layer in self.layers]), axis=0)
 
     def positions(self, num_tokens: int) -> jax.Array:
         """i32[B, num_tokens], positions of the next tokens."""
@@ -312,15 +312,46 @@ class KVCache:
 
     @property
     def stored_bits(self) -> float:
-        """Bits per element of the body, from the arrays that are there; 0 without a body."""
+        """Bits per element of the body, from the arrays that are there; 0 without a body.
+
+        A property of what is allocated, whether or not it is filled. Sinks, residual and states
+        come on top: see `nbytes` and `effective_bits`.
+        """
         bodies = [s for layer in self.layers for s in (layer.key, layer.value)]
         stored = sum(a.size * a.dtype.itemsize for s in bodies for a in jax.tree.leaves(s.body))
         tokens = sum(s.capacity for s in bodies) * self.batch
         layer = self.layers[0]
         return 8 * stored / max(tokens * layer.num_kv_heads * layer.head_dim, 1)
 
+    @property
+    def effective_bits(self) -> float:
+        """Bits per element of a cache that is full: all of `nbytes`, over max_len tokens."""
+        layer = self.layers[0]
+        elements = 2 * len(self.layers) * layer.num_kv_heads * layer.head_dim
+        return 8 * self.nbytes / (self.batch * self.max_len * elements)
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of one encoded token of one sequence, in all layers; 0 without a body."""
+        sides = [s for layer in self.layers for s in (layer.key, layer.value) if s.num_groups]
+        return sum(
+            a.size * a.dtype.itemsize / (self.batch * side.capacity)
+            for side in sides
+            for a in jax.tree.leaves(side.body)
+        )
+
     def check(self) -> "KVCache":
-        """Returns the cache; raises ValueError if tokens were turned away. Not for use in `jit`."""
+        """Returns the cache; not for use in `jit`.
+
+        Raises:
+          ValueError: tokens were turned away, or the layers do not hold the same number of them.
+        """
+        lengths = [tuple(int(n) for n in layer.lengths) for layer in self.layers]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                "cache: expected every layer to hold the same tokens; lengths per layer are "
+                f"{lengths}. Call attend once per layer with layer=0, 1, ..."
+            )
         lost = [int(n) for n in self.overflow]
         if any(lost):
             raise ValueError(

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.attention import Partial, decode_groups, visible
+from nqkv_jax.attention import Partial, decode_groups, mix, visible
 from nqkv_jax.cache import Side
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, Scheme
@@ -36,6 +36,13 @@ class DecodedView:
     num_layers: int = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
 
+    def __post_init__(self):
+        if not isinstance(self.scheme, Scheme):
+            raise ValueError(
+                f"DecodedView: expected scheme to be a Scheme, as schemes.get returns; got "
+                f"{self.scheme!r}"
+            )
+
     def positions(self, num_tokens: int) -> jax.Array:
         """i32[1, num_tokens]."""
         return jnp.arange(num_tokens)[None]
@@ -51,6 +58,8 @@ class DecodedView:
         window: int | None,
     ) -> Partial:
         """Queries [B, Hkv, G, S, D], rotated and scaled; k, v [B, S, Hkv, D] as they were made."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"DecodedView: has layers 0..{self.num_layers - 1}; got {layer}")
         batch, size, num_kv_heads, head_dim = k.shape
         shape = LayerShape(
             num_kv_heads=num_kv_heads, head_dim=head_dim, layer=layer, num_layers=self.num_layers
@@ -72,20 +81,17 @@ class DecodedView:
             score = lambda k: jnp.einsum(
                 "bhgsd,bthd->bhgst", queries, k, preferred_element_type=jnp.float32
             )
-            mix = lambda w, v: jnp.einsum(
-                "bhgst,bthd->bhgsd", w.astype(v.dtype), v, preferred_element_type=jnp.float32
-            )
-            everything = jnp.ones((1, size), bool)
-            mask = visible(at[None], positions[:1], everything, window)[:, None, None]
-            scores = jnp.where(
-                mask, _choose(cache.key, at, size, score(keys), lambda: score(k)), -jnp.inf
-            )
+            at = jnp.broadcast_to(at, (batch, width))
+            mask = visible(at, positions, jnp.ones((batch, size), bool), window)
+            scores = _choose(cache.key, at, size, score(keys), lambda: score(k))
+            scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
             maximum = jnp.max(scores, axis=-1)
             weights = jnp.exp(scores - maximum[..., None])
             chosen = _encoded(cache.value, at, size)
-            numerator = mix(jnp.where(chosen, weights, 0), values)
+            choose = lambda yes: jnp.where(yes[:, None, None], weights, 0)
+            numerator = mix(choose(chosen), values, mask & chosen)
             if _ever_raw(cache.value):
-                numerator = numerator + mix(jnp.where(chosen, 0, weights), v)
+                numerator = numerator + mix(choose(~chosen), v, mask & ~chosen)
             return Partial(
                 numerator=numerator, denominator=jnp.sum(weights, axis=-1), maximum=maximum
             )
@@ -121,12 +127,14 @@ def _decoded(side: Side, raw: jax.Array, rotary: Rotary | None) -> jax.Array:
 
 
 def _encoded(side: Side, at: jax.Array, size: int) -> jax.Array:
-    """bool[1, 1, 1, queries, size]: whether the query at `at` sees a token as decoded."""
+    """bool[B, queries, size]: whether the query at `at` [B, queries] sees a token as decoded."""
     tokens = at + 1 if side.window.immediate else at
     count = side.window.encoded(jnp.maximum(tokens - side.num_sinks, 0))
     token = jnp.arange(size) - side.num_sinks
-    return ((token[None] >= 0) & (token[None] < count[:, None]))[None, None, None]
+    return (token[None, None] >= 0) & (token[None, None] < count[..., None])
 
 
 def _choose(side: Side, at: jax.Array, size: int, decoded: jax.Array, raw) -> jax.Array:
-    return jnp.where(_encoded(side, at, size), decoded, raw()) if _ever_raw(side) else decoded
+    if not _ever_raw(side):
+        return decoded
+    return jnp.where(_encoded(side, at, size)[:, None, None], decoded, raw())

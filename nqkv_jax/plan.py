@@ -71,10 +71,24 @@ class AbstractCaches:
         ]  # fmt: skip
         return KVCache(layers=tuple(layers[i] for i in self._kind_of), scheme=self._scheme)
 
+    # Of a long cache, as a short one may have no body.
+
     @property
     def stored_bits(self) -> float:
-        """Per element of the body. Of a long cache, as a short one may have no body."""
+        """Per element of the body."""
         return self(batch=1, max_len=_LONG).stored_bits
+
+    @property
+    def token_bytes(self) -> float:
+        """What one more token of one sequence costs, once the sequence is long."""
+        return self(batch=1, max_len=_LONG).token_bytes
+
+    @property
+    def sequence_bytes(self) -> float:
+        """What a sequence costs beside its encoded tokens: sinks, residual, states."""
+        cache = self(batch=1, max_len=_LONG)
+        bodies = [s.body for layer in cache.layers for s in (layer.key, layer.value)]
+        return cache.nbytes - sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(bodies))
 
 
 def _alike(a: LayerScheme, b: LayerScheme) -> bool:
@@ -186,12 +200,12 @@ def _row(config: CacheShape, scheme: Scheme, budget: int, contexts: list[int], b
     def nbytes(batch: int, length: int) -> int:
         return caches(batch=batch, max_len=length).nbytes
 
-    per_token = (nbytes(1, 2 * _LONG) - nbytes(1, _LONG)) / _LONG
+    per_token = caches.token_bytes
     return PlanRow(
         scheme=str(scheme),
         stored_bits=caches.stored_bits,
         token_bytes=per_token,
-        sequence_bytes=nbytes(1, _LONG) - per_token * _LONG,
+        sequence_bytes=caches.sequence_bytes,
         largest_batch={
             length: largest(lambda batch, length=length: nbytes(batch, length) <= budget,
                             guess=budget // nbytes(1, length))

@@ -49,6 +49,11 @@ def quantize(tree: Any, quantizer: Quantizer) -> Any:
     Returns: a tree of the same structure. Pure: it can be jitted, vmapped and scanned.
     Raises:  ValueError if an array cannot be quantized, saying why.
     """
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(
+            "quantize: expected a quantizer such as BlockQuantizer(codebooks.normal_float(4), "
+            f"block_size=256); got {quantizer!r}. Schemes are for caches"
+        )
     return jax.tree.map(lambda x: _quantize_array(x, quantizer), tree)
 
 

@@ -260,6 +260,35 @@ def test_one_traced_step_lowers_for_accelerators(platform):
     assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+def test_a_bad_value_reaches_only_the_queries_that_see_it():
+    """In a prompt, through the decoded view, and without a cache alike."""
+    q, k, v = make_qkv(12)
+    broken = v.at[0, 7, 0, 3].set(jnp.nan)
+    scheme = nq.schemes.get("nqkv:sinks=2")
+    view = nq.DecodedView(scheme=scheme, num_layers=1, dtype=jnp.dtype(jnp.float32))
+    for cache in (None, view, make_cache("nqkv:sinks=2", max_len=12)):
+        out = np.asarray(nq.attend(q, k, broken, cache, window=3)[0])
+        bad = ~np.isfinite(out).all(axis=-1)  # [B, T, Hq]
+        assert bad[0, 7:10, :3].all()
+        assert not bad[0, :7].any() and not bad[0, 10:].any()
+        assert not bad[1].any()
+        # A block of this scheme spans both heads, and is NaN as a whole.
+        assert bad[0, :, 3:].any() == (cache is view)
+
+
+def test_num_new_is_clipped_to_the_tokens_that_there_are():
+    q, k, v = make_qkv(3)
+    _, cache = nq.attend(q, k, v, make_cache("nqkv", max_len=12), num_new=[7, -2])
+    np.testing.assert_array_equal(cache.lengths, [3, 0])
+    assert cache.lengths.dtype == jnp.int32
+
+
+def test_output_has_the_dtype_of_the_queries():
+    q, k, v = make_qkv(3)
+    out, _ = nq.attend(q.astype(jnp.bfloat16), k, v, make_cache("none", max_len=12))
+    assert out.dtype == jnp.bfloat16
+
+
 def test_low_precision_models_keep_their_dtype():
     q, k, v = (a.astype(jnp.bfloat16) for a in make_qkv(9))
     out, cache = attend(q, k, v, make_cache("nqkv:sinks=2", max_len=16, dtype=jnp.bfloat16))
@@ -284,6 +313,14 @@ GOOD = dict(q=(BATCH, 1, NUM_HEADS, HEAD_DIM), k=(BATCH, 1, NUM_KV_HEADS, HEAD_D
         (dict(layer=1), r"layers 0..0; got layer=1"),
         (dict(window=0), "window >= 1"),
         (dict(num_new=jnp.zeros((), jnp.int32)), r"num_new of shape \(2,\)"),
+        (dict(num_new=[1.0, 1.0]), "one whole number per sequence; got float32"),
+        (dict(window=2.5), "a whole number, or None; got 2.5"),
+        (
+            dict(q=(BATCH, 0, NUM_HEADS, HEAD_DIM), k=(BATCH, 0, NUM_KV_HEADS, HEAD_DIM)),
+            "at least one",
+        ),
+        (dict(cache="nqkv"), "expected cache to be a KVCache .*; got str"),
+        (dict(layer=jnp.int32(0)), "layer must be a Python int"),
         (dict(implementation="mosaic"), "'auto' or 'xla'; got 'mosaic'"),
     ],
 )
@@ -292,4 +329,4 @@ def test_bad_calls_are_refused(changes, message):
     dtype = changes.pop("dtype", jnp.float32)
     q, k = (jnp.zeros(shapes[n], dtype) for n in ("q", "k"))
     with pytest.raises(ValueError, match=message):
-        nq.attend(q, k, k, make_cache("nqkv", max_len=8), **changes)
+        nq.attend(q, k, k, changes.pop("cache", make_cache("nqkv", max_len=8)), **changes)

@@ -154,6 +154,30 @@ def test_bytes_are_those_of_the_live_arrays():
     assert cache.stored_bits == 3 + 16 / 64
 
 
+def test_check_looks_at_every_layer():
+    q, k, v = make_qkv(8)
+    cache = make_cache("nqkv", max_len=8, num_layers=2)
+    for layer in (0, 1):
+        _, cache = attend(q, k, v, cache, layer=layer)
+    assert cache.check() is cache
+    _, forgotten = attend(q, k, v, make_cache("nqkv", max_len=8, num_layers=2), layer=1)
+    with pytest.raises(
+        ValueError, match=r"every layer to hold the same tokens.*\(0, 0\), \(8, 8\)"
+    ):
+        forgotten.check()
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_bits_and_bytes_add_up(spec):
+    cache = make_cache(spec, max_len=4000)
+    layer = cache.layers[0]
+    elements = 2 * layer.num_kv_heads * layer.head_dim
+    np.testing.assert_allclose(cache.token_bytes, cache.stored_bits * elements / 8, rtol=0.01)
+    np.testing.assert_allclose(cache.effective_bits, cache.nbytes * 8 / (BATCH * 4000 * elements))
+    rest = cache.nbytes - cache.token_bytes * BATCH * layer.key.capacity
+    assert -0.01 * cache.nbytes < rest < 0.2 * cache.nbytes
+
+
 def test_abstract_cache_counts_what_init_allocates():
     for spec in SCHEMES:
         sizes = dict(
@@ -178,9 +202,8 @@ def test_a_cache_too_short_for_a_body_still_works(spec):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        (dict(batch=0), "expected batch >= 1; got 0"),
-        (dict(max_len=-5), "expected max_len >= 1; got -5"),
-        (dict(dtype=jnp.int8), "expected a floating-point dtype.*int8"),
+        (dict(batch=0), "expected batch >= 1, a whole number; got 0"),
+        (dict(max_len=-5), "expected max_len >= 1, a whole number; got -5"),
         (dict(head_dim=30), "multiple of|divide"),
     ],
 )

@@ -135,7 +135,7 @@ def test_schemes(capsys):
 
 def test_plan(capsys, tiny):
     argv = ("plan", "--model", "facebook/opt-6.7b", "--memory", "80GiB",
-            "--schemes", "none", "nqkv")  # fmt: skip
+            "--scheme", "none", "nqkv")  # fmt: skip
     out = run(capsys, *argv)
     assert "fits into memory; the model was trained for 2,048 positions" in out
     found = json.loads(run(capsys, *argv, "--json", "--batch", "1", "8", "--context", "512"))
@@ -154,7 +154,7 @@ def test_plan(capsys, tiny):
             "1KB",
             "--reserve",
             "10KB",
-            "--schemes",
+            "--scheme",
             "none",
             "--json",
         )
@@ -213,7 +213,7 @@ def test_generate(capsys, tiny, tmp_path):
     status = main([*argv, "--prompt", "Say so: "])
     out, err = capsys.readouterr()
     assert status == 0 and out.startswith("Say so: ") and out.endswith("\n")
-    assert "nqkv: " in err and "tokens/s" in err and "bits stored" in err
+    assert "nqkv: " in err and "tokens/s" in err and "bits per encoded element" in err
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("Say so: ", encoding="utf-8")
     found = json.loads(run(capsys, *argv, "--file", prompt, "--json"))

@@ -62,6 +62,15 @@ def test_string_form_round_trips():
     )
     assert nq.schemes.get(scheme) is scheme
     assert str(nq.schemes.get("none")) == "none"
+    # Defaults and order make no difference; equal schemes are one object and compile once.
+    assert nq.schemes.get("nqkv:bits=4") is nq.schemes.get("nqkv")
+    assert nq.schemes.get("nqkv:sinks=1,bits=3") is nq.schemes.get("nqkv:bits=3,sinks=1")
+
+
+def test_schemes_with_other_layers_are_not_equal():
+    """They are static arguments of `jit`: equal ones share a program."""
+    make = lambda bits: nq.schemes.get("nqkv", bits=bits).layer
+    assert nq.schemes.Scheme("mine", (), make(2), "") != nq.schemes.Scheme("mine", (), make(4), "")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +81,11 @@ def test_string_form_round_trips():
         ("nqkv:bit=3", "no option 'bit'; it has: bits=4, block_size=None"),
         ("none:bits=3", "no option 'bits'; it has: none"),
         ("nqkv:bits", "expected option=value; got 'bits'"),
+        ("nqkv:bits=4,bits=3", "option bits is given twice"),
+        (5, "expected a name such as .*; got 5"),
+        ("nqkv:residual=-1", "nqkv: residual is how many tokens .* at least 2; got -1"),
+        ("int4:residual=1", "int4: residual is how many tokens .* at least 2; got 1"),
+        ("kivi:group_size=1,residual=1", "kivi: expected group_size >= 2"),
         ("nqkv:bits=four", "option bits takes a value like 4; got 'four'"),
         ("nqkv:bits=True", "option bits takes a value like 4; got True"),
         ("nqkv:bits=5", "nqkv: bits: expected one of 2, 3, 4; got 5"),
@@ -79,7 +93,7 @@ def test_string_form_round_trips():
         ("nqkv:codebook=nf", "expected one of normal_float, lloyd_max.*got 'nf'"),
         ("nqkv:scale_dtype=int8", "expected one of float16, bfloat16, float32; got 'int8'"),
         ("nqkv:centre=True", "needs residual >= 16"),
-        ("kivi:residual=100", "positive multiple of group_size.*residual=100, group_size=32"),
+        ("kivi:residual=100", "positive multiple of it.*residual=100, group_size=32"),
         ("kivi:keys=before", "expected one of rotated, unrotated; got 'before'"),
         ("fp8:format=e3m4", "expected one of e4m3, e5m2"),
     ],
@@ -94,7 +108,7 @@ def test_bad_specs_say_what_exists(spec, message):
     [
         ("nqkv:block_size=100", r"block_size must divide .* = 192: one of .*64, 96, 192"),
         ("kivi:group_size=48,residual=48", "group_size to divide head_dim=64; got 48"),
-        ("nqkv:residual=-1", "chunk >= 1"),
+        ("nqkv:block_size=0", "block_size must be positive; got 0"),
         ("nqkv:sinks=-1", "sinks >= 0"),
     ],
 )

@@ -103,14 +103,10 @@ def _measure(lm, scheme: str, args) -> dict:
         lm, passage(), scheme=scheme, window=window, cache_dtype=CACHE_DTYPE, progress=args.progress
     )
     caches = AbstractCaches(lm.config, get(scheme), CACHE_DTYPE)
-    # A long cache's next token: what does not grow with the text is said by cache_bytes.
-    token_bytes = (
-        caches(batch=1, max_len=1 << 17).nbytes - caches(batch=1, max_len=1 << 16).nbytes
-    ) / (1 << 16)
     return dict(
         scheme=scheme, text=result.texts[0], tokens=len(result.tokens[0]),
         cache_bytes=result.cache_bytes, cache_tokens=result.cache.max_len,
-        bytes_per_token=token_bytes, stored_bits=caches.stored_bits,
+        bytes_per_token=caches.token_bytes, stored_bits=caches.stored_bits,
         perplexity=quality.perplexity, scored_tokens=quality.tokens, window=quality.window,
     )  # fmt: skip
 

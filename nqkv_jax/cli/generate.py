@@ -127,7 +127,7 @@ def summary(result) -> str:
     """One line: what was made, how fast, and what the cache took."""
     from nqkv_jax.plan import format_size
 
-    bits = f"{result.stored_bits:.4g} bits stored" if result.stored_bits else "nothing encoded yet"
+    bits = f"{result.stored_bits:.4g} bits per encoded element"
     return (
         f"[{result.scheme}: {sum(map(len, result.tokens))} tokens, "
         f"{result.tokens_per_second:.1f} tokens/s (+ {result.prefill_seconds:.1f} s for the "

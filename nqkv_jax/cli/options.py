@@ -93,6 +93,8 @@ def config_of(name: str):
 def _hub_config(name: str, known: str) -> pathlib.Path:
     import huggingface_hub
 
+    # Its retries would scroll our own message away.
+    huggingface_hub.utils.logging.set_verbosity_error()
     try:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
     # Without a network its own errors come, or those of the transport library that it uses now.
@@ -119,7 +121,10 @@ def _read_json(path: pathlib.Path) -> dict:
 
 def read_text(path: str) -> str:
     """A UTF-8 file, or stdin for "-"."""
-    data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"the text {path} cannot be read: {error.strerror}") from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -37,7 +37,7 @@ def add(commands) -> None:
         default=[1],
         help="largest context at these (default: 1)",
     )
-    parser.add_argument("--schemes", nargs="+", metavar="SCHEME", help="default: all")
+    parser.add_argument("--scheme", nargs="+", metavar="SCHEME", help="default: all")
     parser.add_argument(
         "--weights-dtype",
         choices=options.DTYPES,
@@ -75,7 +75,7 @@ def run(args) -> None:
     else:
         weights = families.num_params(config) * jnp.dtype(args.weights_dtype).itemsize
     result = plan(
-        config, args.schemes or schemes.names(), memory=memory, weights=weights, reserve=reserve,
+        config, args.scheme or schemes.names(), memory=memory, weights=weights, reserve=reserve,
         contexts=args.context or [min(2048, config.max_positions)], batches=args.batch,
         dtype=jnp.dtype(args.cache_dtype),
     )  # fmt: skip

@@ -9,11 +9,19 @@ def add(commands) -> None:
         "nqkv schemes --heads 8 --head-dim 128",
         "A scheme is written as name:option=value,option=value, for example\n"
         "nqkv:bits=3,block_size=64. Stored bits are per element of the encoded part, scales and\n"
-        "all else that is stored counted, and can depend on the shape of the cache.",
+        "all else that is stored counted, and can depend on the shape of the cache. Effective\n"
+        "bits add sinks and residual: all of a cache's bytes, over a context of that length.",
     )  # fmt: skip
     parser.add_argument("schemes", nargs="*", metavar="SCHEME", help="only these (default: all)")
     parser.add_argument("--heads", type=int, default=32, help="KV heads (default: 32)")
     parser.add_argument("--head-dim", type=int, default=128, help="channels a head (default: 128)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=4096,
+        metavar="TOKENS",
+        help="for effective bits (default: 4096)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -23,10 +31,9 @@ def run(args) -> None:
     from nqkv_jax import schemes
     from nqkv_jax.plan import AbstractCaches
 
-    if args.heads < 1 or args.head_dim < 1:
-        raise ValueError(
-            f"--heads and --head-dim must be positive; got {args.heads} and {args.head_dim}"
-        )
+    sizes = (args.heads, args.head_dim, args.context)
+    if min(sizes) < 1:
+        raise ValueError(f"--heads, --head-dim and --context must be positive; got {sizes}")
     shape = types.SimpleNamespace(num_layers=1, num_kv_heads=args.heads, head_dim=args.head_dim)
     found = []
     for name in args.schemes or schemes.names():
@@ -35,11 +42,14 @@ def run(args) -> None:
             name=str(scheme),
             summary=scheme.summary,
             stored_bits=None,
+            effective_bits=None,
             problem=None,
             options=schemes.defaults(scheme.name) | dict(scheme.options),
         )
         try:
-            entry["stored_bits"] = AbstractCaches(shape, scheme).stored_bits
+            caches = AbstractCaches(shape, scheme)
+            entry["stored_bits"] = caches.stored_bits
+            entry["effective_bits"] = caches(batch=1, max_len=args.context).effective_bits
         except ValueError as error:
             # Of those that were asked for that is an error; in the list of all it is a fact.
             if args.schemes:
@@ -47,14 +57,19 @@ def run(args) -> None:
             entry["problem"] = str(error)
         found.append(entry)
     if args.json:
-        terminal.print_json(dict(heads=args.heads, head_dim=args.head_dim, schemes=found))
+        terminal.print_json(
+            dict(heads=args.heads, head_dim=args.head_dim, context=args.context, schemes=found)
+        )
         return
-    print(f"Stored bits for {args.heads} KV heads x {args.head_dim}, bfloat16.\n")
+    print(
+        f"Bits per element for {args.heads} KV heads x {args.head_dim}, bfloat16; effective bits of "
+        f"a cache for {args.context:,} tokens.\n"
+    )
+    show = lambda bits: "-" if bits is None else f"{bits:.4f}"
     rows = [
-        (e["name"], "-" if e["stored_bits"] is None else f"{e['stored_bits']:.4f}", e["summary"])
-        for e in found
+        (e["name"], show(e["stored_bits"]), show(e["effective_bits"]), e["summary"]) for e in found
     ]
-    print(terminal.table(("scheme", "bits", "summary"), rows, right=(1,)))
+    print(terminal.table(("scheme", "stored", "effective", "summary"), rows, right=(1, 2)))
     print("\noptions and their values:")
     for entry in found:
         listed = ",".join(f"{k}={v}" for k, v in entry["options"].items())

@@ -42,6 +42,10 @@ class BlockQuantizer(Quantizer):
         rms            s = sqrt(mean(x^2))                 z = 0
         minmax         s = (max - min) / (2^bits - 1)      z = min
 
+    The published min-max recipe takes the scale from the exact minimum, but the grid begins at the
+    stored one: where blocks lie far from zero (an offset of 100 widths or more), use
+    scale_dtype=float32.
+
     Scales and zeros beyond the range of `scale_dtype` saturate. A block whose scale is stored as 0
     (all zero, or below the smallest subnormal) decodes to 0, or to z~. A block that holds NaN or an
     infinity gets a NaN scale and decodes to NaN throughout.

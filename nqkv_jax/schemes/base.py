@@ -7,9 +7,11 @@ the registry gives it a string form, `"nqkv:bits=3,block_size=64"`. A new file i
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import math
+import numbers
 import pkgutil
 from collections.abc import Callable
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from nqkv_jax.cache import KVCache, LayerCache, Window, body_capacity, init_side
 from nqkv_jax.quantizers.base import Quantizer
 
-SCALE_DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class LayerScheme:
     def check(self, shape: LayerShape) -> None:
         """Raises ValueError if the layer's shape or the windows do not fit the quantizers."""
         if self.sinks < 0:
-            raise ValueError(f"scheme: expected sinks >= 0; got {self.sinks}")
+            raise ValueError(f"scheme: expected sinks >= 0; got sinks={self.sinks}")
         for side, quantizer, window in (
             ("key", self.key, self.key_window),
             ("value", self.value, self.value_window),
@@ -102,11 +104,19 @@ class LayerScheme:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """A named way to cache every layer of a model. `str(scheme)` is its string form."""
+    """A named way to cache every layer of a model. `str(scheme)` is its string form.
+
+    Attributes:
+      name: as registered.
+      options: those that differ from the defaults, in the order of the signature.
+      layer: what the registered function returned. `get` calls it once per name and options, so
+        that equal schemes are equal as static arguments of `jit`, and others are not.
+      summary: the first line of the function's docstring.
+    """
 
     name: str
     options: tuple[tuple[str, object], ...]
-    layer: Callable[[LayerShape], LayerScheme] = dataclasses.field(compare=False, repr=False)
+    layer: Callable[[LayerShape], LayerScheme] = dataclasses.field(repr=False)
     summary: str = dataclasses.field(compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -140,11 +150,11 @@ class Scheme:
             head_dim=head_dim,
         )
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{self}: expected {name} >= 1; got {size}")
-        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+                raise ValueError(f"{self}: expected {name} >= 1, a whole number; got {size!r}")
+        if getattr(dtype, "__name__", str(dtype)) not in DTYPES:
             raise ValueError(
-                f"{self}: expected a floating-point dtype such as bfloat16 or float32; got {dtype}"
+                f"{self}: expected dtype to be one of {', '.join(DTYPES)}; got {dtype}"
             )
         shapes = (
             LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=i, num_layers=num_layers)
@@ -219,6 +229,8 @@ def get(spec: "str | Scheme", **options) -> Scheme:
                 f"schemes.get: options go with a name; got the scheme {spec} and {options}"
             )
         return spec
+    if not isinstance(spec, str):
+        raise ValueError(f"schemes.get: expected a name such as 'nqkv:bits=3'; got {spec!r}")
     name, _, rest = spec.partition(":")
     name = name.strip()
     known = defaults(name)
@@ -230,6 +242,8 @@ def get(spec: "str | Scheme", **options) -> Scheme:
                 f"scheme {spec!r}: expected option=value; got {item!r}. "
                 f"Example: {name}:{next(iter(known), 'option')}=..."
             )
+        if key.strip() in given:
+            raise ValueError(f"scheme {spec!r}: option {key.strip()} is given twice")
         given[key.strip()] = _parse(value.strip())
     given |= options
     for key, value in given.items():
@@ -239,10 +253,14 @@ def get(spec: "str | Scheme", **options) -> Scheme:
                 f"{', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}"
             )
         _check_type(name, key, value, known[key])
-    function = _REGISTRY[name]
-    return Scheme(
-        name, tuple(given.items()), function(**given), inspect.getdoc(function).split("\n")[0]
-    )
+    changed = tuple((k, given[k]) for k in known if k in given and given[k] != known[k])
+    return _build(name, _REGISTRY[name], changed)
+
+
+@functools.lru_cache(maxsize=256)
+def _build(name: str, function: Callable, options: tuple[tuple[str, object], ...]) -> Scheme:
+    summary = (inspect.getdoc(function) or "").split("\n")[0]
+    return Scheme(name, options, function(**dict(options)), summary)
 
 
 def _check_type(name: str, key: str, value: object, default: object) -> None:
@@ -265,6 +283,16 @@ def one_of(name: str, value, choices):
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
     return choices[value] if isinstance(choices, dict) else value
+
+
+def block_window(name: str, residual: int) -> Window:
+    """The window of `residual` tokens that are encoded together; 0 for none."""
+    if residual < 0 or residual == 1:
+        raise ValueError(
+            f"{name}: residual is how many tokens wait in full precision to be encoded together: 0 "
+            f"for none, or at least 2; got {residual}"
+        )
+    return Window(chunk=residual or 1)
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -4,9 +4,8 @@ Source: Micikevicius et al. (2022), FP8 formats for deep learning. Engines that 
 of 1.0 lose small activations to underflow; the scale here always comes from the data.
 """
 
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.float8 import Float8Quantizer
-from nqkv_jax.schemes.base import SCALE_DTYPES, LayerScheme, one_of, register
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, block_window, one_of, register
 
 
 @register("fp8")
@@ -14,9 +13,9 @@ def fp8(*, format: str = "e4m3", sinks: int = 0, residual: int = 0, scale_dtype:
     """8-bit floats (e4m3 or e5m2), one scale per token and head."""
     quantizer = Float8Quantizer(
         one_of("fp8: format", format, ("e4m3", "e5m2")),
-        scale_dtype=one_of("scale_dtype", scale_dtype, SCALE_DTYPES),
+        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
     )
-    window = Window(chunk=residual or 1)
+    window = block_window("fp8", residual)
     return lambda shape: LayerScheme(
         key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
     )

@@ -5,20 +5,26 @@ the group is a head. x ≈ code * scale + zero with scale = (max - min) / (2^bit
 """
 
 from nqkv_jax import codebooks
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.schemes.base import SCALE_DTYPES, LayerScheme, largest_divisor, one_of, register
+from nqkv_jax.schemes.base import (
+    DTYPES,
+    LayerScheme,
+    block_window,
+    largest_divisor,
+    one_of,
+    register,
+)
 
 
 def _integer(bits: int, group_size: int | None, sinks: int, residual: int, scale_dtype: str):
-    dtype = one_of("scale_dtype", scale_dtype, SCALE_DTYPES)
+    dtype = one_of("scale_dtype", scale_dtype, DTYPES)
+    window = block_window(f"int{bits}", residual)
 
     def layer(shape):
-        size = group_size or largest_divisor(shape.hidden, 64)
+        size = largest_divisor(shape.hidden, 64) if group_size is None else group_size
         quantizer = BlockQuantizer(
             codebooks.uniform(bits), block_size=size, scale="minmax", scale_dtype=dtype
         )
-        window = Window(chunk=residual or 1)
         return LayerScheme(
             key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
         )

@@ -12,7 +12,7 @@ from nqkv_jax import codebooks
 from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import SCALE_DTYPES, LayerScheme, one_of, register
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, one_of, register
 
 
 @register("kivi")
@@ -28,15 +28,16 @@ def kivi(
     """Asymmetric integers: keys per channel over 32 tokens, values per token; residual of 128."""
     one_of("kivi: bits", bits, (1, 2, 3, 4, 8))
     one_of("kivi: keys", keys, ("rotated", "unrotated"))
-    if group_size < 1 or residual < group_size or residual % group_size:
+    # A group of one token has range 0: its keys would be exact, and cost more than full precision.
+    if group_size < 2 or residual < group_size or residual % group_size:
         raise ValueError(
-            "kivi: expected residual to be a positive multiple of group_size; got "
+            "kivi: expected group_size >= 2 and residual to be a positive multiple of it; got "
             f"residual={residual}, group_size={group_size}"
         )
     block = dict(
         block_size=group_size,
         scale="minmax",
-        scale_dtype=one_of("scale_dtype", scale_dtype, SCALE_DTYPES),
+        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
     )
     key = BlockQuantizer(codebooks.uniform(bits), axis="tokens", **block)
     value = BlockQuantizer(codebooks.uniform(bits), axis="hidden", **block)

@@ -14,11 +14,17 @@ first block they are estimated from) channel means removed and a Hadamard rotati
 """
 
 from nqkv_jax import codebooks
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.transforms import Centre, Hadamard, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import SCALE_DTYPES, LayerScheme, largest_divisor, one_of, register
+from nqkv_jax.schemes.base import (
+    DTYPES,
+    LayerScheme,
+    block_window,
+    largest_divisor,
+    one_of,
+    register,
+)
 
 # name -> (codebook of bits and block size, how blocks are scaled)
 CODEBOOKS = {
@@ -50,8 +56,9 @@ def nqkv(
     """Normal-quantile codes (NF4), one absmax scale per block of 256 of a token's hidden vector."""
     one_of("nqkv: bits", bits, (2, 3, 4))
     make, scale = one_of("nqkv: codebook", codebook, CODEBOOKS)
-    dtype = one_of("scale_dtype", scale_dtype, SCALE_DTYPES)
+    dtype = one_of("scale_dtype", scale_dtype, DTYPES)
     one_of("nqkv: keys", keys, ("rotated", "unrotated"))
+    window = block_window("nqkv", residual)
     if centre and residual < 16:
         raise ValueError(
             "nqkv: centre=True estimates the channel means from the first residual block, so it "
@@ -59,14 +66,13 @@ def nqkv(
         )
 
     def layer(shape):
-        size = block_size or largest_divisor(shape.hidden, 256)
+        size = largest_divisor(shape.hidden, 256) if block_size is None else block_size
         quantizer = BlockQuantizer(
             make(bits, size), block_size=size, scale=scale, scale_dtype=dtype
         )
         transforms = (Centre(),) * centre + (Hadamard(),) * hadamard
         if transforms:
             quantizer = Transformed(quantizer, transforms)
-        window = Window(chunk=residual or 1)
         return LayerScheme(
             key=quantizer if keys == "rotated" else Unrotated(quantizer),
             value=quantizer,
