@@ -309,13 +309,15 @@ def attend(
     Raises:
       ValueError: shapes, dtypes or `layer` do not fit; says what was expected.
     """
+    if num_new is not None:
+        num_new = jnp.asarray(num_new)
     _check(q, k, v, cache, layer, num_new, window, implementation)
     batch, size, num_heads, head_dim = q.shape
     num_kv_heads, dtype = k.shape[2], q.dtype
     if num_new is None:
         num_new = jnp.full(batch, size, jnp.int32)
     else:
-        num_new = jnp.clip(jnp.asarray(num_new), 0, size).astype(jnp.int32)
+        num_new = jnp.clip(num_new, 0, size).astype(jnp.int32)
     if isinstance(cache, KVCache):
         positions = cache.layers[layer].lengths[:, None] + jnp.arange(size)[None]
     else:
@@ -420,13 +422,13 @@ def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
         raise ValueError(
             f"attend: expected floating-point q, k, v; got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if num_new is not None:
-        shape, dtype = jnp.shape(num_new), jnp.result_type(num_new)
-        if shape != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(
-                f"attend: expected num_new of shape ({batch},), one whole number per sequence; "
-                f"got {dtype} of shape {shape}"
-            )
+    if num_new is not None and (
+        num_new.shape != (batch,) or not jnp.issubdtype(num_new.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"attend: expected num_new of shape ({batch},), one whole number per sequence; "
+            f"got {num_new.dtype} of shape {num_new.shape}"
+        )
     if window is not None and (
         isinstance(window, bool) or not isinstance(window, int) or window < 1
     ):

@@ -297,7 +297,7 @@ def test_bench_says_where_it_loses(capsys):
     ("plan --model ./nowhere --memory 1GiB", "must be a preset, a folder"),
     ("schemes nqvk", "unknown scheme 'nqvk'; there are: fp8"),
     ("schemes nqkv:bit=4", "has no option 'bit'; it has: bits=4"),
-    ("schemes --heads 0", "must be positive; got 0"),
+    ("schemes --heads 0", "must be positive; got (0, 128, 4096)"),
     ("generate --prompt x --scheme nqvk", "unknown scheme"),
     ("generate --prompt x --top-k 5", "temperature=0 is greedy"),
     ("generate --prompt x --file y", "not allowed with argument"),

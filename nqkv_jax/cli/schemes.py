@@ -62,8 +62,8 @@ def run(args) -> None:
         )
         return
     print(
-        f"Bits per element for {args.heads} KV heads x {args.head_dim}, bfloat16; effective bits of "
-        f"a cache for {args.context:,} tokens.\n"
+        f"Bits per element for {args.heads} KV heads x {args.head_dim}, bfloat16; effective bits "
+        f"of a cache for {args.context:,} tokens.\n"
     )
     show = lambda bits: "-" if bits is None else f"{bits:.4f}"
     rows = [
