@@ -230,12 +230,15 @@ def test_generate(capsys, tiny, tmp_path):
     assert shown.startswith("[1]") and "\n[2]" in shown
 
 
-def test_demo(capsys, tiny, monkeypatch):
+def test_demo(capsys, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "passage", lambda: "A passage that is short enough. " * 4)
     monkeypatch.setattr(demo, "WINDOW", 64)
     shown, show = [], demo._show
     monkeypatch.setattr(demo, "_show", lambda *args: shown.append(args) or show(*args))
-    out = run(capsys, "demo", "--model", tiny, "--max-new-tokens", "5", "--scheme", "int4")
+    png = tmp_path / "bars.png"
+    out = run(capsys, "demo", "--model", tiny, "--max-new-tokens", "5", "--scheme", "int4",
+              "--plot", str(png))  # fmt: skip
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
     assert all(
         word in out
         for word in (

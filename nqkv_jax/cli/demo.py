@@ -23,6 +23,7 @@ def add(commands) -> None:
     parser.add_argument("--scheme", default="nqkv", help="default: nqkv")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
     parser.add_argument("--prompt", metavar="TEXT", help="default: a question about the sky")
+    parser.add_argument("--plot", metavar="FILE", help="draw the bars into a PNG, PDF or SVG too")
     parser.set_defaults(run=run)
 
 
@@ -41,6 +42,8 @@ def run(args) -> None:
     from nqkv_jax import schemes
 
     names = ["none", str(schemes.get(args.scheme))]
+    if args.plot:
+        _matplotlib()  # what fails after two minutes should have failed at once
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -59,6 +62,9 @@ def run(args) -> None:
     for entry, speed in zip(entries, zip(*speeds, strict=True), strict=True):
         entry["tokens_per_second"] = statistics.median(speed)
         entry["speed_spread"] = (max(speed) - min(speed)) / statistics.median(speed)
+    if args.plot:
+        _plot(entries, args.plot)
+        say(f"Drawn into {args.plot}")
     if args.json:
         terminal.print_json(
             dict(
@@ -70,6 +76,45 @@ def run(args) -> None:
         )
     else:
         _show(lm, entries, args.prompt or PROMPT, terminal.width())
+
+
+def _charts() -> tuple:
+    """(title, entry, how to write it, what is good) of every chart."""
+    from nqkv_jax.plan import format_size
+
+    return (
+        ("cache bytes per token", "bytes_per_token", format_size, "less is better"),
+        ("perplexity", "perplexity", "{:.2f}".format, "less is better"),
+        ("tokens per second", "tokens_per_second", "{:.1f}".format, "more is better"),
+    )
+
+
+def _matplotlib():
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError(
+            '--plot needs matplotlib, which is not installed: pip install "nqkv-jax[plots]"'
+        ) from error
+    return matplotlib
+
+
+def _plot(entries: list[dict], path: str) -> None:
+    """The bars of the terminal, side by side; colours of Okabe and Ito, safe for colour-blind."""
+    figure = _matplotlib().figure.Figure(figsize=(9, 2.6), layout="constrained")
+    for axes, (title, key, form, sense) in zip(figure.subplots(1, 3), _charts(), strict=True):
+        values = [entry[key] for entry in entries]
+        names = [_label(entry["scheme"]) for entry in entries]
+        bars = axes.barh(names, values, color=["#0072B2", "#E69F00"])
+        axes.bar_label(bars, [form(value) for value in values], padding=3)
+        axes.set_title(f"{title}\n({sense})", fontsize=10)
+        axes.set_xlim(0, 1.3 * max(values))
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.invert_yaxis()
+        if axes.get_subplotspec().colspan.start:
+            axes.set_yticks([])
+    figure.savefig(path, dpi=150)
 
 
 def _label(scheme: str) -> str:
@@ -114,8 +159,6 @@ def _measure(lm, scheme: str, args) -> dict:
 def _show(lm, entries: list[dict], prompt: str, columns: int) -> None:
     import jax.numpy as jnp
 
-    from nqkv_jax.plan import format_size
-
     full, coded = entries
     config = lm.config
     print(
@@ -135,12 +178,7 @@ def _show(lm, entries: list[dict], prompt: str, columns: int) -> None:
         [(_label(e["scheme"]), f"{e['bytes_per_token']:,.0f}", f"{e['stored_bits']:.4f}",
           f"{e['perplexity']:.2f}", f"{e['tokens_per_second']:.1f}") for e in entries],
     ))  # fmt: skip
-    charts = (
-        ("cache bytes per token", "bytes_per_token", format_size, "less is better"),
-        ("perplexity", "perplexity", "{:.2f}".format, "less is better"),
-        ("tokens per second", "tokens_per_second", "{:.1f}".format, "more is better"),
-    )
-    for title, key, form, sense in charts:
+    for title, key, form, sense in _charts():
         print(f"\n{title} ({sense})")
         print(
             terminal.bars(
