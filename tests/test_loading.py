@@ -432,5 +432,6 @@ def test_smollm2_against_transformers(smollm2, transformers, torch):
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     ids = smollm2.tokenizer.encode("The quick brown fox jumps over the lazy dog, 12 times a day.")
     expected = oracle(model, [ids])
-    # 1.4e-4 where it was measured, of logits up to 31.
-    np.testing.assert_allclose(smollm2.logits([ids]), expected, atol=5e-4, rtol=0)
+    # 1.4e-4 where it was measured, of logits up to 31: 1e-4 is too much to ask here, as the hidden
+    # states of this model go up to 2e4, where one float32 rounding is 2e-3.
+    np.testing.assert_allclose(smollm2.logits([ids]), expected, atol=3e-4, rtol=0)
