@@ -17,7 +17,9 @@ from nqkv_jax.cache import KVCache, LayerCache, Side
 from nqkv_jax.quantizers.base import Context, Payload
 from nqkv_jax.rotary import Rotary
 
-TILE = 256  # tokens that are decoded at a time; 128..512 are within 5 % of each other on a CPU
+# Tokens that are decoded at a time. At 1,024 cached tokens on two CPU cores, against 128 and 512:
+# `nqkv` takes 0.86 and 1.24 of the time, `none` 1.02 and 0.67.
+TILE = 256
 
 
 @jax.tree_util.register_dataclass
