@@ -296,7 +296,8 @@ def attend(
 
     Args:
       q, k, v: [B, S, Hq, D] and twice [B, S, Hkv, D], float, keys and queries *before* RoPE.
-      cache: a `KVCache`, a `DecodedView`, or None for plain causal attention.
+      cache: a `KVCache`, None for plain causal attention, or an object with a method `attend` that
+        takes its place, such as `DecodedView`.
       layer: index of the layer in the cache.
       rotary: how to rotate q and k; None for models without RoPE.
       num_new: i32[B], how many of the S tokens are valid (right-padded); None for all. Clipped to
@@ -324,16 +325,19 @@ def attend(
         positions = cache.layers[layer].lengths[:, None] + jnp.arange(size)[None]
     else:
         positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
+    grouped = (batch, size, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    unrotated = q.reshape(grouped)
     if rotary is not None:
         q = rotary(q, positions)
+    queries = q.reshape(grouped)
     # Scaled before the product: in float16 the unscaled score can overflow.
     q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
-    q = q.reshape(batch, size, num_kv_heads, num_heads // num_kv_heads, head_dim).transpose(
-        0, 2, 3, 1, 4
-    )
+    q = q.reshape(grouped).transpose(0, 2, 3, 1, 4)
     if isinstance(cache, KVCache):
+        layer_cache = cache.layers[layer]
+        observed = queries if layer_cache.rotated else unrotated
         out, layer_cache = _attend_cache(
-            q, k, v, cache.layers[layer], positions, num_new, rotary, window
+            q, k, v, observed, layer_cache, positions, num_new, rotary, window
         )
         layers = (*cache.layers[:layer], layer_cache, *cache.layers[layer + 1 :])
         cache = dataclasses.replace(cache, layers=layers)
@@ -342,21 +346,24 @@ def attend(
         valid = jnp.arange(size)[None] < num_new[:, None]
         out = attend_new(q, k, v, positions, valid, window)
     else:
-        out = cache.attend(q, k, v, layer=layer, rotary=rotary, window=window)
+        out, cache = cache.attend(q, k, v, unrotated, layer=layer, rotary=rotary, window=window)
     out = out.output().transpose(0, 3, 1, 2, 4).reshape(batch, size, num_heads, head_dim)
     return out.astype(dtype), cache
 
 
 def _attend_cache(
-    q, k, v, layer: LayerCache, query_positions, num_new, rotary, window
+    q, k, v, observed, layer: LayerCache, query_positions, num_new, rotary, window
 ) -> tuple[Partial, LayerCache]:
-    """The queries are rotated and scaled, [B, Hkv, G, S, D]; k and v are as the model made them."""
+    """The queries are rotated and scaled, [B, Hkv, G, S, D]; k and v are as the model made them.
+
+    `observed` [B, S, Hkv, G, D] are the queries that a quantizer may look at.
+    """
     size, before = q.shape[3], layer.lengths
     if rotary is not None and layer.rotated:
         k = rotary(k, query_positions)
     # What the cache will hold is what attention sees, from the first token on.
     k, v = k.astype(layer.dtype), v.astype(layer.dtype)
-    updated = layer.append(k, v, num_new, rotary)
+    updated = layer.append(k, v, num_new, rotary, observed if layer.wants_queries else None)
     decoding = size == 1
     # The residual is read after the append when decoding (it holds the new token, and still holds
     # what was flushed just now), and before it otherwise (many new tokens overwrite the ring).

@@ -170,22 +170,33 @@ def _encode(
     state: State,
     residual: jax.Array,
     x: jax.Array,
+    keys: tuple[jax.Array, jax.Array] | None,
     start: jax.Array,
     first: jax.Array,
     last: jax.Array,
 ) -> tuple[Payload, State]:
     """Encodes body tokens first + [0, count) as far as they are below `last`; one sequence.
 
-    Token i comes from `x` [S, Hkv, D] if it is not older than `start`, else from the residual. Of
-    `side` only what all sequences share is used.
+    Token i comes from `x` [S, Hkv, D] if it is not older than `start`, else from the residual;
+    `keys` are residual and x of the other side. Of `side` only what all sequences share is used.
     """
     quantizer, group, capacity = side.quantizer, side.quantizer.group, side.window.capacity
     token = first + jnp.arange(count)
-    rows = x[jnp.clip(token - start, 0, x.shape[0] - 1)]
-    if capacity:
-        rows = jnp.where((token < start)[:, None, None], residual[token % capacity], rows)
-    positions = token + side.num_sinks
-    observed = quantizer.observe(rows, Context(positions=positions, rotary=rotary, state=state))
+
+    def gather(residual, x):
+        rows = x[jnp.clip(token - start, 0, x.shape[0] - 1)]
+        if not capacity:
+            return rows
+        return jnp.where((token < start)[:, None, None], residual[token % capacity], rows)
+
+    rows, positions = gather(residual, x), token + side.num_sinks
+    context = Context(
+        positions=positions,
+        rotary=rotary,
+        state=state,
+        keys=None if keys is None else gather(*keys),
+    )
+    observed = quantizer.observe(rows, context)
     state = jax.tree.map(lambda new, old: jnp.where(first < last, new, old), observed, state)
     split = lambda a: a.reshape(count // group, group, *a.shape[1:])
     quantize = lambda r, p: quantizer.quantize(r, Context(positions=p, rotary=rotary, state=state))
@@ -196,25 +207,60 @@ def _encode(
     ), state
 
 
+def _observe_queries(
+    quantizer: Quantizer,
+    state: State,
+    queries: jax.Array,
+    start: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+) -> State:
+    """The state after the queries of tokens [first, last), the first of `queries` being `start`."""
+
+    # One token at a time: the sums in a state then have one order, however tokens were appended.
+    def one(token, state):
+        return quantizer.observe_query(queries[token - start], Context(state=state))
+
+    return jax.lax.fori_loop(first, last, one, state)
+
+
 def append_side(
-    side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.Array, rotary: Rotary | None
+    side: Side,
+    x: jax.Array,
+    lengths: jax.Array,
+    new_lengths: jax.Array,
+    rotary: Rotary | None,
+    *,
+    queries: jax.Array | None = None,
+    keys: tuple[jax.Array, jax.Array] | None = None,
 ) -> Side:
     """Appends x[b, :new_lengths[b] - lengths[b]] to sequence b.
 
     Args:
       x: [B, S, Hkv, D] in the dtype of the cache; rows past the valid ones are ignored.
       lengths, new_lengths: i32[B], tokens before and after.
+      queries: [B, S, Hkv, G, D], for quantizers that want them.
+      keys: residual [B, capacity, Hkv, D] (before these tokens) and x of the key side, likewise.
     """
+    wants_queries = side.quantizer.wants_queries
+    keys = keys if side.quantizer.wants_keys else None
     num_sinks, window, size = side.num_sinks, side.window, x.shape[1]
     offset = jnp.arange(size)
     # Body tokens are counted from the first token after the sinks; sinks have negative numbers.
     before, after = lengths - num_sinks, new_lengths - num_sinks
     first, last = side.encoded(lengths), side.encoded(new_lengths)
+    observe_queries = jax.vmap(functools.partial(_observe_queries, side.quantizer))
 
     def encode(step, carry, chunks):
-        count = chunks * window.chunk
+        (body, state), count = carry, chunks * window.chunk
+        begin = first + step * count
+        if wants_queries:
+            # All tokens that the chunk holds, and none after them.
+            end = lambda at: jnp.clip(jnp.minimum(at, last), before, after)
+            seen = jnp.where(step == 0, before, end(begin))
+            state = observe_queries(state, queries, before, seen, end(begin + count))
         run = functools.partial(_encode, side, rotary, count)
-        return jax.vmap(run)(*carry, side.residual, x, before, first + step * count, last)
+        return jax.vmap(run)(body, state, side.residual, x, keys, before, begin, last)
 
     carry = (side.body, side.state)
     if side.num_groups:
@@ -226,6 +272,9 @@ def append_side(
             carry = encode(0, carry, chunks)
         else:
             carry = jax.lax.fori_loop(0, steps, lambda i, c: encode(i, c, chunks), carry)
+        if wants_queries:
+            seen = jnp.where(last > first, jnp.clip(last, before, after), before)
+            carry = (carry[0], observe_queries(carry[1], queries, before, seen, after))
 
     def store(sinks, residual, x, before, after):
         token = before + offset
@@ -257,19 +306,36 @@ class LayerCache:
     dtype: jnp.dtype = dataclasses.field(metadata=_STATIC)
     rotated: bool = dataclasses.field(metadata=_STATIC)  # whether keys are stored after RoPE
 
+    @property
+    def wants_queries(self) -> bool:
+        """Whether `append` needs the queries of the tokens."""
+        return self.key.quantizer.wants_queries or self.value.quantizer.wants_queries
+
     def append(
-        self, k: jax.Array, v: jax.Array, num_new: jax.Array, rotary: Rotary | None
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        num_new: jax.Array,
+        rotary: Rotary | None,
+        queries: jax.Array | None = None,
     ) -> "LayerCache":
         """Appends `num_new` i32[B] of the tokens k, v [B, S, Hkv, D].
 
-        Tokens past `max_len` are counted, not stored.
+        Tokens past `max_len` are counted, not stored. `queries` [B, S, Hkv, G, D] are those of the
+        same tokens, rotated if the cached keys are, not scaled; needed if `wants_queries`.
         """
+        if self.wants_queries and queries is None:
+            raise ValueError(
+                "cache: this scheme encodes keys by the queries that they will meet; append needs "
+                "queries [batch, tokens, num_kv_heads, group, head_dim]. `attend` brings them"
+            )
         wanted = self.lengths + num_new
         lengths = jnp.minimum(wanted, self.max_len)
+        beside = dict(queries=queries, keys=(self.key.residual, k))
         return dataclasses.replace(
             self,
-            key=append_side(self.key, k, self.lengths, lengths, rotary),
-            value=append_side(self.value, v, self.lengths, lengths, rotary),
+            key=append_side(self.key, k, self.lengths, lengths, rotary, **beside),
+            value=append_side(self.value, v, self.lengths, lengths, rotary, **beside),
             lengths=lengths,
             overflow=self.overflow + wanted - lengths,
         )

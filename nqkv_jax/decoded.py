@@ -52,12 +52,17 @@ class DecodedView:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        unrotated: jax.Array,
         *,
         layer: int,
         rotary: Rotary | None,
         window: int | None,
-    ) -> Partial:
-        """Queries [B, Hkv, G, S, D], rotated and scaled; k, v [B, S, Hkv, D] as they were made."""
+    ) -> tuple[Partial, "DecodedView"]:
+        """Attention as decoding would see it, and the view itself.
+
+        q [B, Hkv, G, S, D], rotated and scaled; `unrotated` queries [B, S, Hkv, G, D] and k, v
+        [B, S, Hkv, D] as the model made them.
+        """
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"DecodedView: has layers 0..{self.num_layers - 1}; got {layer}")
         batch, size, num_kv_heads, head_dim = k.shape
@@ -66,10 +71,17 @@ class DecodedView:
         )
         cache = self.scheme.layer(shape).init(shape, batch=batch, max_len=size, dtype=self.dtype)
         positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
-        if rotary is not None and cache.rotated:
+        rotate = rotary is not None and cache.rotated
+        if rotate:
             k = rotary(k, positions)
         k, v = k.astype(self.dtype), v.astype(self.dtype)
-        cache = cache.append(k, v, jnp.full(batch, size, jnp.int32), rotary)
+        queries = None
+        if cache.wants_queries:
+            queries = unrotated
+            if rotate:
+                heads = unrotated.reshape(batch, size, -1, head_dim)
+                queries = rotary(heads, positions).reshape(unrotated.shape)
+        cache = cache.append(k, v, jnp.full(batch, size, jnp.int32), rotary, queries)
         if rotary is not None and not cache.rotated:
             k = rotary(k, positions)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -103,7 +115,7 @@ class DecodedView:
         tiles = jax.lax.map(tile, starts)
         row = jnp.arange(size)
         index, offset = row // width, row - starts[row // width]
-        return jax.tree.map(lambda a: _rows(a, index, offset), tiles)
+        return jax.tree.map(lambda a: _rows(a, index, offset), tiles), self
 
 
 def _rows(tiles: jax.Array, index: jax.Array, offset: jax.Array) -> jax.Array:

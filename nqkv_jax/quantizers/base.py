@@ -27,11 +27,14 @@ class Context:
       positions: i32[tokens], absolute positions; None outside a cache.
       rotary: how the model rotates keys; None for models without RoPE.
       state: the quantizer's own per-sequence state.
+      keys: [tokens, heads, head_dim], the keys of the tokens that `observe` is given, as the cache
+        stores them. Only for quantizers that want them.
     """
 
     positions: jax.Array | None = None
     rotary: Rotary | None = None
     state: State = ()
+    keys: jax.Array | None = None
 
 
 class Quantizer:
@@ -41,6 +44,11 @@ class Quantizer:
     calibrated arrays are leaves. `check` is called once, outside `jit`, before anything is
     allocated.
     """
+
+    # What the cache has to bring beside the tokens themselves. A quantizer of values that wants
+    # keys needs the same window on both sides.
+    wants_queries = False
+    wants_keys = False
 
     @property
     def group(self) -> int:
@@ -59,6 +67,15 @@ class Quantizer:
 
         The cache calls it once per flushed chunk, in order, so that the state, and with it every
         stored bit, does not depend on how many tokens were appended at a time.
+        """
+        return context.state
+
+    def observe_query(self, q: jax.Array, context: Context) -> State:
+        """The new state, after the queries `q` [heads, query heads per KV head, head_dim] of one
+        token, rotated if the cached keys are, not scaled.
+
+        The cache calls it in the order of the tokens, and before `observe` for every token up to
+        the last of the chunk that is flushed; only if `wants_queries`.
         """
         return context.state
 

@@ -206,6 +206,14 @@ class Transformed(Quantizer):
     transforms: tuple[Transform, ...]
 
     @property
+    def wants_queries(self) -> bool:
+        return self.inner.wants_queries
+
+    @property
+    def wants_keys(self) -> bool:
+        return self.inner.wants_keys
+
+    @property
     def group(self) -> int:
         return self.inner.group
 
@@ -232,6 +240,15 @@ class Transformed(Quantizer):
         inner = self.inner.observe(x, dataclasses.replace(context, state=state.inner))
         fitted = None if state.fitted is None else jnp.ones((), jnp.bool_)
         return TransformedState(params=tuple(params), fitted=fitted, inner=inner)
+
+    def observe_query(self, q: jax.Array, context: Context) -> TransformedState:
+        state = self._state(context, q[:, 0])
+        heads_last = jnp.moveaxis(q, 1, 0).astype(jnp.float32)  # [query heads, heads, head_dim]
+        for transform, params in zip(self.transforms, state.params, strict=True):
+            heads_last, _ = transform.fold_query(params, heads_last)
+        inner = dataclasses.replace(context, state=state.inner)
+        inner = self.inner.observe_query(jnp.moveaxis(heads_last, 0, 1), inner)
+        return dataclasses.replace(state, inner=inner)
 
     def quantize(self, x: jax.Array, context: Context) -> Payload:
         state = self._state(context, x)

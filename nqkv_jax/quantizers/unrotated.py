@@ -19,6 +19,14 @@ class Unrotated(Quantizer):
     inner: Quantizer
 
     @property
+    def wants_queries(self) -> bool:
+        return self.inner.wants_queries
+
+    @property
+    def wants_keys(self) -> bool:
+        return self.inner.wants_keys
+
+    @property
     def group(self) -> int:
         return self.inner.group
 
@@ -30,6 +38,9 @@ class Unrotated(Quantizer):
 
     def observe(self, x: jax.Array, context: Context) -> State:
         return self.inner.observe(x, context)
+
+    def observe_query(self, q: jax.Array, context: Context) -> State:
+        return self.inner.observe_query(q, context)
 
     def quantize(self, x: jax.Array, context: Context) -> Payload:
         return self.inner.quantize(x, context)

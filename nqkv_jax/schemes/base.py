@@ -71,6 +71,11 @@ class LayerScheme:
                     f"scheme: {side}s are encoded {quantizer.group} tokens at a time, so their "
                     f"residual must be a multiple of {quantizer.group}; got {window}"
                 )
+        if self.value.wants_keys and self.key_window != self.value_window:
+            raise ValueError(
+                "scheme: values are encoded by what their keys are, so both sides must have one "
+                f"window; got {self.key_window} and {self.value_window}"
+            )
 
     def init(self, shape: LayerShape, *, batch: int, max_len: int, dtype) -> LayerCache:
         """An empty cache of this layer."""
