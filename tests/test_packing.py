@@ -15,9 +15,10 @@ WORDS = (jnp.uint8, jnp.uint16)
 
 def oracle_pack(codes: np.ndarray, bits: int, word_bits: int) -> np.ndarray:
     """One row of codes, by the definition in the docstring of the module."""
-    if bits == 3:
-        low, high = oracle_pack(codes & 3, 2, word_bits), oracle_pack(codes >> 2, 1, word_bits)
-        return np.concatenate([low, high])
+    if bits in (3, 5, 6, 7):
+        low = 2 if bits == 3 else 4
+        rows = oracle_pack(codes & (2**low - 1), low, word_bits), codes >> low
+        return np.concatenate([rows[0], oracle_pack(rows[1], bits - low, word_bits)])
     count = len(codes) * bits // word_bits
     words = [0] * count
     for i, code in enumerate(codes.tolist()):
@@ -86,7 +87,7 @@ def test_traces_once_and_maps():
         (lambda: packing.packed_size(12, 3), "multiple of 8; got 12"),
         (lambda: packing.packed_size(24, 1, jnp.uint16), "multiple of 16; got 24"),
         (lambda: packing.packed_size(0, 4), "positive multiple"),
-        (lambda: packing.packed_size(64, 5), "bits must be one of"),
+        (lambda: packing.packed_size(64, 9), "bits must be one of"),
         (lambda: packing.packed_size(64, 4, jnp.uint32), "uint8 or uint16; got uint32"),
         (lambda: packing.pack(jnp.zeros((2, 6), jnp.uint8), 2), "multiple of 4; got 6"),
         (lambda: packing.unpack(jnp.zeros((2, 6), jnp.uint8), 2, 32), "take 8 uint8 words"),

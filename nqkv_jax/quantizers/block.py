@@ -86,11 +86,6 @@ class BlockQuantizer(Quantizer):
                 "count steps from the minimum); "
                 f"got scale={self.scale!r} with codebook {self.codebook.name!r}"
             )
-        if self.codebook.bits not in packing.SUPPORTED_BITS:
-            raise ValueError(
-                f"BlockQuantizer: codebook.bits must be one of {packing.SUPPORTED_BITS}, which can "
-                f"be packed; got {self.codebook.bits}"
-            )
 
     @property
     def group(self) -> int:
