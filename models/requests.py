@@ -124,6 +124,7 @@ def prepare(
             f"generate: prompt and new tokens must fit into max_len={max_len}; got "
             f"{longest + max_new_tokens} ({total}). Raise max_len, or leave it out"
         )
+    scheme.check_model(lm)
     return Request(
         config=lm.config,
         prompts=[prompt for prompt in ids for _ in range(num_samples)],

@@ -250,15 +250,16 @@ def append_side(
     before, after = lengths - num_sinks, new_lengths - num_sinks
     first, last = side.encoded(lengths), side.encoded(new_lengths)
     observe_queries = jax.vmap(functools.partial(_observe_queries, side.quantizer))
+    # A chunk that ends at `at` is encoded when `keep` more tokens are there, and their queries are
+    # known by then.
+    due = lambda at: jnp.clip(at + window.keep, before, after)
 
     def encode(step, carry, chunks):
         (body, state), count = carry, chunks * window.chunk
         begin = first + step * count
         if wants_queries:
-            # All tokens that the chunk holds, and none after them.
-            end = lambda at: jnp.clip(jnp.minimum(at, last), before, after)
-            seen = jnp.where(step == 0, before, end(begin))
-            state = observe_queries(state, queries, before, seen, end(begin + count))
+            seen = jnp.where(step == 0, before, due(begin))
+            state = observe_queries(state, queries, before, seen, due(begin + count))
         run = functools.partial(_encode, side, rotary, count)
         return jax.vmap(run)(body, state, side.residual, x, keys, before, begin, last)
 
@@ -273,7 +274,7 @@ def append_side(
         else:
             carry = jax.lax.fori_loop(0, steps, lambda i, c: encode(i, c, chunks), carry)
         if wants_queries:
-            seen = jnp.where(last > first, jnp.clip(last, before, after), before)
+            seen = jnp.where(steps > 0, due(first + steps * window.chunk), before)
             carry = (carry[0], observe_queries(carry[1], queries, before, seen, after))
 
     def store(sinks, residual, x, before, after):

@@ -1,11 +1,21 @@
 """Schemes and inputs that the cache, attention and model tests share."""
 
+import os
+import pathlib
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax import schemes
+from nqkv_jax import codebooks, schemes
+from nqkv_jax.calibration import artifact
 from nqkv_jax.rotary import Rotary
+
+# Calibrations for the shapes below. One path for all processes of a test run, as names of tests
+# must agree between them.
+CALIBRATIONS = pathlib.Path(tempfile.gettempdir()) / f"nqkv-jax-tests-{os.getuid()}"
+KVQUANT_FILE = CALIBRATIONS / "kvquant.safetensors"
 
 # Every registered scheme, and every shape that the contracts allow: with and without sinks,
 # residual, state, RoPE before or after, groups of tokens, sides with different windows.
@@ -22,6 +32,22 @@ SCHEMES = [
     "nqkv:residual=16,centre=True,keys=unrotated",
     "kivi:residual=32",
     "kivi:bits=4,group_size=16,residual=48,sinks=1,keys=unrotated",
+    "quanto:group_size=32,residual=24",
+    "quanto:bits=3,group_size=16,residual=32,axis=tokens,sinks=1",
+    "hqq:group_size=32,residual=0",
+    "hqq:bits=2,group_size=16,residual=16,axis=tokens,scale_dtype=float32",
+    "kvq:group_size=32,residual=16",
+    f"kvquant:calibration={KVQUANT_FILE}",
+    f"kvquant:bits=2,outliers=0,calibration={KVQUANT_FILE},sinks=0",
+    "turboquant:bits=3",
+    "turboquant:bits=2,variant=prod,residual=8,sinks=1",
+    "quarot:symmetric=True",
+    "quarot:bits=3,heads_per_group=2",
+    "ott:group_size=16,residual=8,outliers=2,buffer=3,skip_layers=0",
+    "nqkv-plus:group_size=16,recent=8",
+    "nqkv-plus:bits=2,group_size=8,recent=0,sinks=0,keys=rotated,hadamard=False",
+    "squat:block=8",
+    "squat:group_size=16,residual=48,subspace=6,keys=unrotated",
 ]
 
 BATCH, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 6, 2, 32
@@ -65,3 +91,24 @@ def make_cache(
         head_dim=head_dim,
         dtype=dtype,
     )
+
+
+def write_kvquant_calibration(path: pathlib.Path) -> None:
+    """A calibration of two layers: the ranges of the keys of `make_qkv`, levels for normal data."""
+    keys = np.asarray(make_qkv(500)[1]).reshape(-1, NUM_KV_HEADS, HEAD_DIM)
+    arrays = {}
+    for variant, tail in (("sparse", 0.005), ("full", 0.0)):
+        low, high = np.quantile(keys, [tail, 1 - tail], axis=0).astype(np.float32)
+        arrays[f"key.zero.{variant}"] = np.stack([(high + low) / 2] * 2)
+        arrays[f"key.scale.{variant}"] = np.stack([(high - low) / 2] * 2)
+        for bits in (2, 3, 4):
+            levels = np.asarray(codebooks.lloyd_max_normal(bits).levels, np.float32) / 3
+            for side in ("key", "value"):
+                arrays[f"{side}.levels{bits}.{variant}"] = np.stack([levels] * 2)
+                arrays[f"{side}.q_norm{bits}.{variant}"] = np.stack([levels * 1.1 + 0.01] * 2)
+    shape = dict(num_layers=2, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM)
+    about = dict(model="none", fingerprint="", outliers=0.01)
+    artifact.save(path, "kvquant 1", arrays, shape | about)
+
+
+write_kvquant_calibration(KVQUANT_FILE)

@@ -43,12 +43,17 @@ def rotate(x, positions):
 class SideOracle:
     """One side of one sequence as a list of tokens, which are replaced as they are encoded."""
 
-    def __init__(self, quantizer, window, sinks, stored, ready):
+    def __init__(self, quantizer, window, sinks, stored, ready, keys, queries):
         self.quantizer, self.window, self.sinks, self.ready = quantizer, window, sinks, ready
         self.stored = stored  # f32 [tokens, heads, D], as the scheme stores it
+        # What a quantizer may ask for: f32 [tokens, heads, D] and [tokens, heads, G, D].
+        self.keys, self.queries, self.seen = keys, queries, 0
         self.state = quantizer.init_state(*stored.shape[1:])
         self.round_trip = jax.jit(
             lambda x, context: quantizer.dequantize(quantizer.quantize(x, context), context)
+        )
+        self.observe_query = jax.jit(
+            lambda q, state: quantizer.observe_query(q, nq.Context(state=state))
         )
         self.waiting, self.tokens = [], []
 
@@ -65,9 +70,19 @@ class SideOracle:
                 self.waiting[: self.window.chunk],
                 self.waiting[self.window.chunk :],
             )
+            if self.quantizer.wants_queries:
+                for position in range(self.seen, len(self.tokens)):
+                    self.state = self.observe_query(self.queries[position], self.state)
+                self.seen = len(self.tokens)
             x = jnp.asarray(self.stored[np.array(chunk)])
             self.state = self.quantizer.observe(
-                x, nq.Context(positions=jnp.asarray(chunk), rotary=ROTARY, state=self.state)
+                x,
+                nq.Context(
+                    positions=jnp.asarray(chunk),
+                    rotary=ROTARY,
+                    state=self.state,
+                    keys=jnp.asarray(self.keys[np.array(chunk)]),
+                ),
             )
             for i in range(0, len(chunk), self.quantizer.group):
                 group = slice(i, i + self.quantizer.group)
@@ -88,10 +103,11 @@ def oracle_outputs(spec, q, k, v, window=None, prompt=0):
     everywhere = np.arange(len(k))
     rotated = np.asarray(ROTARY(jnp.asarray(k), jnp.arange(len(k)))) if layer.rotated else k
     keep = lambda x, at: np.asarray(x, np.float64)
-    key = SideOracle(
-        layer.key, layer.key_window, layer.sinks, rotated, keep if layer.rotated else rotate
-    )
-    value = SideOracle(layer.value, layer.value_window, layer.sinks, v, keep)
+    queries = ROTARY(jnp.asarray(q), jnp.arange(len(q))) if layer.rotated else jnp.asarray(q)
+    beside = dict(keys=rotated, queries=queries.reshape(len(q), k.shape[1], -1, k.shape[2]))
+    ready = keep if layer.rotated else rotate
+    key = SideOracle(layer.key, layer.key_window, layer.sinks, rotated, ready, **beside)
+    value = SideOracle(layer.value, layer.value_window, layer.sinks, v, keep, **beside)
     q, raw = rotate(q, everywhere), rotate(k, everywhere)
     outputs = []
     for t in everywhere:

@@ -1,4 +1,4 @@
-"""The command line: `nqkv generate | eval | bench | demo | plan | schemes`.
+"""The command line: `nqkv generate | eval | calibrate | analyze | bench | demo | ...`.
 
 One module per command: `add(commands)` declares its arguments, `run(args)` does the work and
 imports what it needs only then, so that `--help` is quick and `nqkv schemes` loads no model.
@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nqkv_jax.cli import bench, demo, evaluate, generate, plan, schemes
+from nqkv_jax.cli import analyze, bench, calibrate, demo, evaluate, generate, plan, schemes
 
-COMMANDS = (generate, evaluate, bench, demo, plan, schemes)
+COMMANDS = (generate, evaluate, calibrate, analyze, bench, demo, plan, schemes)
 
 # What a user can mend. Anything else is a fault of ours, and is reported as such.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, MemoryError, FloatingPointError)

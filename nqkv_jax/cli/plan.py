@@ -74,14 +74,18 @@ def run(args) -> None:
         weights = parse_size(args.weights)
     else:
         weights = families.num_params(config) * jnp.dtype(args.weights_dtype).itemsize
+    # Of the list of all, those that do not fit this model (or want a calibration) are left out.
+    problems = {} if args.scheme else _problems(config)
+    names = args.scheme or [name for name in schemes.names() if name not in problems]
     result = plan(
-        config, args.scheme or schemes.names(), memory=memory, weights=weights, reserve=reserve,
+        config, names, memory=memory, weights=weights, reserve=reserve,
         contexts=args.context or [min(2048, config.max_positions)], batches=args.batch,
         dtype=jnp.dtype(args.cache_dtype),
     )  # fmt: skip
     if args.json:
         terminal.print_json(
-            dict(model=args.model, budget=result.budget, **dataclasses.asdict(result))
+            dict(model=args.model, budget=result.budget, left_out=problems)
+            | dataclasses.asdict(result)
         )
         return
     limit = result.max_positions
@@ -119,6 +123,8 @@ def run(args) -> None:
             ]
         )
     print(terminal.table(header, rows))
+    for name, problem in problems.items():
+        print(f"\nleft out: {name}: {problem}")
     if any(n > limit for row in result.rows for n in row.largest_context.values()):
         print(f"\n* fits into memory; the model was trained for {limit:,} positions.")
     beyond = [n for n in first.largest_batch if n > limit]
@@ -126,3 +132,17 @@ def run(args) -> None:
         print(f"\nBeyond the model's {limit:,} positions: context {', '.join(map(str, beyond))}.")
     if not reserve:
         print("\nActivations and the runtime need memory as well: --reserve SIZE keeps some free.")
+
+
+def _problems(config) -> dict[str, str]:
+    """Why schemes, with their defaults, cannot be used for a model; by name."""
+    from nqkv_jax import schemes
+    from nqkv_jax.plan import cache_sizes
+
+    shape, problems = schemes.LayerShape(**cache_sizes(config)), {}
+    for name in schemes.names():
+        try:
+            schemes.get(name).layer(shape).check(shape)
+        except ValueError as error:
+            problems[name] = str(error)
+    return problems

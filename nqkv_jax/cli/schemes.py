@@ -75,4 +75,4 @@ def run(args) -> None:
         listed = ",".join(f"{k}={v}" for k, v in entry["options"].items())
         print(f"  {entry['name'].partition(':')[0]}{':' if listed else ''}{listed}")
         if entry["problem"]:
-            print(f"    does not fit this shape: {entry['problem']}")
+            print(f"    not for this shape as it is: {entry['problem']}")

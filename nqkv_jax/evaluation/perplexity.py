@@ -121,6 +121,7 @@ def perplexity(
     dtype = jnp.dtype(lm.dtype if cache_dtype is None else cache_dtype)
     # Before the first token is read, so that a scheme that does not fit fails at once.
     bits = AbstractCaches(lm.config, scheme, dtype).stored_bits
+    scheme.check_model(lm)
     tokens = _tokens(lm, text, max_tokens)
 
     spans = list(_spans(len(tokens), window, stride))

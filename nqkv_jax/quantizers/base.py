@@ -74,8 +74,8 @@ class Quantizer:
         """The new state, after the queries `q` [heads, query heads per KV head, head_dim] of one
         token, rotated if the cached keys are, not scaled.
 
-        The cache calls it in the order of the tokens, and before `observe` for every token up to
-        the last of the chunk that is flushed; only if `wants_queries`.
+        The cache calls it in the order of the tokens; before a chunk is observed, for every token
+        up to the one whose arrival makes the chunk due. Only if `wants_queries`.
         """
         return context.state
 

@@ -64,30 +64,61 @@ class Hadamard(Transform):
 
     Attributes:
       seed: for random signs ahead of the transform (a randomised Hadamard); None for none.
+      heads_per_group: KV heads that are transformed together, as one vector. Above 1 the map moves
+        neither to a query nor to the output, which belong to one head each: that is for keys stored
+        before RoPE, which are decoded before they meet a query.
     """
 
     seed: int | None = dataclasses.field(default=None, metadata={"static": True})
+    heads_per_group: int = dataclasses.field(default=1, metadata={"static": True})
 
     def check(self, heads: int, head_dim: int) -> None:
-        if head_dim < 1 or head_dim & (head_dim - 1):
+        if self.heads_per_group < 1 or heads % self.heads_per_group:
             raise ValueError(
-                f"Hadamard: head_dim must be a power of two; got {head_dim}. Use Rotation(seed=0), "
-                "which takes any"
+                f"Hadamard: heads_per_group must divide the {heads} KV heads; got "
+                f"{self.heads_per_group}"
+            )
+        size = self.heads_per_group * head_dim
+        if size < 1 or size & (size - 1):
+            heads_and = "heads_per_group * " if self.heads_per_group > 1 else ""
+            raise ValueError(
+                f"Hadamard: {heads_and}head_dim must be a power of two; got {size}. Use "
+                "Rotation(seed=0), which takes any head_dim"
             )
 
     def apply(self, params: Params, x: jax.Array) -> jax.Array:
-        signs = self._signs(x)
-        y = _walsh_hadamard(x if signs is None else x * signs)
+        rows = self._rows(x)
+        signs = self._signs(rows)
+        y = _walsh_hadamard(rows if signs is None else rows * signs).reshape(x.shape)
         # One bit less, so that the product with 1 / sqrt(n) is rounded here in every program: a
         # compiler may fuse a product with a sum that follows, and stored bits would depend on it.
         return jax.lax.reduce_precision(y, exponent_bits=8, mantissa_bits=22)
 
     def invert(self, params: Params, y: jax.Array) -> jax.Array:
-        signs, x = self._signs(y), _walsh_hadamard(y)
-        return x if signs is None else x * signs
+        rows = self._rows(y)
+        signs, x = self._signs(rows), _walsh_hadamard(rows)
+        return (x if signs is None else x * signs).reshape(y.shape)
 
     def fold_query(self, params: Params, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        self._check_foldable()
         return self.apply(params, q), None
+
+    def unfold_output(self, params: Params, out: jax.Array) -> jax.Array:
+        self._check_foldable()
+        return super().unfold_output(params, out)
+
+    def _check_foldable(self) -> None:
+        if self.heads_per_group > 1:
+            raise ValueError(
+                f"Hadamard: heads_per_group={self.heads_per_group} mixes KV heads, whose queries "
+                "and attention weights differ; use it for keys before RoPE (Unrotated), or 1"
+            )
+
+    def _rows(self, x: jax.Array) -> jax.Array:
+        """`x` [..., heads, head_dim] with the heads of a group in one row."""
+        if self.heads_per_group == 1:
+            return x
+        return x.reshape(*x.shape[:-2], -1, self.heads_per_group * x.shape[-1])
 
     def _signs(self, x: jax.Array) -> np.ndarray | None:
         if self.seed is None:

@@ -14,6 +14,7 @@ import math
 import numbers
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,22 @@ class LayerScheme:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibratedLayers:
+    """What a registered function returns if its layers were calibrated on one model.
+
+    Attributes:
+      layer: LayerShape -> LayerScheme.
+      check: raises ValueError for a model, as `Scheme.check_model` takes it, that is another.
+    """
+
+    layer: Callable[[LayerShape], LayerScheme]
+    check: Callable[[Any], None]
+
+    def __call__(self, shape: LayerShape) -> LayerScheme:
+        return self.layer(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheme:
     """A named way to cache every layer of a model. `str(scheme)` is its string form.
@@ -127,6 +144,14 @@ class Scheme:
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.options)
         return f"{self.name}:{options}" if options else self.name
+
+    def check_model(self, lm: Any) -> None:
+        """Raises ValueError if the scheme was calibrated on another model than `lm`.
+
+        `lm` has the protocol of `nqkv_jax.evaluation`. Shapes are checked when a layer is made.
+        """
+        if isinstance(self.layer, CalibratedLayers):
+            self.layer.check(lm)
 
     def init(
         self,

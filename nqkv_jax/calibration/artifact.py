@@ -1,0 +1,110 @@
+"""Calibrations as files: arrays, what they are, and which model they belong to.
+
+One safetensors file holds the arrays by name and, in its metadata, one JSON object with the kind of
+calibration, the version of its layout and whatever else its maker wants to know again. The bytes
+depend on nothing but the contents.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+_KEY = "nqkv_calibration"
+_SAMPLE = 64  # elements of every parameter that its fingerprint looks at
+
+
+def save(
+    path: str | os.PathLike, kind: str, arrays: Mapping[str, np.ndarray], metadata: Mapping
+) -> None:
+    """Writes a calibration; an existing file is replaced in one step.
+
+    Args:
+      kind: and version of the layout, such as "kvquant 1": `load` asks for the same.
+      arrays: by name.
+      metadata: what JSON can hold.
+    """
+    path = pathlib.Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One entry only: safetensors writes several in any order.
+    header = {_KEY: json.dumps(dict(kind=kind, **metadata), sort_keys=True)}
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    content = safetensors.numpy.save(arrays, header)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the metadata of a calibration.
+
+    The file is read once and again only if it changes; treat what comes as read-only.
+
+    Raises: ValueError: there is no such file, or it holds something else.
+    """
+    path = pathlib.Path(path).expanduser()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(
+            f"{kind.split()[0]}: the calibration {path} cannot be read: {error.strerror}"
+        ) from error
+    return _load(path, kind, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: pathlib.Path, kind: str, mtime: int, size: int):
+    name = kind.split()[0]
+    expected = f"{name}: {path} must be a calibration made by `nqkv calibrate {name}`"
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            if header is None:
+                raise ValueError(f"{expected}; it is a safetensors file of something else")
+            if header["kind"] != kind:
+                raise ValueError(f"{expected}, of kind {kind!r}; got {header['kind']!r}")
+            return {key: file.get_tensor(key) for key in file.keys()}, header
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{expected}; it is no safetensors file ({error})") from error
+
+
+def fingerprint(params: Any) -> str:
+    """Hexadecimal digest of a model's weights: of the first elements of each, as bfloat16.
+
+    Loading the same checkpoint as float32 or as bfloat16 makes no difference.
+    """
+    digest = hashlib.sha256(str([a.shape for a in jax.tree.leaves(params)]).encode())
+    digest.update(np.asarray(_sample(params)).tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _sample(params: Any) -> jax.Array:
+    """u16[n], the bits of the first elements along the last axis."""
+    rows = [
+        a[(0,) * (a.ndim - 1)][:_SAMPLE] if a.ndim else a[None] for a in jax.tree.leaves(params)
+    ]
+    rows = [jax.lax.bitcast_convert_type(r.astype(jnp.bfloat16), jnp.uint16) for r in rows]
+    return jnp.concatenate(rows)
+
+
+def check_model(name: str, metadata: Mapping, lm: Any) -> None:
+    """Raises ValueError unless `lm` has the weights whose fingerprint `metadata` holds.
+
+    Args: name: of the scheme.  metadata: with "model" and "fingerprint".
+    """
+    if fingerprint(lm.params) != metadata["fingerprint"]:
+        raise ValueError(
+            f"{name}: the calibration was made on {metadata['model']}, and must be used with the "
+            f"same weights; those of {lm.name} are others. Run `nqkv calibrate {name} --model "
+            f"{lm.name} ...`"
+        )

@@ -1,0 +1,119 @@
+"""What a model's keys and values are, and how much the loss depends on them.
+
+    _, recorder = lm.apply(lm.params, tokens, Recorder())
+    (k, v), ... = recorder.layers                # one pair per layer, keys before RoPE
+
+With `deltas` a perturbation is added to them before they are used, so that the gradient with
+respect to deltas of zero is that of the keys and values themselves.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nqkv_jax.attention import Partial, attend_new
+from nqkv_jax.rotary import Rotary
+
+KeysValues = tuple[jax.Array, jax.Array]  # [B, S, Hkv, D] each, keys before RoPE
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorder:
+    """Pass it to a model in place of a cache, with whole texts: exact causal attention.
+
+    Attributes:
+      deltas: of each layer, added to its keys before RoPE and to its values; None for nothing.
+      layers: keys and values, deltas included, of the layers that have been called.
+    """
+
+    deltas: tuple[KeysValues, ...] | None = None
+    layers: tuple[KeysValues, ...] = ()
+
+    def positions(self, num_tokens: int) -> jax.Array:
+        """i32[1, num_tokens]."""
+        return jnp.arange(num_tokens)[None]
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        unrotated: jax.Array,
+        *,
+        layer: int,
+        rotary: Rotary | None,
+        window: int | None,
+    ) -> tuple[Partial, "Recorder"]:
+        """q [B, Hkv, G, S, D], rotated and scaled; k and v [B, S, Hkv, D] as the model made them.
+
+        Raises: ValueError if layers do not come in order.
+        """
+        if layer != len(self.layers):
+            raise ValueError(
+                f"Recorder: expected layer {len(self.layers)} to come next; got layer={layer}. "
+                "Start every pass through the model with a new one"
+            )
+        if self.deltas is not None:
+            dk, dv = self.deltas[layer]
+            k, v = k + dk, v + dv
+        positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
+
+        def exact(q, k, v):
+            k = k if rotary is None else rotary(k, positions)
+            return attend_new(q, k, v, positions, jnp.ones(k.shape[:2], jnp.bool_), window)
+
+        # The scores are computed again for the gradient: kept, they would take S^2 per layer.
+        out = jax.checkpoint(exact)(q, k, v)
+        return out, dataclasses.replace(self, layers=(*self.layers, (k, v)))
+
+
+def loss_and_gradients(
+    lm: Any, params: Any, tokens: jax.Array
+) -> tuple[jax.Array, tuple[KeysValues, ...], tuple[KeysValues, ...]]:
+    """The loss of a text, its keys and values, and the gradients with respect to them.
+
+    Args:
+      lm: with the protocol of `nqkv_jax.evaluation`; only `apply` is used.
+      params: of the model.
+      tokens: i32[S], S >= 2.
+
+    Returns:
+      The mean cross-entropy of tokens 1.., f32[]; keys and values of every layer, [S, Hkv, D]; and
+      the gradients, likewise. Their squares are the diagonal of the (empirical) Fisher information.
+    """
+    blank = jax.eval_shape(lambda p: lm.apply(p, tokens[None], Recorder())[1].layers, params)
+    deltas = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), blank)
+
+    def loss(deltas):
+        logits, recorder = lm.apply(params, tokens[None], Recorder(deltas=deltas))
+        logits = logits[0, :-1].astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen), recorder.layers
+
+    (value, recorded), gradients = jax.value_and_grad(loss, has_aux=True)(deltas)
+    first = lambda tree: jax.tree.map(lambda a: a[0], tree)
+    return value, first(recorded), first(gradients)
+
+
+def windows(tokens: Sequence[int], samples: int, seqlen: int) -> np.ndarray:
+    """i32[samples, seqlen]: stretches of a text, spread evenly over it.
+
+    Raises: ValueError if a size is not positive, or the text is shorter than the windows together.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if samples < 1 or seqlen < 2:
+        raise ValueError(
+            f"calibration: expected samples >= 1 and seqlen >= 2; got {samples} and {seqlen}"
+        )
+    if tokens.size < samples * seqlen:
+        raise ValueError(
+            f"calibration: {samples} windows of {seqlen} tokens need {samples * seqlen:,} tokens "
+            f"of text; got {tokens.size:,}. Give a longer text, or fewer or shorter windows"
+        )
+    starts = np.linspace(0, tokens.size - seqlen, samples).astype(np.int64)
+    return np.stack([tokens[s : s + seqlen] for s in starts])
