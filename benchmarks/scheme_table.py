@@ -3,8 +3,9 @@
     python benchmarks/scheme_table.py --text wiki.test.nonblank.txt --calibration-text moby_dick.txt
 
 Calibrations (KVQuant's ranges and codebooks, KVQ's bits per layer) are made from the calibration
-text first and kept in --folder, with a line of JSON for every figure that is done: after an
-interruption the same command goes on from there. Ends with the table in Markdown.
+text first and kept in --folder, with a line of JSON for every perplexity that is done: after an
+interruption the same command goes on from there. Times are taken at the end, all schemes in turn.
+Prints the table in Markdown.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 
 import jax
+import jax.numpy as jnp
 
 from nqkv_jax import schemes
 from nqkv_jax.calibration import kvq, kvquant
@@ -21,7 +24,7 @@ from nqkv_jax.evaluation import cache_timings, perplexity
 from nqkv_jax.models import from_pretrained
 from nqkv_jax.plan import AbstractCaches
 
-# By nominal width. {kvquant} and {kvq2}.. are calibration files.
+# By nominal width. {kvquant} and {kvq3} are calibration files.
 SCHEMES = (
     "none",
     "int8",
@@ -83,25 +86,28 @@ def calibrations(lm, text: str, folder: pathlib.Path, samples: int, seqlen: int)
     return {name: str(path) for name, path in files.items()}
 
 
-def measure(lm, spec: str, text: str, args) -> dict:
-    """Perplexity over windows, and seconds of one token after a window less the timed tokens."""
-    quality = perplexity(lm, text, scheme=spec, window=args.window, max_tokens=args.max_tokens)
-    (timing,) = cache_timings(
+def quality(lm, spec: str, text: str, args) -> dict:
+    """Perplexity over windows, and what a cache for a window takes with bfloat16 beside codes."""
+    result = perplexity(lm, text, scheme=spec, window=args.window, max_tokens=args.max_tokens)
+    caches = AbstractCaches(lm.config, schemes.get(spec), jnp.bfloat16)
+    return dict(
+        stored_bits=caches.stored_bits,
+        effective_bits=caches(batch=1, max_len=args.window).effective_bits,
+        perplexity=result.perplexity,
+        tokens=result.tokens,
+    )
+
+
+def seconds(lm, specs: list[str], args) -> list[float]:
+    """Of one token after a window less the timed tokens: medians."""
+    timings = cache_timings(
         lm,
-        [(spec, lm.dtype)],
+        [(spec, lm.dtype) for spec in specs],
         lengths=[args.window - 8],
         repeats=args.repeats,
         no_cache=False,
-        progress=False,
     )
-    caches = AbstractCaches(lm.config, schemes.get(spec), lm.dtype)
-    return dict(
-        stored_bits=quality.stored_bits,
-        effective_bits=caches(batch=1, max_len=args.window).effective_bits,
-        perplexity=quality.perplexity,
-        tokens=quality.tokens,
-        seconds_per_token=sorted(timing.seconds)[len(timing.seconds) // 2],
-    )
+    return [statistics.median(timing.seconds) for timing in timings]
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -114,7 +120,7 @@ def table(rows: dict[str, dict]) -> str:
         over = "" if name == "none" else f"{100 * (row['perplexity'] / full - 1):+.1f} %"
         lines.append(
             f"| `{name}` | {row['stored_bits']:.2f} | {row['effective_bits']:.2f} | "
-            f"{row['perplexity']:.2f} | {over} | {1 / row['seconds_per_token']:.0f} |"
+            f"{row['perplexity']:.2f} | {over} | {1 / row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -145,15 +151,16 @@ def main():
     records = Records(args.folder / f"{args.window}x{args.max_tokens}.jsonl")
     for name in args.schemes:
         if name not in records.rows:
-            row = measure(lm, name.format(**files), text, args)
-            records.add(dict(scheme=name, **row))
+            records.add(dict(scheme=name, **quality(lm, name.format(**files), text, args)))
             print(json.dumps(records.rows[name]), flush=True)
+    times = seconds(lm, [name.format(**files) for name in args.schemes], args)
+    rows = {n: records.rows[n] | dict(seconds=t) for n, t in zip(args.schemes, times, strict=True)}
     print(
-        f"\n{args.model} ({jax.numpy.dtype(lm.dtype).name}), {args.max_tokens:,} tokens of "
+        f"\n{args.model} ({jnp.dtype(lm.dtype).name}), {args.max_tokens:,} tokens of "
         f"{pathlib.Path(args.text).name} in windows of {args.window:,}; {os.cpu_count()} cores of "
         f"{platform.processor() or platform.machine()}, jax {jax.__version__}\n"
     )
-    print(table({name: records.rows[name] for name in args.schemes}))
+    print(table(rows))
 
 
 if __name__ == "__main__":

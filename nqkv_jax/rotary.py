@@ -8,6 +8,37 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """How tokens at certain positions are rotated.
+
+    Attributes:
+      cos, sin: f32[..., tokens, 1, R / 2].
+      factor: multiplies both.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    factor: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Rotates `x` [..., tokens, heads, head_dim]; `positions` are those it was made for."""
+        cos, sin, half = self.cos * self.factor, self.sin * self.factor, self.cos.shape[-1]
+        first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate([r.astype(x.dtype) for r in rotated] + [rest], axis=-1)
+
+    def moved(self, by: "Rotation") -> "Rotation":
+        """Of the sums of both positions, by the addition theorems."""
+        return dataclasses.replace(
+            self,
+            cos=self.cos * by.cos - self.sin * by.sin,
+            sin=self.sin * by.cos + self.cos * by.sin,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
     """Rotates pairs (i, i + R/2) of the first R = 2 * len(inverse_frequencies) channels.
 
@@ -23,12 +54,10 @@ class Rotary:
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotates `x` [..., tokens, heads, head_dim] to `positions` i32[..., tokens]."""
+        return self.at(positions)(x)
+
+    def at(self, positions: jax.Array) -> Rotation:
+        """The rotation to `positions` i32[..., tokens]."""
         frequencies = jnp.expand_dims(self.inverse_frequencies, range(positions.ndim + 1))
         angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, R / 2]
-        cos = jnp.cos(angles) * self.attention_factor
-        sin = jnp.sin(angles) * self.attention_factor
-        half = self.inverse_frequencies.shape[-1]
-        first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
-        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-        rotated = [first * cos - second * sin, second * cos + first * sin]
-        return jnp.concatenate([r.astype(x.dtype) for r in rotated] + [rest], axis=-1)
+        return Rotation(cos=jnp.cos(angles), sin=jnp.sin(angles), factor=self.attention_factor)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.rotary import Rotary
+from nqkv_jax.rotary import Rotary, Rotation
 
 Payload = Any  # a pytree of arrays: all that is stored for one group
 State = Any  # a pytree of arrays: what a quantizer keeps per sequence; () for most
@@ -25,14 +25,14 @@ class Context:
 
     Attributes:
       positions: i32[tokens], absolute positions; None outside a cache.
-      rotary: how the model rotates keys; None for models without RoPE.
+      rotary: how the model rotates keys: called with (x, positions); None for models without RoPE.
       state: the quantizer's own per-sequence state.
       keys: [tokens, heads, head_dim], the keys of the tokens that `observe` is given, as the cache
         stores them. Only for quantizers that want them.
     """
 
     positions: jax.Array | None = None
-    rotary: Rotary | None = None
+    rotary: Rotary | Rotation | None = None
     state: State = ()
     keys: jax.Array | None = None
 
