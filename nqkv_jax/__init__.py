@@ -5,8 +5,9 @@
     codes = nq.quantize(kv, nq.BlockQuantizer(nq.codebooks.normal_float(4), block_size=256))
     kv2 = nq.dequantize(codes)
 
-    cache = nq.schemes.get("nqkv").init(num_layers=32, batch=8, max_len=4096, num_kv_heads=32,
-    head_dim=128) out, cache = nq.attend(q, k, v, cache, layer=0)
+    sizes = dict(num_layers=32, batch=8, max_len=4096, num_kv_heads=32, head_dim=128)
+    cache = nq.schemes.get("nqkv").init(**sizes)
+    out, cache = nq.attend(q, k, v, cache, layer=0)
 
 Decoders, weights and generation are in `nqkv_jax.models`, which alone needs Flax.
 """
@@ -23,6 +24,7 @@ from nqkv_jax.quantizers.full_precision import FullPrecision
 from nqkv_jax.quantizers.transforms import Centre, Hadamard, Rotation, Standardise, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.rotary import Rotary
+from nqkv_jax.saving import load_cache, save_cache
 
 __all__ = [
     "BlockQuantizer",
@@ -45,8 +47,10 @@ __all__ = [
     "attend",
     "codebooks",
     "dequantize",
+    "load_cache",
     "packing",
     "quantize",
+    "save_cache",
     "schemes",
     "stored_bits",
 ]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nqkv_jax.cache import KVCache, LayerCache, Side
 from nqkv_jax.quantizers.base import Context, Payload
-from nqkv_jax.rotary import Rotary, Rotation
+from nqkv_jax.rotary import Rotary, RotaryAngles
 
 # Tokens that are decoded at a time. At 1,024 cached tokens on two CPU cores, against 128 and 512:
 # `nqkv` takes 0.86 and 1.24 of the time, `none` 1.02 and 0.67.
@@ -158,7 +158,7 @@ def decode_groups(
     first: jax.Array,
     *,
     rotary: Rotary | None,
-    offsets: Rotation | None = None,
+    offsets: RotaryAngles | None = None,
     dtype,
     folded: bool,
 ) -> jax.Array:

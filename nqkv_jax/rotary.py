@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rotation:
+class RotaryAngles:
     """How tokens at certain positions are rotated.
 
     Attributes:
@@ -28,7 +28,7 @@ class Rotation:
         rotated = [first * cos - second * sin, second * cos + first * sin]
         return jnp.concatenate([r.astype(x.dtype) for r in rotated] + [rest], axis=-1)
 
-    def moved(self, by: "Rotation") -> "Rotation":
+    def moved(self, by: "RotaryAngles") -> "RotaryAngles":
         """Of the sums of both positions, by the addition theorems."""
         return dataclasses.replace(
             self,
@@ -56,8 +56,8 @@ class Rotary:
         """Rotates `x` [..., tokens, heads, head_dim] to `positions` i32[..., tokens]."""
         return self.at(positions)(x)
 
-    def at(self, positions: jax.Array) -> Rotation:
+    def at(self, positions: jax.Array) -> RotaryAngles:
         """The rotation to `positions` i32[..., tokens]."""
         frequencies = jnp.expand_dims(self.inverse_frequencies, range(positions.ndim + 1))
         angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, R / 2]
-        return Rotation(cos=jnp.cos(angles), sin=jnp.sin(angles), factor=self.attention_factor)
+        return RotaryAngles(cos=jnp.cos(angles), sin=jnp.sin(angles), factor=self.attention_factor)

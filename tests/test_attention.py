@@ -170,6 +170,23 @@ def test_decoded_view_equals_decoding_token_by_token(spec, window):
     np.testing.assert_allclose(parallel, np.concatenate(outputs, 1), atol=5e-6)
 
 
+@pytest.mark.parametrize("spec", list({s.partition(":")[0]: s for s in SCHEMES}.values()))
+def test_without_rope_and_with_one_query_head_per_key(spec):
+    """As OPT calls it; the view is tested above, and is what the last tokens are compared with."""
+    q, k, v = make_qkv(TOKENS, seed=2)
+    q = q[:, :, :NUM_KV_HEADS]
+    cache, last = make_cache(spec, max_len=TOKENS), TOKENS - 5
+    _, cache = attend(q[:, :last], k[:, :last], v[:, :last], cache, rotary=False)
+    outputs = []
+    for t in range(last, TOKENS):
+        now = slice(t, t + 1)
+        out, cache = attend(q[:, now], k[:, now], v[:, now], cache, rotary=False)
+        outputs.append(out)
+    view = nq.DecodedView(scheme=nq.schemes.get(spec), num_layers=1, dtype=jnp.dtype(jnp.float32))
+    parallel, _ = attend(q, k, v, view, rotary=False)
+    np.testing.assert_allclose(parallel[:, last:], np.concatenate(outputs, 1), atol=5e-6)
+
+
 def test_decoded_view_tiles_queries(monkeypatch):
     q, k, v = make_qkv(50)
     view = nq.DecodedView(

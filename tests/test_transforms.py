@@ -165,7 +165,7 @@ def test_rotation_is_orthogonal_for_any_head_dim(head_dim):
     matrix = np.float64(Rotation(seed=7).apply((), eye))[:, 0]
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(head_dim), atol=1e-6)
     Rotation().check(3, head_dim)
-    with pytest.raises(ValueError, match=f"power of two; got {head_dim}. Use Rotation"):
+    with pytest.raises(ValueError, match=f"power of two; got {head_dim}. Give"):
         Transformed(INT8, (Hadamard(),)).check(3, head_dim)
 
 

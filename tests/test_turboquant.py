@@ -196,7 +196,7 @@ def test_signs_do_not_depend_on_how_many_tokens_come():
 
 def test_grouped_heads_are_one_hadamard_matrix():
     """RotateKV's transform: over the channels of several heads; it refuses to be folded."""
-    rotation = Hadamard(seed=2, heads_per_group=2)
+    rotation = Hadamard(seed=2, size=32)
     x = np.random.default_rng(7).standard_normal((3, 4, 16))
     y = jax.jit(lambda x: rotation.apply((), x))(jnp.asarray(x, jnp.float32))
     signs = np.random.default_rng(2).integers(0, 2, 32) * 2 - 1
@@ -205,7 +205,7 @@ def test_grouped_heads_are_one_hadamard_matrix():
     np.testing.assert_allclose(y, expected.reshape(x.shape), atol=1e-5)
     np.testing.assert_allclose(rotation.invert((), y), x, atol=1e-5)
     for call in (rotation.fold_query, rotation.unfold_output):
-        with pytest.raises(ValueError, match="heads_per_group=2 mixes KV heads"):
+        with pytest.raises(ValueError, match="size=32 mixes KV heads of 16"):
             call((), y)
 
 
@@ -215,10 +215,14 @@ def test_grouped_heads_are_one_hadamard_matrix():
         ("turboquant:bits=1,variant=prod", None, "variant=prod: expected one of 2, 3, 4; got 1"),
         ("turboquant:variant=qjl", None, "expected one of mse, prod; got 'qjl'"),
         ("turboquant:rotation=givens", None, "expected one of hadamard, haar; got 'givens'"),
-        ("turboquant", (2, 80), r"power of two; got 80. Use Rotation\(seed=0\)"),
+        (
+            "turboquant",
+            (2, 80),
+            r"power of two; got 80. Give a size .*16, or use Rotation\(seed=0\)",
+        ),
         ("quarot:heads_per_group=0", None, "heads_per_group >= 1; got 0"),
-        ("quarot:heads_per_group=4", (6, 64), "must divide the 6 KV heads; got 4"),
-        ("quarot:heads_per_group=3", (6, 64), r"heads_per_group \* head_dim .* got 192"),
+        ("quarot:heads_per_group=4", (6, 64), "a divisor of the 6 KV heads; got 256"),
+        ("quarot:heads_per_group=3", (6, 64), "must be a power of two; got 192"),
     ],
 )
 def test_bad_settings(spec, shape, message):

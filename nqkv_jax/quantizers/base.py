@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.rotary import Rotary, Rotation
+from nqkv_jax.rotary import Rotary, RotaryAngles
 
 Payload = Any  # a pytree of arrays: all that is stored for one group
 State = Any  # a pytree of arrays: what a quantizer keeps per sequence; () for most
@@ -32,7 +32,7 @@ class Context:
     """
 
     positions: jax.Array | None = None
-    rotary: Rotary | Rotation | None = None
+    rotary: Rotary | RotaryAngles | None = None
     state: State = ()
     keys: jax.Array | None = None
 

@@ -33,10 +33,12 @@ def widths_by_rank(bits: int, head_dim: int) -> tuple[int, ...]:
 
     An eighth of the pairs has two bits more, an eighth one more, a quarter one less, and a
     sixteenth two less: about what the greedy allocation gives on average over the heads of SmolLM2
-    (books; see `schemes/nqkv_plus.py`).
+    on a book. Heads of less than 16 channels have one width.
     """
     pairs = head_dim // 2
     more = pairs // 8
+    if not more:
+        return (bits,) * pairs
     less = pairs // 4 + (3 * more - pairs // 4) % 2  # what is saved must be what is spent
     least = (3 * more - less) // 2
     same = pairs - 2 * more - less - least

@@ -57,33 +57,34 @@ class Transform:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hadamard(Transform):
-    """The normalised Walsh-Hadamard transform along head_dim, which must be a power of two.
+    """The normalised Walsh-Hadamard transform along head_dim.
 
     Made of sums and differences in a fixed order, so that a token is transformed to the same bits
     however many come with it.
 
     Attributes:
       seed: for random signs ahead of the transform (a randomised Hadamard); None for none.
-      heads_per_group: KV heads that are transformed together, as one vector. Above 1 the map moves
-        neither to a query nor to the output, which belong to one head each: that is for keys stored
-        before RoPE, which are decoded before they meet a query.
+      size: channels that are transformed together, a power of two; None for head_dim. A part of
+        head_dim makes a block-diagonal map, for head_dim such as 80 = 5 * 16. A multiple of it
+        mixes heads: such a map moves neither to a query nor to the output, which belong to one head
+        each, and is for keys stored before RoPE, which are decoded before they meet a query.
     """
 
     seed: int | None = dataclasses.field(default=None, metadata={"static": True})
-    heads_per_group: int = dataclasses.field(default=1, metadata={"static": True})
+    size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def check(self, heads: int, head_dim: int) -> None:
-        if self.heads_per_group < 1 or heads % self.heads_per_group:
-            raise ValueError(
-                f"Hadamard: heads_per_group must divide the {heads} KV heads; got "
-                f"{self.heads_per_group}"
-            )
-        size = self.heads_per_group * head_dim
+        size = head_dim if self.size is None else self.size
         if size < 1 or size & (size - 1):
-            heads_and = "heads_per_group * " if self.heads_per_group > 1 else ""
             raise ValueError(
-                f"Hadamard: {heads_and}head_dim must be a power of two; got {size}. Use "
+                f"Hadamard: size (by default head_dim) must be a power of two; got {size}. Give a "
+                f"size that divides head_dim, such as {largest_power_of_two(head_dim)}, or use "
                 "Rotation(seed=0), which takes any head_dim"
+            )
+        if heads * head_dim % size or (size % head_dim and head_dim % size):
+            raise ValueError(
+                f"Hadamard: size must divide head_dim = {head_dim}, or be head_dim times a divisor "
+                f"of the {heads} KV heads; got {size}"
             )
 
     def apply(self, params: Params, x: jax.Array) -> jax.Array:
@@ -100,25 +101,23 @@ class Hadamard(Transform):
         return (x if signs is None else x * signs).reshape(y.shape)
 
     def fold_query(self, params: Params, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        self._check_foldable()
+        self._check_foldable(q)
         return self.apply(params, q), None
 
     def unfold_output(self, params: Params, out: jax.Array) -> jax.Array:
-        self._check_foldable()
+        self._check_foldable(out)
         return super().unfold_output(params, out)
 
-    def _check_foldable(self) -> None:
-        if self.heads_per_group > 1:
+    def _check_foldable(self, x: jax.Array) -> None:
+        if self.size is not None and self.size > x.shape[-1]:
             raise ValueError(
-                f"Hadamard: heads_per_group={self.heads_per_group} mixes KV heads, whose queries "
-                "and attention weights differ; use it for keys before RoPE (Unrotated), or 1"
+                f"Hadamard: size={self.size} mixes KV heads of {x.shape[-1]}, whose queries and "
+                "attention weights differ; use it for keys before RoPE (Unrotated)"
             )
 
     def _rows(self, x: jax.Array) -> jax.Array:
-        """`x` [..., heads, head_dim] with the heads of a group in one row."""
-        if self.heads_per_group == 1:
-            return x
-        return x.reshape(*x.shape[:-2], -1, self.heads_per_group * x.shape[-1])
+        """`x` [..., heads, head_dim] with what is transformed together along the last axis."""
+        return x if self.size is None else x.reshape(*x.shape[:-2], -1, self.size)
 
     def _signs(self, x: jax.Array) -> np.ndarray | None:
         if self.seed is None:
@@ -336,6 +335,11 @@ class Transformed(Quantizer):
 
     def _inner_state(self, context: Context) -> State:
         return context.state.inner if isinstance(context.state, TransformedState) else ()
+
+
+def largest_power_of_two(number: int) -> int:
+    """The largest power of two that divides `number`."""
+    return number & -number
 
 
 def _add(shift: jax.Array | None, more: jax.Array | None) -> jax.Array | None:

@@ -18,7 +18,7 @@ from nqkv_jax import codebooks
 from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.ranked import RankedQuantizer, widths_by_rank
-from nqkv_jax.quantizers.transforms import Hadamard, Transformed
+from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import LayerScheme, one_of, register
 
@@ -55,9 +55,10 @@ def nqkv_plus(
         value = BlockQuantizer(
             codebooks.lloyd_max_normal(bits), block_size=shape.head_dim, scale="rms"
         )
+        rotation = Hadamard(size=largest_power_of_two(shape.head_dim))
         return LayerScheme(
             key=key if keys == "rotated" else Unrotated(key),
-            value=Transformed(value, (Hadamard(),)) if hadamard else value,
+            value=Transformed(value, (rotation,)) if hadamard else value,
             sinks=sinks,
             key_window=window,
             value_window=window,

@@ -39,7 +39,7 @@ def quarot(
 
     def layer(shape):
         plain = BlockQuantizer(codebook, block_size=shape.head_dim, scale=scale)
-        key = Transformed(plain, (Hadamard(heads_per_group=heads_per_group),))
+        key = Transformed(plain, (Hadamard(size=heads_per_group * shape.head_dim),))
         return LayerScheme(
             key=Unrotated(key) if together else key,
             value=Transformed(plain, (Hadamard(),)),

@@ -1,0 +1,32 @@
+"""Every scheme generates with both families of models: what the cache holds is what it counts."""
+
+import jax
+import numpy as np
+import pytest
+from cases import SCHEMES
+from test_generate import random_prompts, tiny
+
+from nqkv_jax import schemes
+from nqkv_jax.models import generate
+from nqkv_jax.plan import AbstractCaches
+
+# Of tiny models of other sizes; a calibration belongs to one, and has tests of its own.
+SPECS = {s.partition(":")[0]: s for s in SCHEMES if not s.startswith("kvquant")}
+SMALLER = {"quanto": "quanto:group_size=8,residual=16", "hqq": "hqq:group_size=8,residual=16",
+           "kvq": "kvq:group_size=8,residual=16", "kivi": "kivi:group_size=8,residual=16",
+           "squat": "squat:group_size=8,residual=16,block=4"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("name", SPECS)
+def test_generates(name, kind):
+    lm = tiny(kind, tokenizer=False)
+    spec = SMALLER.get(name, SPECS[name])
+    prompts = random_prompts(37, 5, seed=3)
+    result = generate(lm, prompts, scheme=spec, max_new_tokens=24, max_len=80, prefill_chunk=16)
+    assert [len(tokens) for tokens in result.tokens] == [24, 24]
+    assert result.cache.lengths.tolist() == [37 + 23, 5 + 23]
+    assert result.cache_bytes == sum(a.nbytes for a in jax.tree.leaves(result.cache))
+    planned = AbstractCaches(lm.config, schemes.get(spec), np.float32)(batch=2, max_len=80)
+    assert planned.nbytes == result.cache_bytes
