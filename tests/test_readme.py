@@ -61,3 +61,11 @@ def test_add_a_scheme(monkeypatch):
     q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 100, 4, 64)), jnp.float32)
     out, cache = nq.attend(q, q[:, :, :2], q[:, :, 2:], cache)
     assert out.shape == q.shape and cache.stored_bits == (3.25 + 16) / 2
+
+
+def test_a_cache_as_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(num_layers=1, batch=1, max_len=8, num_kv_heads=2, head_dim=64)
+    names = dict(nq=nq, cache=nq.schemes.get("nqkv").init(**sizes))
+    exec(block("nq.save_cache("), names)
+    assert names["cache"].max_len == 8 and (tmp_path / "prompt.safetensors").exists()
