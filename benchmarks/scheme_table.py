@@ -4,8 +4,8 @@
 
 Calibrations (KVQuant's ranges and codebooks, KVQ's bits per layer) are made from the calibration
 text first and kept in --folder, with a line of JSON for every perplexity that is done: after an
-interruption the same command goes on from there. Times are taken at the end, all schemes in turn.
-Prints the table in Markdown.
+interruption the same command goes on from there. Times are taken at the end, of the first listed
+variant of every scheme, in turn. Prints the table in Markdown.
 """
 
 import argparse
@@ -119,10 +119,11 @@ def table(rows: dict[str, dict]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
+        speed = f"{1 / row['seconds']:.0f}" if "seconds" in row else ""
         over = "" if name == "none" else f"{100 * (row['perplexity'] / full - 1):+.1f} %"
         lines.append(
             f"| `{name}` | {row['stored_bits']:.2f} | {row['effective_bits']:.2f} | "
-            f"{row['perplexity']:.2f} | {over} | {1 / row['seconds']:.0f} |"
+            f"{row['perplexity']:.2f} | {over} | {speed} |"
         )
     return "\n".join(lines)
 
@@ -155,8 +156,11 @@ def main():
         if name not in records.rows:
             records.add(dict(scheme=name, **quality(lm, name.format(**files), text, args)))
             print(json.dumps(records.rows[name]), flush=True)
-    times = seconds(lm, [name.format(**files) for name in args.schemes], args)
-    rows = {n: records.rows[n] | dict(seconds=t) for n, t in zip(args.schemes, times, strict=True)}
+    timed = list({name.partition(":")[0]: name for name in reversed(args.schemes)}.values())[::-1]
+    times = seconds(lm, [name.format(**files) for name in timed], args)
+    rows = {name: dict(records.rows[name]) for name in args.schemes}
+    for name, median in zip(timed, times, strict=True):
+        rows[name]["seconds"] = median
     print(
         f"\n{args.model} ({jnp.dtype(lm.dtype).name}), {args.max_tokens:,} tokens of "
         f"{pathlib.Path(args.text).name} in windows of {args.window:,}; {os.cpu_count()} cores of "
