@@ -221,8 +221,8 @@ def attend_body(
         return jnp.minimum(i * tile, capacity - tile)
 
     # Sines of where tiles begin and of the places in a tile, and a few products per token for the
-    # rest. All sines are outside the loop: XLA:CPU would compute those of a tile for each of its
-    # elements, which takes six times as long as everything else here.
+    # rest. All sines are outside the loop: inside, XLA:CPU computes those of a tile's beginning for
+    # each of its elements.
     if rotary is not None:
         starts = rotary.at(key.num_sinks + begin(jnp.arange(-(-capacity // tile))))
         offsets = rotary.at(jnp.arange(tile))

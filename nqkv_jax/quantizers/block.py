@@ -192,13 +192,22 @@ def _round_to(x: jax.Array, dtype: np.dtype) -> jax.Array:
     would divide by a scale that the decoder does not have. An explicit rounding stays.
     """
     info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    nearest = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     if info.nexp == 8:
-        return rounded
+        return nearest
     # `reduce_precision` has no subnormals. Theirs is a fixed grid; powers of two multiply exactly.
     grid = np.float32(2.0 ** (info.minexp - info.nmant))
     subnormal = jnp.round(x * (1 / grid)) * grid
-    return jnp.where(jnp.abs(x) < np.float32(2.0**info.minexp), subnormal, rounded)
+    return jnp.where(jnp.abs(x) < np.float32(2.0**info.minexp), subnormal, nearest)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """f32 `x` with one bit less, so that a product is rounded here in every program.
+
+    A compiler may fuse a product with the sum that follows, in one program and not in another, and
+    the stored bits would depend on it.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=22)
 
 
 def divide(x: jax.Array, by) -> jax.Array:
@@ -234,8 +243,6 @@ def pairwise_sum(x: jax.Array, axis: int) -> jax.Array:
 
 def _rms(blocks: jax.Array, absmax: jax.Array, axis: int) -> jax.Array:
     """Root mean square, by way of the largest magnitude: squares neither overflow nor underflow."""
-    # One bit less than float32, so that the squares are rounded here in every program: a compiler
-    # may fuse a product with the sum that follows, and the stored bits would depend on it.
-    squares = jax.lax.reduce_precision(jnp.square(divide_or_zero(blocks, absmax)), 8, 22)
+    squares = rounded(jnp.square(divide_or_zero(blocks, absmax)))
     mean = divide(pairwise_sum(squares, axis), np.float32(blocks.shape[axis]))
     return absmax * jnp.sqrt(mean)

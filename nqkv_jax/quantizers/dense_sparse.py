@@ -22,7 +22,13 @@ import numpy as np
 
 from nqkv_jax import packing
 from nqkv_jax.quantizers.base import Context, Quantizer
-from nqkv_jax.quantizers.block import check_group, divide, divide_or_zero, store
+from nqkv_jax.quantizers.block import (
+    check_group,
+    divide,
+    divide_or_zero,
+    rounded,
+    store,
+)
 
 _MOST_CHANNELS = 2**15  # that an int16 numbers
 
@@ -219,9 +225,8 @@ def _look_up(codes: jax.Array, levels: jax.Array) -> jax.Array:
 
 def _dense(codes: jax.Array, levels: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
     """What codes alone stand for."""
-    # One bit less, so that the product is rounded here in every program: fused with the sum, it
-    # would change the residuals that are stored.
-    product = jax.lax.reduce_precision(_look_up(codes, levels) * scale, 8, 22)
+    # Lest the residuals that are stored depend on the program.
+    product = rounded(_look_up(codes, levels) * scale)
     return product + zero
 
 

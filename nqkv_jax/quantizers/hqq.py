@@ -15,6 +15,7 @@ from nqkv_jax.quantizers.block import (
     divide,
     divide_or_zero,
     pairwise_sum,
+    rounded,
     scale_dtype,
     store,
 )
@@ -101,9 +102,7 @@ class HQQQuantizer(Quantizer):
         scale = store(divide(high - low, np.float32(2**self.bits - 1)), finite, self.scale_dtype)
         step = scale.astype(jnp.float32)
         shift = self._shift(divide_or_zero(blocks - low, step), step, axis)
-        # Rounded explicitly, here and below: a compiler may fuse a product with the sum that
-        # follows, and the stored bits would depend on it.
-        zero = store(low - _rounded(shift * step), finite, self.scale_dtype)
+        zero = store(low - rounded(shift * step), finite, self.scale_dtype)
         codes = grid.codebook.encode(divide_or_zero(blocks - zero.astype(jnp.float32), step))
         return BlockPayload(
             codes=packing.pack(codes.reshape(x.shape), self.bits),
@@ -123,7 +122,7 @@ class HQQQuantizer(Quantizer):
             error = moved - codes
             # 0^(p-1) is infinite, and infinity times a strength of 0 would be NaN.
             distance = jnp.maximum(jnp.abs(error), np.float32(1e-12))
-            threshold = _rounded(strength * jnp.power(distance, np.float32(NORM - 1)))
+            threshold = rounded(strength * jnp.power(distance, np.float32(NORM - 1)))
             outlier = jnp.sign(error) * jnp.maximum(distance - threshold, np.float32(0))
             return divide(pairwise_sum(codes - y + outlier, axis), size)
 
@@ -132,7 +131,3 @@ class HQQQuantizer(Quantizer):
     def dequantize(self, payload: BlockPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         """Decodes in float32 and rounds once to `dtype`: [group, heads, head_dim]."""
         return self._blocks.dequantize(payload, context, dtype)
-
-
-def _rounded(x: jax.Array) -> jax.Array:
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=22)

@@ -1,9 +1,8 @@
 """Keys per channel, with bits where queries will see the error.
 
 Only <q, k> matters, so an error of channel i costs E[q_i^2] E[error_i^2], and at b bits the error
-is about var(k_i) 4^-b. The channels of a head differ in E[q_i^2] var(k_i) by tens of decibels. So
-channels are ranked by that product, and each rank has its own width: the classical bit allocation
-of transform coding, without a transform.
+is about var(k_i) 4^-b. So channels are ranked by E[q_i^2] var(k_i), and each rank has its own
+width: the classical bit allocation of transform coding, without a transform.
 
 RoPE mixes the channels i and i + D/2, and the queries at one position meet keys of all others: both
 channels of such a pair count the mean energy of the pair's queries, and share a rank.
@@ -23,7 +22,14 @@ import numpy as np
 
 from nqkv_jax import codebooks, packing
 from nqkv_jax.quantizers.base import Context, Quantizer
-from nqkv_jax.quantizers.block import check_group, divide, divide_or_zero, pairwise_sum, store
+from nqkv_jax.quantizers.block import (
+    check_group,
+    divide,
+    divide_or_zero,
+    pairwise_sum,
+    rounded,
+    store,
+)
 
 _STATIC = {"static": True}
 
@@ -32,8 +38,8 @@ def widths_by_rank(bits: int, head_dim: int) -> tuple[int, ...]:
     """Bits of each rank of the head_dim / 2 channel pairs, the most important first; mean `bits`.
 
     An eighth of the pairs has two bits more, an eighth one more, a quarter one less, and a
-    sixteenth two less: about what the greedy allocation gives on average over the heads of SmolLM2
-    on a book. Heads of less than 16 channels have one width.
+    sixteenth two less: a fixed shape, so that all heads share one layout. Heads of less than 16
+    channels have one width.
     """
     pairs = head_dim // 2
     more = pairs // 8
@@ -136,14 +142,15 @@ class RankedQuantizer(Quantizer):
     def observe_query(self, q: jax.Array, context: Context) -> RankedState:
         state = context.state
         return dataclasses.replace(
-            state, energy=state.energy + pairwise_sum(_square(q.astype(jnp.float32)), 1)[:, 0]
+            state,
+            energy=state.energy + pairwise_sum(rounded(jnp.square(q.astype(jnp.float32))), 1)[:, 0],
         )
 
     def observe(self, x: jax.Array, context: Context) -> RankedState:
         state, x = context.state, x.astype(jnp.float32)
         count = np.float32(x.shape[0])
         mean = divide(pairwise_sum(x, 0), count)  # [1, heads, head_dim]
-        importance = _pair_sums(divide(pairwise_sum(_square(x - mean), 0), count)[0])
+        importance = _pair_sums(divide(pairwise_sum(rounded(jnp.square(x - mean)), 0), count)[0])
         if self.wants_queries:
             importance = importance * _pair_sums(state.energy)
         # Channels by slot: per width the first, then the second channels of its pairs.
@@ -216,12 +223,6 @@ class RankedQuantizer(Quantizer):
             "RankedQuantizer: context.state must be what init_state and observe return, because "
             f"the ranks depend on the sequence; got {type(context.state).__name__}"
         )
-
-
-def _square(x: jax.Array) -> jax.Array:
-    # Rounded explicitly, lest the product is fused with the sum that follows in some programs: the
-    # stored bits would depend on it.
-    return jax.lax.reduce_precision(jnp.square(x), exponent_bits=8, mantissa_bits=22)
 
 
 def _pair_sums(x: jax.Array) -> jax.Array:

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer
-from nqkv_jax.quantizers.block import divide, pairwise_sum
+from nqkv_jax.quantizers.block import (
+    divide,
+    pairwise_sum,
+    rounded,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -118,8 +122,8 @@ class QueryAware(Quantizer):
 
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a * b, rounded here in every program: see `Hadamard.apply`."""
-    return jax.lax.reduce_precision(a * b, exponent_bits=8, mantissa_bits=22)
+    """a * b, rounded in every program."""
+    return rounded(a * b)
 
 
 def _elimination(a: jax.Array) -> jax.Array:

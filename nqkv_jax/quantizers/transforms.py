@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
-from nqkv_jax.quantizers.block import divide, pairwise_sum
+from nqkv_jax.quantizers.block import (
+    divide,
+    pairwise_sum,
+    rounded,
+)
 
 Params = Any  # a pytree of arrays: what a transform learnt from a sequence; () for fixed transforms
 
@@ -91,9 +95,7 @@ class Hadamard(Transform):
         rows = self._rows(x)
         signs = self._signs(rows)
         y = _walsh_hadamard(rows if signs is None else rows * signs).reshape(x.shape)
-        # One bit less, so that the product with 1 / sqrt(n) is rounded here in every program: a
-        # compiler may fuse a product with a sum that follows, and stored bits would depend on it.
-        return jax.lax.reduce_precision(y, exponent_bits=8, mantissa_bits=22)
+        return rounded(y)
 
     def invert(self, params: Params, y: jax.Array) -> jax.Array:
         rows = self._rows(y)
@@ -194,8 +196,7 @@ class Standardise(Transform):
         # The mean of equal numbers may be off by roundings: what is left is no deviation.
         constant = largest <= np.float32(1e-6) * jnp.max(jnp.abs(x), axis=0, keepdims=True)
         unit = jnp.where(constant, np.float32(1), largest)
-        # Rounded explicitly, lest a product is fused with the sum: see `Hadamard.apply`.
-        squares = jax.lax.reduce_precision(jnp.square(divide(x - mean, unit)), 8, 22)
+        squares = rounded(jnp.square(divide(x - mean, unit)))
         deviation = unit * jnp.sqrt(_mean(squares))
         return mean[0], jnp.where(constant, np.float32(1), deviation)[0]
 

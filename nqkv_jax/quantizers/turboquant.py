@@ -9,7 +9,13 @@ import numpy as np
 
 from nqkv_jax import packing
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer
-from nqkv_jax.quantizers.block import divide, divide_or_zero, pairwise_sum, store
+from nqkv_jax.quantizers.block import (
+    divide,
+    divide_or_zero,
+    pairwise_sum,
+    rounded,
+    store,
+)
 
 # The Gaussian matrix is rounded to steps of 1/32, at most 127 of them, and the residual to as many
 # steps as keep every partial sum of their product below 2^24: it is exact in float32, whatever the
@@ -64,13 +70,12 @@ class ResidualSketch(Quantizer):
         self.check(*x.shape[1:])
         x = x.astype(jnp.float32)
         payload = self.inner.quantize(x, context)
-        # Rounded explicitly, lest the last product of the decoder is fused with the difference.
         decoded = self.inner.dequantize(payload, context)
-        residual = x - jax.lax.reduce_precision(decoded, 8, 22)
+        residual = x - rounded(decoded)
         finite = jnp.all(jnp.isfinite(residual), axis=-1, keepdims=True)
         largest = jnp.max(jnp.abs(residual), axis=-1, keepdims=True)
         units = divide_or_zero(residual, largest)
-        squares = jax.lax.reduce_precision(jnp.square(units), 8, 22)
+        squares = rounded(jnp.square(units))
         rms = largest * jnp.sqrt(divide(pairwise_sum(squares, -1), np.float32(x.shape[-1])))
         steps = jnp.round(units * np.float32(2**24 // (_TOP * x.shape[-1])))
         sketch = _product(steps, _gaussian(self.seed, x.shape[-1]).T)

@@ -1,12 +1,12 @@
 """nqkv-plus: what this library found to work best at 4, 3 and 2 bits, without calibration.
 
-Keys are stored before RoPE, where static channel means hold most of their energy, and each channel
-is coded over groups of 64 tokens, after its mean. Channels are ranked by how much an error in them
-costs (variance of the keys times energy of the queries, both from the first tokens of the
-sequence), and the ranks have widths from bits + 2 down to bits - 2 (`quantizers/ranked.py`).
+Keys are stored before RoPE, which would turn the means of their channels with the position, and
+each channel is coded over groups of 64 tokens, after its mean. Channels are ranked by how much an
+error in them costs (variance of the keys times energy of the queries, both from the first tokens of
+the sequence), and the ranks have widths from bits + 2 down to bits - 2 (`quantizers/ranked.py`).
 
-Values are coded per token and head after a Hadamard rotation, scaled by their root mean square: the
-rotation makes them normal, and the symmetric code leaves no bias that attention would add up.
+Values are coded per token and head after a Hadamard rotation, which brings them near the normal
+distribution that the Lloyd-Max levels are for, scaled by their root mean square.
 
 The first 4 tokens stay in full precision, and so do the latest 64 to 127. Keys cost bits + 0.25,
 values bits + 16 / head_dim.
