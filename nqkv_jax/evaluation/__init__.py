@@ -3,7 +3,16 @@
 Works with any object that is a `nqkv_jax.evaluation.protocol.LanguageModel`; knows no model.
 """
 
+from nqkv_jax.evaluation.divergence import DivergenceResult, divergence
 from nqkv_jax.evaluation.perplexity import PerplexityResult, decode_perplexity, perplexity
 from nqkv_jax.evaluation.throughput import CacheTiming, cache_timings
 
-__all__ = ["CacheTiming", "PerplexityResult", "cache_timings", "decode_perplexity", "perplexity"]
+__all__ = [
+    "CacheTiming",
+    "DivergenceResult",
+    "PerplexityResult",
+    "cache_timings",
+    "decode_perplexity",
+    "divergence",
+    "perplexity",
+]

@@ -1,0 +1,106 @@
+"""What the measures of `nqkv eval` share: arguments, and one run for each scheme."""
+
+import argparse
+import math
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nqkv_jax.cli import options, terminal
+
+
+def add(measures, name: str, summary: str, example: str, notes: str) -> argparse.ArgumentParser:
+    """The parser of a measure, with the model, the schemes and the record."""
+    parser = options.subparser(measures, name, summary, example, notes)
+    options.add_model(parser, required=True)
+    options.add_cache_dtype(parser)
+    parser.add_argument(
+        "--scheme", nargs="+", default=["none"], metavar="SCHEME",
+        help="one or several (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", metavar="FILE",
+        help="keep what is finished there, and go on from what it holds; with several schemes one "
+        "file each, with the scheme in its name",
+    )  # fmt: skip
+    return parser
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - for stdin")
+    parser.add_argument(
+        "--window", type=int, default=1024, metavar="TOKENS",
+        help="the model reads so many at once (default: 1024)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stride", type=int, metavar="TOKENS",
+        help="from one window to the next (default: the window)",
+    )  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, metavar="TOKENS", help="use so much of the text")
+
+
+def measure(args: argparse.Namespace, one: Callable[..., Any]) -> tuple[Any, list[Any]]:
+    """Runs `one(lm, scheme=..., cache_dtype=..., progress=..., resume=...)` for every scheme.
+
+    With --json, prints each result as it comes.
+
+    Returns: the model, and the results, which are dataclasses.
+    """
+    import dataclasses
+
+    from nqkv_jax import schemes
+
+    # What is wrong with the arguments should be said before minutes of loading.
+    names = [str(schemes.get(name)) for name in args.scheme]
+    lm = options.load(args)
+    results = []
+    for name in names:
+        result = one(
+            lm, scheme=name, cache_dtype=args.cache_dtype, progress=args.progress,
+            resume=_resume_path(args.resume, name, len(names)),
+        )  # fmt: skip
+        results.append(result)
+        if args.json:
+            terminal.print_json(dataclasses.asdict(result))
+    return lm, results
+
+
+def _resume_path(path: str | None, scheme: str, count: int) -> pathlib.Path | None:
+    if path is None or count == 1:
+        return None if path is None else pathlib.Path(path)
+    path = pathlib.Path(path)
+    return path.with_name(f"{path.stem}.{file_name(scheme)}{path.suffix}")
+
+
+def file_name(scheme: str) -> str:
+    """The string form of a scheme without what a file's name should not have."""
+    return re.sub("[^A-Za-z0-9._=-]", "_", scheme)
+
+
+def describe_windows(result: Any, text: str) -> str:
+    """What a result over the windows of a text is about."""
+    stride = f", stride {result.stride:,}" if result.stride != result.window else ""
+    return (
+        f"{result.model} ({result.dtype}, cache {result.cache_dtype}): {result.tokens:,} tokens of "
+        f"{pathlib.Path(text).name} scored in {result.windows:,} windows of {result.window:,}"
+        f"{stride}\n"
+    )
+
+
+def with_error(value: float, error: float, digits: int = 4) -> str:
+    """0.012345, 0.00056 -> "0.01235 ± 0.00056": two figures of the error decide.
+
+    `digits` after the point where there is no error, which is NaN for one window or item.
+    """
+    if not math.isfinite(error) or error <= 0:
+        return f"{value:.{digits}f}"
+    mark = "±" if terminal.unicode_output() else "+-"
+    digits = min(max(0, 1 - math.floor(math.log10(error))), 8)
+    return f"{value:.{digits}f} {mark} {error:.{digits}f}"
+
+
+def columns(results: Sequence[Any], **cells: Callable[[Any], str]) -> str:
+    """A table with a row per result and the scheme in front; keywords are the other columns."""
+    header = ["scheme", *(name.replace("_", " ") for name in cells)]
+    return terminal.table(header, [[r.scheme, *(c(r) for c in cells.values())] for r in results])
