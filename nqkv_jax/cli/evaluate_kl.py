@@ -32,7 +32,7 @@ def run(args) -> None:
         results,
         KL=lambda r: measures.with_error(r.kl, r.kl_error),
         p99=lambda r: f"{r.kl_p99:.3f}",
-        same_token=lambda r: measures.with_error(100 * r.top1, 100 * r.top1_error) + " %",
+        same_token=lambda r: measures.percent(r.top1, r.top1_error) + " %",
         perplexity=lambda r: f"{r.perplexity:.3f}",
         NLL_increase=lambda r: measures.with_error(r.nll_increase, r.nll_increase_error),
         stored_bits=lambda r: f"{r.stored_bits:.4f}",

@@ -100,6 +100,15 @@ def with_error(value: float, error: float, digits: int = 4) -> str:
     return f"{value:.{digits}f} {mark} {error:.{digits}f}"
 
 
+def percent(share: float, error: float) -> str:
+    return with_error(100 * share, 100 * error, 1)
+
+
+def interval(shares: tuple[float, float]) -> str:
+    """(0.123, 0.345) -> "12.3 to 34.5"."""
+    return f"{100 * shares[0]:.1f} to {100 * shares[1]:.1f}"
+
+
 def columns(results: Sequence[Any], **cells: Callable[[Any], str]) -> str:
     """A table with a row per result and the scheme in front; keywords are the other columns."""
     header = ["scheme", *(name.replace("_", " ") for name in cells)]

@@ -3,16 +3,21 @@
 Works with any object that is a `nqkv_jax.evaluation.protocol.LanguageModel`; knows no model.
 """
 
+from nqkv_jax.evaluation.choice import ChoiceResult, LastWordResult, last_word, multiple_choice
 from nqkv_jax.evaluation.divergence import DivergenceResult, divergence
 from nqkv_jax.evaluation.perplexity import PerplexityResult, decode_perplexity, perplexity
 from nqkv_jax.evaluation.throughput import CacheTiming, cache_timings
 
 __all__ = [
     "CacheTiming",
+    "ChoiceResult",
     "DivergenceResult",
+    "LastWordResult",
     "PerplexityResult",
     "cache_timings",
     "decode_perplexity",
     "divergence",
+    "last_word",
+    "multiple_choice",
     "perplexity",
 ]
