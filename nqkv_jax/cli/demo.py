@@ -43,7 +43,7 @@ def run(args) -> None:
 
     names = ["none", str(schemes.get(args.scheme))]
     if args.plot:
-        _matplotlib()  # what fails after two minutes should have failed at once
+        options.figure()  # what fails after two minutes should have failed at once
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -89,19 +89,9 @@ def _charts() -> tuple:
     )
 
 
-def _matplotlib():
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError(
-            '--plot needs matplotlib, which is not installed: pip install "nqkv-jax[plots]"'
-        ) from error
-    return matplotlib
-
-
 def _plot(entries: list[dict], path: str) -> None:
     """The bars of the terminal, side by side; colours of Okabe and Ito, safe for colour-blind."""
-    figure = _matplotlib().figure.Figure(figsize=(9, 2.6), layout="constrained")
+    figure = options.figure()(figsize=(9, 2.6), layout="constrained")
     for axes, (title, key, form, sense) in zip(figure.subplots(1, 3), _charts(), strict=True):
         values = [entry[key] for entry in entries]
         names = [_label(entry["scheme"]) for entry in entries]

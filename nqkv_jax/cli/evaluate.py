@@ -1,8 +1,8 @@
 """`nqkv eval`: quality through the cache. One module per measure."""
 
-from nqkv_jax.cli import evaluate_choice, evaluate_kl, evaluate_ppl
+from nqkv_jax.cli import evaluate_choice, evaluate_kl, evaluate_ppl, evaluate_retrieval
 
-MEASURES = (evaluate_kl, evaluate_ppl, evaluate_choice)
+MEASURES = (evaluate_kl, evaluate_ppl, evaluate_retrieval, evaluate_choice)
 
 
 def add(commands) -> None:

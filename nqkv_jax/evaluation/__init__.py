@@ -6,6 +6,7 @@ Works with any object that is a `nqkv_jax.evaluation.protocol.LanguageModel`; kn
 from nqkv_jax.evaluation.choice import ChoiceResult, LastWordResult, last_word, multiple_choice
 from nqkv_jax.evaluation.divergence import DivergenceResult, divergence
 from nqkv_jax.evaluation.perplexity import PerplexityResult, decode_perplexity, perplexity
+from nqkv_jax.evaluation.retrieval import RetrievalCell, RetrievalResult, retrieval
 from nqkv_jax.evaluation.throughput import CacheTiming, cache_timings
 
 __all__ = [
@@ -14,10 +15,13 @@ __all__ = [
     "DivergenceResult",
     "LastWordResult",
     "PerplexityResult",
+    "RetrievalCell",
+    "RetrievalResult",
     "cache_timings",
     "decode_perplexity",
     "divergence",
     "last_word",
     "multiple_choice",
     "perplexity",
+    "retrieval",
 ]
