@@ -1,8 +1,14 @@
 """`nqkv eval`: quality through the cache. One module per measure."""
 
-from nqkv_jax.cli import evaluate_choice, evaluate_kl, evaluate_ppl, evaluate_retrieval
+from nqkv_jax.cli import (
+    evaluate_choice,
+    evaluate_drift,
+    evaluate_kl,
+    evaluate_ppl,
+    evaluate_retrieval,
+)
 
-MEASURES = (evaluate_kl, evaluate_ppl, evaluate_retrieval, evaluate_choice)
+MEASURES = (evaluate_kl, evaluate_ppl, evaluate_drift, evaluate_retrieval, evaluate_choice)
 
 
 def add(commands) -> None:
