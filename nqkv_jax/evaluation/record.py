@@ -86,9 +86,8 @@ class Record:
                 file.write(json.dumps(header).encode() + b"\n")
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of the steps that are left."""
-        while len(self.entries) < self._count:
-            yield len(self.entries)
+        """The numbers of the steps that are left; `add` what each has computed."""
+        return iter(range(len(self.entries), self._count))
 
     def add(self, **entry: Any) -> None:
         """Keeps what the next step has computed."""
