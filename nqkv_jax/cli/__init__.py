@@ -10,9 +10,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nqkv_jax.cli import analyze, bench, calibrate, demo, evaluate, generate, plan, schemes
+from nqkv_jax.cli import (
+    analyze,
+    bench,
+    calibrate,
+    demo,
+    evaluate,
+    generate,
+    leaderboard,
+    plan,
+    schemes,
+)
 
-COMMANDS = (generate, evaluate, calibrate, analyze, bench, demo, plan, schemes)
+COMMANDS = (generate, evaluate, leaderboard, calibrate, analyze, bench, demo, plan, schemes)
 
 # What a user can mend. Anything else is a fault of ours, and is reported as such.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, MemoryError, FloatingPointError)

@@ -25,8 +25,12 @@ def unicode_output() -> bool:
 
 
 def print_json(value: Any) -> None:
+    print(to_json(value))
+
+
+def to_json(value: Any) -> str:
     """One line of JSON; what is not a finite number becomes null, as JSON has no word for it."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,92 @@
+"""`nqkv leaderboard`: quality, bytes and speed of every scheme on a model."""
+
+from nqkv_jax.cli import demo, options
+
+ALL = "all"
+
+
+def add(commands) -> None:
+    parser = options.subparser(
+        commands, "leaderboard", "measure quality, bytes and speed of every scheme on a model",
+        "nqkv leaderboard --model smollm2-135m --schemes none int8 nqkv --text README.md "
+        "--max-tokens 1024 --out leaderboard",
+        "KL divergence, perplexity and agreement, pass keys, counted bits and tokens/s, as\n"
+        "Markdown, JSON, HTML and a figure. What was measured once is kept in the folder: a run\n"
+        "that was interrupted goes on, and another measures only what has changed. All schemes\n"
+        "with a calibration text take an hour or two for smollm2-135m on two cores.",
+    )  # fmt: skip
+    options.add_model(parser)
+    parser.add_argument(
+        "--schemes", nargs="+", default=[ALL], metavar="SCHEME",
+        help="all: every registered scheme at 4, 3 and 2 bits where it has them (default); "
+        "{kvquant} and {kvq} in a name stand for calibration files",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", metavar="FILE",
+        help="for KL and perplexity, UTF-8; - for stdin (default: a short passage of Moby-Dick)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration-text", metavar="FILE",
+        help="calibrate kvquant and kvq on it first; without, rows that need that are left out",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="DIR", help="of tables and records")
+    numbers = (
+        ("--max-tokens", 4096, "TOKENS", "of the text"),
+        ("--window", 1024, "TOKENS", "read at once"),
+        ("--passkey-length", 512, "TOKENS", "of the texts with a pass key"),
+        ("--passkey-samples", 8, "N", "such texts"),
+        ("--repeats", 5, "N", "of every timing"),
+        ("--calibration-samples", 16, "N", "windows that kvquant is calibrated on"),
+        ("--calibration-window", 1024, "TOKENS", "of each"),
+    )
+    for name, default, unit, text in numbers:
+        parser.add_argument(
+            name, type=int, default=default, metavar=unit, help=f"{text} (default: {default:,})"
+        )
+    parser.set_defaults(run=run)
+
+
+def run(args) -> None:
+    import json
+    import pathlib
+
+    from nqkv_jax.cli import terminal
+    from nqkv_jax.evaluation import leaderboard as boards
+    from nqkv_jax.evaluation import report
+    from nqkv_jax.models import generate
+
+    options.figure()  # what fails in the end should have failed at once
+    out = pathlib.Path(args.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    every = [
+        name for given in args.schemes for name in (boards.variants() if given == ALL else [given])
+    ]
+    # Only to see what is wrong with them: the calibrations are made later.
+    boards.resolve([name for name in every if "{" not in name], {})
+    text = demo.passage() if args.text is None else options.read_text(args.text)
+    other = None if args.calibration_text is None else options.read_text(args.calibration_text)
+    settings = boards.Settings(
+        window=args.window, max_tokens=args.max_tokens, passkey_length=args.passkey_length,
+        passkey_samples=args.passkey_samples, repeats=args.repeats,
+    )  # fmt: skip
+    lm = options.load(args)
+    files = {}
+    if other is not None and any("{" in name for name in every):
+        files = boards.calibrations(
+            lm, other, out / "calibration", samples=args.calibration_samples,
+            seqlen=args.calibration_window, progress=args.progress,
+        )  # fmt: skip
+    entries, missing = boards.resolve(every, files)
+    board = boards.leaderboard(
+        lm, entries, text, generate=generate, folder=out, settings=settings, missing=missing,
+        progress=args.progress,
+    )  # fmt: skip
+    # As it will be read again: without NaN.
+    board = json.loads(terminal.to_json(board))
+    image = report.png(board)
+    table = f"{report.markdown(board)}\n\n{report.caption(board)}\n"
+    (out / "leaderboard.json").write_text(json.dumps(board, indent=1) + "\n", encoding="utf-8")
+    (out / "leaderboard.md").write_text(table, encoding="utf-8")
+    (out / "leaderboard.png").write_bytes(image)
+    (out / "leaderboard.html").write_text(report.page(board, image), encoding="utf-8")
+    print(terminal.to_json(board) if args.json else f"{table}\nwrote {out}/leaderboard.*")

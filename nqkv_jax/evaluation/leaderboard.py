@@ -1,0 +1,255 @@
+"""Every scheme on one model: quality, bytes and speed, through the same cache and the same code.
+
+    board = leaderboard(lm, variants(), text, generate=generate, folder="board", max_tokens=4096)
+
+Each measurement keeps a record in the folder, under a name that depends on everything that its
+figures depend on: model, weights, scheme, settings, text and versions. What was measured already is
+not measured again, whatever else has changed, and a run that was killed goes on where it was.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from nqkv_jax import schemes
+from nqkv_jax.calibration import kvq, kvquant
+from nqkv_jax.evaluation.divergence import divergence
+from nqkv_jax.evaluation.protocol import LanguageModel
+from nqkv_jax.evaluation.record import Record, describe, tokens_sha256
+from nqkv_jax.evaluation.retrieval import Generate, retrieval
+from nqkv_jax.evaluation.throughput import PairedTimings
+from nqkv_jax.evaluation.windows import encode
+from nqkv_jax.plan import AbstractCaches
+
+# Every published setting that is worth a row, by nominal width. {kvquant} and {kvq} are calibration
+# files; these rows are left out where there are none.
+VARIANTS = (
+    "none", "int8", "fp8",
+    "nqkv-plus", "nqkv", "nqkv:block_size=64", "int4", "kivi:bits=4", "quanto", "hqq", "quarot",
+    "turboquant", "kvquant:bits=4,calibration={kvquant}",
+    "nqkv-plus:bits=3", "nqkv:bits=3,block_size=64", "kivi:bits=3", "quanto:bits=3", "hqq:bits=3",
+    "turboquant:bits=3", "kvquant:bits=3,calibration={kvquant}",
+    "kvquant:bits=3,outliers=0.0,calibration={kvquant}",
+    "kvquant:bits=3,outliers=0.0,datatype=uniform,calibration={kvquant}",
+    "kvq", "kvq:k_bits=2,v_bits=4", "kvq:allocation={kvq}",
+    "nqkv-plus:bits=2", "int2", "kivi", "squat", "ott", "quanto:bits=2", "hqq:bits=2",
+    "turboquant:bits=2", "kvquant:bits=2,calibration={kvquant}",
+)  # fmt: skip
+
+_STEPS = 8  # tokens per timed repeat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of all measurements of a board.
+
+    Attributes:
+      window, max_tokens: of the text for KL and perplexity.
+      passkey_length, passkey_samples: tokens of the texts with a pass key, and how many.
+      repeats: of timing `_STEPS` tokens after a text of `window` less those.
+    """
+
+    window: int = 1024
+    max_tokens: int = 4096
+    passkey_length: int = 512
+    passkey_samples: int = 8
+    repeats: int = 5
+
+
+def variants() -> tuple[str, ...]:
+    """`VARIANTS`, and the defaults of registered schemes that are not among them."""
+    listed = {name.partition(":")[0] for name in VARIANTS}
+    return VARIANTS + tuple(name for name in schemes.names() if name not in listed)
+
+
+def calibrations(
+    lm: LanguageModel,
+    text: str,
+    folder: str | os.PathLike,
+    *,
+    samples: int = 16,
+    seqlen: int = 1024,
+    progress: bool | None = None,
+) -> dict[str, str]:
+    """Makes the files that {kvquant} and {kvq} stand for, where they are not there yet.
+
+    Args:
+      text: to calibrate on: another one than is measured.
+      folder: of the files, whose names depend on the model, the text and the sizes.
+      samples, seqlen: windows of KVQuant, and their tokens; KVQ reads two windows.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = describe(lm, schemes.get("none"), lm.dtype, samples=samples, seqlen=seqlen)
+    key = _hash(dict(about, text_sha256=hashlib.sha256(text.encode()).hexdigest()))
+    files = dict(kvquant=folder / f"kvquant-{key}.safetensors", kvq=folder / f"kvq-{key}.json")
+    if not files["kvquant"].exists():
+        kvquant.calibrate(
+            lm, text, out=files["kvquant"], samples=samples, seqlen=seqlen, progress=progress
+        )
+    if not files["kvq"].exists():
+        tokens = encode("leaderboard", lm, text)[: 2 * seqlen]
+        allocation = kvq.calibrate(lm, tokens, budget=3, score="activation", progress=progress)
+        allocation.save(files["kvq"])
+    return {name: str(path) for name, path in files.items()}
+
+
+def resolve(
+    names: Sequence[str], files: Mapping[str, str]
+) -> tuple[dict[str, schemes.Scheme], dict[str, str]]:
+    """The schemes by their labels, and why others are left out.
+
+    Raises: ValueError: a name is wrong.
+    """
+    found, missing = {}, {}
+    for name in names:
+        label = re.sub(r"\{\w+\}", "...", name)
+        wanted = re.findall(r"\{(\w+)\}", name)
+        if set(wanted) <= set(files):
+            found[label] = schemes.get(name.format(**files))
+        else:
+            missing[label] = "needs a calibration text"
+    return found, missing
+
+
+def leaderboard(
+    lm: LanguageModel,
+    entries: Mapping[str, schemes.Scheme],
+    text: str | Sequence[int],
+    *,
+    generate: Generate,
+    folder: str | os.PathLike,
+    settings: Settings = Settings(),
+    missing: Mapping[str, str] | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Measures every scheme.
+
+    Args:
+      lm: the model.
+      entries: schemes by the labels of their rows.
+      text: for KL and perplexity.
+      generate: `nqkv_jax.models.generate`.
+      folder: of the records; made if it is not there.
+      settings: of all measurements.
+      missing: labels that are left out, with the reason.
+      progress: a bar on stderr; None: if that is a terminal.
+
+    Returns: a JSON object: "rows", "missing", "settings", and with what and where it was measured.
+      A row has the scheme and its label; stored and effective bits (the latter of a cache for a
+      window, with bfloat16 beside the codes); figures of `DivergenceResult`; the share of pass keys
+      that were found, and its interval; tokens per second, their spread, and their ratio to full
+      precision, timed in turn with it.
+
+    Raises: ValueError: a setting is wrong, or a scheme does not fit the model.
+    """
+    records = pathlib.Path(folder) / "records"
+    tokens = encode("leaderboard", lm, text)[: settings.max_tokens]
+    # A scheme that does not fit fails now, not after the others were measured.
+    bits = {label: _bits(lm, scheme, settings.window) for label, scheme in entries.items()}
+    timer = PairedTimings(
+        lm, length=settings.window - _STEPS, steps=_STEPS, repeats=settings.repeats
+    )
+    records.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with tqdm.tqdm(
+        total=3 * len(entries),
+        unit="measurement",
+        disable=None if progress is None else not progress,
+    ) as bar:
+        for label, scheme in entries.items():
+            row = dict(label=label, scheme=str(scheme), **bits[label])
+            for measure in (_quality, _passkey, _speed):
+                bar.set_description(f"{label}, {measure.__name__[1:]}")
+                row |= measure(lm, scheme, tokens, settings, records, generate, timer)
+                bar.update()
+            rows.append(row)
+            # A program per scheme and measure stays in memory otherwise.
+            jax.clear_caches()
+    device = jax.tree.leaves(lm.params)[0].devices().pop()
+    return dict(
+        model=lm.name, dtype=jnp.dtype(lm.dtype).name, text_sha256=tokens_sha256(tokens),
+        settings=dataclasses.asdict(settings), device=device.device_kind, cores=os.cpu_count(),
+        processor=_processor(),
+        versions={"nqkv-jax": importlib.metadata.version("nqkv-jax"), "jax": jax.__version__},
+        rows=rows, missing=dict(missing or {}),
+    )  # fmt: skip
+
+
+def _bits(lm: LanguageModel, scheme: schemes.Scheme, window: int) -> dict[str, float]:
+    scheme.check_model(lm)
+    caches = AbstractCaches(lm.config, scheme, jnp.bfloat16)
+    return dict(
+        stored_bits=caches.stored_bits,
+        effective_bits=caches(batch=1, max_len=window).effective_bits,
+    )
+
+
+def _quality(lm, scheme, tokens, settings, records, generate, timer) -> dict[str, Any]:
+    own = dict(window=settings.window)
+    path = _path(records, "kl", lm, scheme, **own, text_sha256=tokens_sha256(tokens))
+    result = divergence(lm, tokens, scheme=scheme, resume=path, progress=False, **own)
+    names = ("kl", "kl_error", "kl_p99", "top1", "top1_error", "nll_increase",
+             "nll_increase_error", "perplexity", "full_perplexity", "tokens")  # fmt: skip
+    return {name: getattr(result, name) for name in names}
+
+
+def _passkey(lm, scheme, tokens, settings, records, generate, timer) -> dict[str, Any]:
+    own = dict(lengths=[settings.passkey_length], samples=settings.passkey_samples)
+    path = _path(records, "passkey", lm, scheme, **own)
+    result = retrieval(
+        lm, "passkey", generate=generate, scheme=scheme, resume=path, progress=False, **own
+    )
+    return dict(
+        passkey=result.accuracy, passkey_interval=result.accuracy_interval,
+        passkey_samples=result.samples,
+    )  # fmt: skip
+
+
+def _speed(lm, scheme, tokens, settings, records, generate, timer) -> dict[str, Any]:
+    own = dict(length=settings.window - _STEPS, steps=_STEPS, repeats=settings.repeats,
+               processor=_processor(), cores=os.cpu_count())  # fmt: skip
+    record = Record(
+        _path(records, "speed", lm, scheme, **own), kind="speed", unit="run", count=1,
+        setting=lambda: describe(lm, scheme, lm.dtype, **own),
+    )  # fmt: skip
+    for _ in record:
+        ours, full = timer(scheme)
+        record.add(seconds=ours.median, spread=ours.spread, full_seconds=full.median)
+    (run,) = record.entries
+    return dict(
+        tokens_per_second=1 / run["seconds"], spread=run["spread"],
+        speed_over_full=run["full_seconds"] / run["seconds"],
+    )  # fmt: skip
+
+
+def _path(records: pathlib.Path, kind: str, lm, scheme, **setting: Any) -> pathlib.Path:
+    """Of a record, whose name says what it is and depends on all that it depends on."""
+    name = re.sub("[^A-Za-z0-9._=-]", "_", str(scheme))[-60:]
+    return records / f"{kind}-{name}-{_hash(describe(lm, scheme, lm.dtype, **setting))}.jsonl"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _processor() -> str:
+    """The name of the CPU, as far as the system tells."""
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
