@@ -33,17 +33,25 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
 
 
-def _with_error(value: float, error: float | None) -> str:
+def _with_error(value: float, error: float) -> str:
     shown = _number(value)
-    # NaN, or null out of JSON, for a single window.
-    return shown if error is None or not math.isfinite(error) else f"{shown} ± {_number(error)}"
+    # There is none for a single window.
+    return shown if not math.isfinite(error) else f"{shown} ± {_number(error)}"
+
+
+def _rows(board: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """With NaN again where JSON has null."""
+    return [
+        {name: math.nan if value is None else value for name, value in row.items()}
+        for row in board["rows"]
+    ]
 
 
 def _cells(board: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["scheme", *(name for name, _ in _COLUMNS)]
     rows = [
         [row["label"], *(show(row, row["full_perplexity"]) for _, show in _COLUMNS)]
-        for row in board["rows"]
+        for row in _rows(board)
     ]
     return header, rows
 
@@ -99,7 +107,7 @@ def figure(board: Mapping[str, Any]):
     """
     from matplotlib.figure import Figure
 
-    rows = board["rows"]
+    rows = _rows(board)
     families = list(dict.fromkeys(row["label"].partition(":")[0] for row in rows))
     style = {
         name: dict(color=COLORS[i % len(COLORS)], marker=MARKERS[(i // len(COLORS)) % len(MARKERS)])
