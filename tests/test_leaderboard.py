@@ -159,6 +159,31 @@ def test_rows(done, tmp_path):
     json.dumps(board)
 
 
+def test_calibrations_are_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def write(lm, text, *, out, samples, seqlen, progress):
+        made.append(("kvquant", samples, seqlen))
+        out.write_text("{}")
+
+    class Allocation:
+        def save(self, path):
+            path.write_text("{}")
+
+    def allocate(lm, tokens, *, budget, score, progress):
+        made.append(("kvq", len(tokens), budget))
+        return Allocation()
+
+    monkeypatch.setattr(boards.kvquant, "calibrate", write)
+    monkeypatch.setattr(boards.kvq, "calibrate", allocate)
+    calibrate = lambda text, **o: boards.calibrations(LM, text, tmp_path / "new", **o)
+    first = calibrate("some text " * 9, samples=2, seqlen=16)
+    assert made == [("kvquant", 2, 16), ("kvq", 32, 3)]
+    assert calibrate("some text " * 9, samples=2, seqlen=16) == first and len(made) == 2
+    assert calibrate("another " * 9, samples=2, seqlen=16) != first and len(made) == 4
+    assert calibrate("some text " * 9, samples=3, seqlen=16) != first and len(made) == 6
+
+
 def test_every_registered_scheme_has_a_row():
     entries, missing = boards.resolve(boards.variants(), {})
     assert {s.name for s in entries.values()} | {m.partition(":")[0] for m in missing} == set(
@@ -258,18 +283,24 @@ def test_wrong_arguments(capsys, tmp_path, argv, message):
 
 @pytest.mark.slow
 def test_command(capsys, tmp_path):
-    """Two schemes on a real model of a few thousand parameters, twice."""
+    """Everything, calibrations included, on a real model of a few thousand parameters; twice."""
     (tmp_path / "model").mkdir()
     model = tiny_checkpoint.write(tmp_path / "model", max_position_embeddings=1024)
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to learn from, and then some more of them. " * 20)
     out = tmp_path / "board"
-    argv = ["leaderboard", "--model", model, "--schemes", "none", "int4", "--max-tokens", "128",
-            "--window", "64", "--passkey-samples", "2", "--repeats", "2", "--out", str(out),
-            "--json"]  # fmt: skip
+    argv = ["leaderboard", "--model", model, "--schemes", "none", "int4",
+            "kvquant:bits=3,calibration={kvquant}", "kvq:group_size=32,allocation={kvq}",
+            "--calibration-text", str(text), "--calibration-samples", "2",
+            "--calibration-window", "64", "--max-tokens", "128", "--window", "64",
+            "--passkey-samples", "2", "--repeats", "2", "--out", str(out), "--json"]  # fmt: skip
     assert main(argv) == 0
     first = capsys.readouterr().out
     board = json.loads(first)
-    assert [r["label"] for r in board["rows"]] == ["none", "int4"]
-    assert board["rows"][0]["kl"] < 1e-6 < board["rows"][1]["kl"]
+    assert [r["label"] for r in board["rows"]] == [
+        "none", "int4", "kvquant:bits=3,calibration=...", "kvq:group_size=32,allocation=...",
+    ]  # fmt: skip
+    assert board["rows"][0]["kl"] < 1e-6 and all(r["kl"] > 1e-6 for r in board["rows"][1:])
     assert json.loads((out / "leaderboard.json").read_text()) == board
     assert report.markdown(board) in (out / "leaderboard.md").read_text()
     assert {p.suffix for p in out.glob("leaderboard.*")} == {".json", ".md", ".png", ".html"}

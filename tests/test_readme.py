@@ -1,6 +1,7 @@
 """The README's Python runs, at sizes that a test can afford."""
 
 import importlib.metadata
+import json
 import pathlib
 import re
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 
 import nqkv_jax as nq
+from nqkv_jax import schemes
+from nqkv_jax.evaluation import report
 from nqkv_jax.schemes import base
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+LEADERBOARD = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "leaderboard.json"
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -69,3 +73,11 @@ def test_a_cache_as_a_file(tmp_path, monkeypatch):
     names = dict(nq=nq, cache=nq.schemes.get("nqkv").init(**sizes))
     exec(block("nq.save_cache("), names)
     assert names["cache"].max_len == 8 and (tmp_path / "prompt.safetensors").exists()
+
+
+def test_measured_table_is_the_recorded_one():
+    if not LEADERBOARD.exists():
+        pytest.skip(f"no {LEADERBOARD.name} is recorded")
+    board = json.loads(LEADERBOARD.read_text(encoding="utf-8"))
+    assert report.markdown(board) in README
+    assert {row["scheme"].partition(":")[0] for row in board["rows"]} == set(schemes.names())

@@ -90,7 +90,7 @@ def _plot(results, path: str) -> None:
     lines = -(-len(results) // columns)
     size = (2.2 + columns * (1.0 + 0.75 * len(lengths)), 1.2 + lines * (1.0 + 0.45 * len(depths)))
     figure = options.figure()(figsize=size, layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
     for axes, result in zip(panels.flat, results, strict=False):
@@ -106,9 +106,8 @@ def _plot(results, path: str) -> None:
             )  # fmt: skip
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        axes.set_title(f"{result.scheme}: {result.accuracy:.0%}", fontsize=10)
-    for axes in panels[-1]:
         axes.set_xlabel("tokens")
+        axes.set_title(f"{result.scheme}: {result.accuracy:.0%}", fontsize=10)
     for axes in panels[:, 0]:
         axes.set_ylabel("depth of the answer")
     figure.colorbar(image, ax=panels, label="share of texts that were right")
