@@ -58,9 +58,7 @@ def run(args) -> None:
     options.figure()  # what fails in the end should have failed at once
     out = pathlib.Path(args.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    every = [
-        name for given in args.schemes for name in (boards.variants() if given == ALL else [given])
-    ]
+    every = [n for g in args.schemes for n in (boards.variants() if g == ALL else [g])]
     # Only to see what is wrong with them: the calibrations are made later.
     boards.resolve([name for name in every if "{" not in name], {})
     text = demo.passage() if args.text is None else options.read_text(args.text)
@@ -77,6 +75,10 @@ def run(args) -> None:
             seqlen=args.calibration_window, progress=args.progress,
         )  # fmt: skip
     entries, missing = boards.resolve(every, files)
+    if ALL in args.schemes:
+        # Those that nobody asked for by name need not fit every model.
+        entries, misfits = boards.fitting(lm, entries)
+        missing |= misfits
     board = boards.leaderboard(
         lm, entries, text, generate=generate, folder=out, settings=settings, missing=missing,
         progress=args.progress,

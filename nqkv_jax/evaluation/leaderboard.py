@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -100,7 +101,11 @@ def calibrations(
         )
     if not files["kvq"].exists():
         tokens = encode("leaderboard", lm, text)[: 2 * seqlen]
-        allocation = kvq.calibrate(lm, tokens, budget=3, score="activation", progress=progress)
+        allocation = kvq.calibrate(
+            lm, tokens, budget=3, score="activation", progress=progress,
+            # That of the scheme, where heads are large enough for it.
+            group_size=math.gcd(64, lm.config.head_dim),
+        )  # fmt: skip
         allocation.save(files["kvq"])
     return {name: str(path) for name, path in files.items()}
 
@@ -120,6 +125,21 @@ def resolve(
             found[label] = schemes.get(name.format(**files))
         else:
             missing[label] = "needs a calibration text"
+    return found, missing
+
+
+def fitting(
+    lm: LanguageModel, entries: Mapping[str, schemes.Scheme]
+) -> tuple[dict[str, schemes.Scheme], dict[str, str]]:
+    """Those of the schemes that the model's shape allows, and why others are left out."""
+    found, missing = {}, {}
+    for label, scheme in entries.items():
+        try:
+            AbstractCaches(lm.config, scheme)(batch=1, max_len=1)
+        except ValueError as error:
+            missing[label] = str(error)
+        else:
+            found[label] = scheme
     return found, missing
 
 
