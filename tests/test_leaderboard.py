@@ -17,7 +17,7 @@ from nqkv_jax import schemes
 from nqkv_jax.cli import main
 from nqkv_jax.evaluation import leaderboard as boards
 from nqkv_jax.evaluation import report
-from nqkv_jax.evaluation.throughput import CacheTiming
+from nqkv_jax.evaluation.throughput import CacheTiming, PairedTimings
 
 DIVERGENCE = importlib.import_module("nqkv_jax.evaluation.divergence")
 TOKENS = np.random.default_rng(1).integers(0, 256, 100)
@@ -143,6 +143,16 @@ def test_killed_and_resumed(done, tmp_path):
     assert make(done, tmp_path / "disturbed", *names) == expected
     # Nothing that was finished is done again.
     assert done == whole
+
+
+def test_timings_are_paired():
+    ours, full = PairedTimings(LM, length=70, steps=2, repeats=3)("int4")
+    assert (ours.variant, full.variant) == ("int4", "none")
+    assert len(ours.seconds) == len(full.seconds) == 3 and min(ours.seconds + full.seconds) > 0
+    assert (ours.length, full.length) == (70, 70) and ours.cache_bytes < full.cache_bytes
+    for sizes in (dict(length=0), dict(length=2041), dict(length=9, steps=0)):
+        with pytest.raises(ValueError, match="length must be between 1 and 20.*got"):
+            PairedTimings(LM, **sizes)
 
 
 def test_rows(done, tmp_path):

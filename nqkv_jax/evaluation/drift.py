@@ -5,6 +5,10 @@ things are measured: how many tokens both have in common before they part; and, 
 that compares different texts, KL(full precision || scheme) along the full-precision continuation,
 which both read, by position. The second tells whether errors grow with the length.
 
+Generation reads a prompt in one piece and in full precision, and then has its encoded keys and
+values; for the divergence every token of the prompt, too, has seen those before it as decoding
+would have.
+
     drift(lm, text, generate=generate, scheme="nqkv", prompt=128, length=256)
 """
 

@@ -76,7 +76,7 @@ class HarnessLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, str]:
         """For the harness's record of a run."""
-        return dict(model=self._lm.name, scheme=str(self._scheme))
+        return dict(pretrained=self._lm.name, scheme=str(self._scheme))
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 
-import scipy.stats
-
 
 @dataclasses.dataclass(frozen=True)
 class Share:
@@ -30,6 +28,8 @@ class Share:
 
         Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
         """
+        import scipy.stats  # half a second, which few who import this package need
+
         test = scipy.stats.binomtest(self.count, self.total)
         low, high = test.proportion_ci(confidence_level=0.95, method="wilson")
         return float(low), float(high)
