@@ -151,7 +151,7 @@ def test_timings_are_paired():
     assert len(ours.seconds) == len(full.seconds) == 3 and min(ours.seconds + full.seconds) > 0
     assert (ours.length, full.length) == (70, 70) and ours.cache_bytes < full.cache_bytes
     for sizes in (dict(length=0), dict(length=2041), dict(length=9, steps=0)):
-        with pytest.raises(ValueError, match="length must be between 1 and 20.*got"):
+        with pytest.raises(ValueError, match=r"length must be between 1 and 20.*got"):
             PairedTimings(LM, **sizes)
 
 
