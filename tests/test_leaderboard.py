@@ -145,14 +145,18 @@ def test_killed_and_resumed(done, tmp_path):
     assert done == whole
 
 
+def test_wrong_timings():
+    for sizes in (dict(length=0), dict(length=2041), dict(length=9, steps=0)):
+        with pytest.raises(ValueError, match=r"length must be between 1 and 20.*got"):
+            PairedTimings(LM, **sizes)
+
+
+@pytest.mark.slow
 def test_timings_are_paired():
     ours, full = PairedTimings(LM, length=70, steps=2, repeats=3)("int4")
     assert (ours.variant, full.variant) == ("int4", "none")
     assert len(ours.seconds) == len(full.seconds) == 3 and min(ours.seconds + full.seconds) > 0
     assert (ours.length, full.length) == (70, 70) and ours.cache_bytes < full.cache_bytes
-    for sizes in (dict(length=0), dict(length=2041), dict(length=9, steps=0)):
-        with pytest.raises(ValueError, match=r"length must be between 1 and 20.*got"):
-            PairedTimings(LM, **sizes)
 
 
 def test_rows(done, tmp_path):
