@@ -13,8 +13,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.attention import Partial, decode_groups, mix, visible
+from nqkv_jax.body import decode_groups
 from nqkv_jax.cache import Side
+from nqkv_jax.partial import Partial, mix, visible
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, Scheme
 

@@ -69,9 +69,7 @@ def codes(case: Case, codebook, batch: int, num_tiles: int, rng) -> TiledCodes:
     size = (batch, num_tiles, blocks, tiles.TOKENS)
     scale = per_token(rng.uniform(2.0, 6.0, size) / spread)
     zero = per_token(rng.normal(-2.0, 0.5, size)) if case.zero else None
-    return TiledCodes(
-        words=words, scale=scale, zero=zero, codebook=codebook, head_dim=case.head_dim
-    )
+    return TiledCodes(words=words, scale=scale, zero=zero, codebook=codebook)
 
 
 def arguments(case: Case, lengths, num_tiles: int = 4, dtype=jnp.float32, seed: int = 0):

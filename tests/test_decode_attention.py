@@ -23,6 +23,12 @@ STRICT = pltpu.InterpretParams(
 )
 
 
+@pytest.fixture
+def interpreted():
+    with pltpu.force_tpu_interpret_mode(STRICT):
+        yield
+
+
 def check(case, dtype, tolerance, **options):
     q, key, value, lengths, first = arguments(case, LENGTHS, num_tiles=3, dtype=dtype)
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, **options)
@@ -48,34 +54,34 @@ TPU = [c.name for c in CASES.values() if c.head_dim in (64, 128, 256)]
 QUICK = ("cubic4", "uniform3-minmax", "keys2-values4-d64")
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", QUICK)
 def test_mosaic_tpu_in_the_strict_interpreter(name):
-    options = dict(implementation="mosaic_tpu", interpret=STRICT)
-    check(CASES[name], jnp.bfloat16, BFLOAT16, **options)
+    check(CASES[name], jnp.bfloat16, BFLOAT16, implementation="mosaic_tpu")
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", ["nf4-d64", "window"])
 def test_mosaic_tpu_in_float32(name):
-    check(CASES[name], jnp.float32, 1e-5, implementation="mosaic_tpu", interpret=STRICT)
+    check(CASES[name], jnp.float32, 1e-5, implementation="mosaic_tpu")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, BFLOAT16)])
 @pytest.mark.parametrize("name", TPU)
 def test_mosaic_tpu(name, dtype, tolerance):
-    check(CASES[name], dtype, tolerance, implementation="mosaic_tpu", interpret=STRICT)
+    check(CASES[name], dtype, tolerance, implementation="mosaic_tpu")
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_what_is_stored_for_unseen_tokens_does_not_matter(implementation):
-    options = {}
-    if implementation == "mosaic_tpu":
-        options = dict(interpret=STRICT)
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (100,), num_tiles=2)
     nan = np.float16(np.nan).view(np.int16)
     spoil = lambda a: a.at[:, :, :, 100:].set(nan).at[:, 1:].set(nan)
     spoilt = [dataclasses.replace(side, scale=spoil(side.scale)) for side in (key, value)]
-    run = jax.jit(functools.partial(decode_attention, implementation=implementation, **options))
+    run = jax.jit(functools.partial(decode_attention, implementation=implementation))
     clean, dirty = run(q, key, value, lengths), run(q, *spoilt, lengths)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
     # What is seen stays visible.
@@ -123,7 +129,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="soft_cap > 0"):
         decode_attention(q, key, value, lengths, soft_cap=-1.0)
     wrong = dataclasses.replace(key, codebook=codebooks.uniform(2))
-    with pytest.raises(ValueError, match=r"expected key.words \[batch, tiles, heads, 16, 128\]"):
+    with pytest.raises(ValueError, match=r"key and value must agree .* of head_dim 256 and"):
+        decode_attention(q, wrong, value, lengths)
+    wrong = dataclasses.replace(key, words=key.words[..., :64])
+    with pytest.raises(ValueError, match=r"expected key.words \[batch, tiles, heads, rows, 128\]"):
         decode_attention(q, wrong, value, lengths)
     wrong = dataclasses.replace(value, scale=value.scale.astype(jnp.float16))
     with pytest.raises(ValueError, match=r"value.scale of int16 \(the bits of float16\)"):

@@ -23,8 +23,8 @@ import numpy as np
 import tqdm
 
 from nqkv_jax.allocation import LADDER, Allocation, error_table, paper_error
-from nqkv_jax.attention import Partial, attend_new
 from nqkv_jax.calibration.recorder import Recorder
+from nqkv_jax.partial import Partial, attend_new
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, one_of

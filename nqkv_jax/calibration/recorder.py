@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.attention import Partial, attend_new
+from nqkv_jax.partial import Partial, attend_new
 from nqkv_jax.rotary import Rotary
 
 KeysValues = tuple[jax.Array, jax.Array]  # [B, S, Hkv, D] each, keys before RoPE

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.rotary import Rotary, RotaryAngles
 
 Payload = Any  # a pytree of arrays: all that is stored for one group
@@ -100,6 +101,11 @@ class Quantizer:
     def dequantize_folded(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
         """Like `dequantize`, without the map that `fold_queries` or `unfold_output` takes over."""
         return self.dequantize(payload, context, dtype)
+
+    def tiled_codes(self, body: Payload) -> TiledCodes | None:
+        """What a fused kernel reads of a body, leaves [batch, groups, ...], in place of calling
+        `dequantize_folded`; None if the payload is not in tiles."""
+        return None
 
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
         """Turns a weighted mean of folded values [..., heads, head_dim] into one of values."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
 from nqkv_jax.quantizers.block import (
     divide,
@@ -305,6 +306,9 @@ class Transformed(Quantizer):
     def dequantize_folded(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
         inner = dataclasses.replace(context, state=self._inner_state(context))
         return self.inner.dequantize_folded(payload, inner, dtype)
+
+    def tiled_codes(self, body: Payload) -> TiledCodes | None:
+        return self.inner.tiled_codes(body)
 
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
         inner = dataclasses.replace(context, state=self._inner_state(context))

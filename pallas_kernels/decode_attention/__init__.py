@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_tpu, xla
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 
-__all__ = ["IMPLEMENTATIONS", "TiledCodes", "decode_attention"]
+__all__ = ["PLATFORMS", "TiledCodes", "decode_attention", "unsupported"]
 
-IMPLEMENTATIONS = ("auto", "xla", "mosaic_tpu")
+# The fused kernels, by the platform of `jax.lax.platform_dependent` that they are for.
+PLATFORMS = {"mosaic_tpu": "tpu"}
+_KERNELS = {"mosaic_tpu": mosaic_tpu}
 
 
 def decode_attention(
@@ -22,7 +24,6 @@ def decode_attention(
     first: jax.Array | None = None,
     soft_cap: float | None = None,
     implementation: str = "auto",
-    interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax attention over tokens first[b] <= t < lengths[b] of each sequence.
 
@@ -36,8 +37,7 @@ def decode_attention(
       first: i32[B], the first token that is seen (a sliding window); None for 0.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None for no cap.
       implementation: "auto" is the fused kernel where the platform has one and it can serve the
-        case, else "xla". Others, by name, raise NotImplementedError if they cannot.
-      interpret: for tests, how the kernel is interpreted: `pltpu.InterpretParams(...)`.
+        case, else "xla". A kernel's name (`PLATFORMS`) asks for that one.
 
     Returns:
       numerator f32[B, Hkv, G, D] and denominator f32[B, Hkv, G], relative to exp(maximum), and
@@ -52,25 +52,33 @@ def decode_attention(
     lengths = lengths.astype(jnp.int32)
     first = jnp.zeros_like(lengths) if first is None else jnp.maximum(first.astype(jnp.int32), 0)
     run = functools.partial(xla.decode_attention, soft_cap=soft_cap)
-    fused = functools.partial(mosaic_tpu.decode_attention, soft_cap=soft_cap, interpret=interpret)
     arguments = (q, key, value, lengths, first)
-    reason = mosaic_tpu.unsupported(key)
-    if implementation == "xla":
+    fused = {
+        name: functools.partial(_KERNELS[name].decode_attention, soft_cap=soft_cap)
+        for name in PLATFORMS
+        if unsupported(name, key, value) is None
+    }
+    if implementation in PLATFORMS:
+        if implementation not in fused:
+            reason = unsupported(implementation, key, value)
+            raise NotImplementedError(f"decode_attention: {implementation} needs {reason}")
+        return fused[implementation](*arguments)
+    if implementation == "xla" or not fused:
         return run(*arguments)
-    if implementation == "mosaic_tpu":
-        if reason:
-            raise NotImplementedError(f"decode_attention: mosaic_tpu needs {reason}")
-        return fused(*arguments)
-    if reason:
-        return run(*arguments)
-    return jax.lax.platform_dependent(*arguments, tpu=fused, default=run)
+    by_platform = {PLATFORMS[name]: kernel for name, kernel in fused.items()}
+    return jax.lax.platform_dependent(*arguments, **by_platform, default=run)
+
+
+def unsupported(implementation: str, key: TiledCodes, value: TiledCodes) -> str | None:
+    """What a kernel would need to serve the case, or None if it can."""
+    return _KERNELS[implementation].unsupported(key, value)
 
 
 def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
-    if implementation not in IMPLEMENTATIONS:
+    names = ("auto", "xla", *PLATFORMS)
+    if implementation not in names:
         raise ValueError(
-            f"decode_attention: implementation must be one of {IMPLEMENTATIONS}; got "
-            f"{implementation!r}"
+            f"decode_attention: implementation must be one of {names}; got {implementation!r}"
         )
     key.check("key"), value.check("value")
     batch, num_tiles, heads = key.words.shape[:3]

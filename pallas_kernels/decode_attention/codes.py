@@ -21,14 +21,16 @@ class TiledCodes:
         float16, which is not a dtype of TPU kernels.
       zero: like scale; None for 0.
       codebook: the levels.
-      head_dim: elements of a head.
     """
 
     words: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
     codebook: Codebook = dataclasses.field(metadata={"static": True})
-    head_dim: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def head_dim(self) -> int:
+        return self.words.shape[3] * 16 // self.codebook.bits
 
     @property
     def num_heads(self) -> int:
@@ -57,18 +59,16 @@ class TiledCodes:
 
     def check(self, what: str) -> None:
         """Raises ValueError unless the arrays fit together."""
-        bits = self.codebook.bits
-        tiles.check(self.head_dim, bits)
-        rows = tiles.num_rows(self.head_dim, bits)
-        if self.words.ndim != 5 or self.words.shape[3:] != (rows, tiles.LANES):
+        if self.words.ndim != 5 or self.words.shape[4] != tiles.LANES:
             raise ValueError(
-                f"decode_attention: expected {what}.words [batch, tiles, heads, {rows}, 128] for "
-                f"{bits} bits and head_dim {self.head_dim}; got {self.words.shape}"
+                f"decode_attention: expected {what}.words [batch, tiles, heads, rows, 128]; got "
+                f"{self.words.shape}"
             )
         if self.words.dtype != jnp.int16:
             raise ValueError(
                 f"decode_attention: expected {what}.words of int16; got {self.words.dtype}"
             )
+        tiles.check(self.head_dim, self.codebook.bits)
         hidden, batch = self.num_heads * self.head_dim, self.words.shape[:2]
         for name, a in (("scale", self.scale), ("zero", self.zero)):
             if a is None:

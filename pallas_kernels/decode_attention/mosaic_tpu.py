@@ -32,7 +32,7 @@ STEP_BYTES = 2**22
 UNSEEN, FLOOR = -1e30, -1e29
 
 
-def unsupported(key: TiledCodes) -> str | None:
+def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
     if tiles.LANES % key.head_dim and key.head_dim % tiles.LANES:
         return f"head_dim to divide 128 or be a multiple of it; got {key.head_dim}"
@@ -102,7 +102,6 @@ def decode_attention(
     first: jax.Array,
     *,
     soft_cap: float | None = None,
-    interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention.decode_attention`."""
     batch, heads, group, _ = q.shape
@@ -146,7 +145,6 @@ def decode_attention(
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="decode_attention",
-        interpret=False if interpret is None else interpret,
     )(lengths, first, queries, *codes)
     return _collect(*results, plan, group)
 
@@ -277,11 +275,15 @@ def _spread(source, target, tokens, factor: float, low, high, plan: _Plan) -> No
             token = jnp.broadcast_to(token, in_tiles[0].shape)
             spread = in_tiles[0]
             if plan.fold > 1:
-                place = token % tiles.TOKENS
+                place = token & (tiles.TOKENS - 1)
                 spread = _gather_lanes(spread, place)
                 for t in range(1, plan.fold):
                     other = _gather_lanes(in_tiles[t], place)
-                    spread = jnp.where(token // tiles.TOKENS == t, other, spread)
+                    spread = jnp.where(
+                        (token >= t * tiles.TOKENS) & (token < (t + 1) * tiles.TOKENS),
+                        other,
+                        spread,
+                    )
             seen = (token >= low - start) & (token < high - start)
             target[row, unit] = jnp.where(seen, spread * jnp.float32(factor), jnp.float32(0))
 

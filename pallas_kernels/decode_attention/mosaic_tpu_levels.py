@@ -87,8 +87,8 @@ class Levels:
             return scores
         lane = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         half = self._half_field(fold)
-        row = lane % (2 * half)
-        return jnp.take_along_axis(scores, lane - row + half * (row % 2) + row // 2, axis=1)
+        row = lane & (2 * half - 1)
+        return jnp.take_along_axis(scores, lane - row + half * (row & 1) + (row >> 1), axis=1)
 
     def permute(self, weights: jax.Array, fold: int) -> jax.Array:
         """The inverse of `restore`."""
@@ -96,11 +96,16 @@ class Levels:
             return weights
         lane = jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1)
         half = self._half_field(fold)
-        row = lane % (2 * half)
-        return jnp.take_along_axis(weights, lane - row + 2 * (row % half) + row // half, axis=1)
+        row = lane & (2 * half - 1)
+        place = 2 * (row & (half - 1)) + (row >> (half.bit_length() - 1))
+        return jnp.take_along_axis(weights, lane - row + place, axis=1)
 
     def _half_field(self, fold: int) -> int:
-        """Half the rows of a field."""
+        """Half the rows of a field, a power of two.
+
+        Indices are computed with shifts and masks: the lowering of `//` and `%` to TPU wants to
+        know the chip, which may not be there.
+        """
         return 4 * (2 if self._bits == 3 else self._bits) // fold
 
     def _paired(self, low: jax.Array, high: jax.Array | None) -> jax.Array:
