@@ -12,6 +12,7 @@ from nqkv_jax.body import attend_body, decode_groups, slice_groups
 from nqkv_jax.cache import KVCache, LayerCache, Side
 from nqkv_jax.pallas_kernels import decode_attention as kernels
 from nqkv_jax.partial import Partial, attend_new, attend_tokens, visible
+from nqkv_jax.prefill import attend_prompt
 from nqkv_jax.rotary import Rotary
 
 IMPLEMENTATIONS = ("auto", "xla", *kernels.PLATFORMS)
@@ -136,6 +137,8 @@ def _attend_cache(
     `observed` [B, S, Hkv, G, D] are the queries that a quantizer may look at.
     """
     size, before = q.shape[3], layer.lengths
+    if size > 1 and implementation != "xla":
+        implementation = "auto"  # the kernels that have a name are for single queries
     if rotary is not None and layer.rotated:
         k = rotary(k, query_positions)
     # What the cache will hold is what attention sees, from the first token on.
@@ -182,12 +185,12 @@ def _attend_cache(
     if not decoding:
         fresh = k if rotary is None or layer.rotated else rotary(k, query_positions)
         ok = jnp.arange(size)[None] < num_new[:, None]
-        partial = partial.merge(
-            attend_new(q, fresh.astype(q.dtype), v.astype(q.dtype), query_positions, ok, window)
+        new = attend_prompt(
+            q, fresh.astype(q.dtype), v.astype(q.dtype), query_positions, ok, window, implementation
         )
+        partial = partial.merge(new)
     # The body is read from the updated cache: an append never changes what is encoded, and reading
     # the old one would keep two copies alive.
-    implementation = implementation if decoding else "xla"
     body = attend_body(q, updated, common, query_positions, rotary, window, implementation)
     return partial.merge(body), updated
 
