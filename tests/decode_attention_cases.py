@@ -34,6 +34,8 @@ def cubic(bits):
 def _cases():
     yield Case("cubic4", cubic(4))
     yield Case("cubic4-signed", codebooks.cubic_normal(4, 128, signed=True), group=4)
+    yield Case("stepped4", codebooks.stepped_normal(4, 128), group=4)
+    yield Case("stepped4-d64", codebooks.stepped_normal(4, 64), heads=3, head_dim=64)
     yield Case("uniform4-minmax", codebooks.uniform(4), group=4, zero=True)
     yield Case("integer8", codebooks.integer(8), group=8)
     yield Case("nf4-across-heads", codebooks.normal_float(4), block=2.0)
