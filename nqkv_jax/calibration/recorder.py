@@ -8,7 +8,7 @@ respect to deltas of zero is that of the keys and values themselves.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from nqkv_jax.attention import Partial, attend_new
 from nqkv_jax.rotary import Rotary
 
+TOKEN_BLOCK = 128  # tokens whose logits are held at once
 KeysValues = tuple[jax.Array, jax.Array]  # [B, S, Hkv, D] each, keys before RoPE
 
 
@@ -78,7 +79,7 @@ def loss_and_gradients(
     """The loss of a text, its keys and values, and the gradients with respect to them.
 
     Args:
-      lm: with the protocol of `nqkv_jax.evaluation`; only `apply` is used.
+      lm: with the protocol of `nqkv_jax.evaluation`; only `hidden` and `head` are used.
       params: of the model.
       tokens: i32[S], S >= 2.
 
@@ -86,18 +87,44 @@ def loss_and_gradients(
       The mean cross-entropy of tokens 1.., f32[]; keys and values of every layer, [S, Hkv, D]; and
       the gradients, likewise. Their squares are the diagonal of the (empirical) Fisher information.
     """
-    blank = jax.eval_shape(lambda p: lm.apply(p, tokens[None], Recorder())[1].layers, params)
+    blank = jax.eval_shape(lambda p: lm.hidden(p, tokens[None], Recorder())[1].layers, params)
     deltas = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), blank)
 
     def loss(deltas):
-        logits, recorder = lm.apply(params, tokens[None], Recorder(deltas=deltas))
-        logits = logits[0, :-1].astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen), recorder.layers
+        hidden, recorder = lm.hidden(params, tokens[None], Recorder(deltas=deltas))
+        head = lambda hidden: lm.head(params, hidden[None])[0].astype(jnp.float32)
+        return mean_cross_entropy(head, hidden[0, :-1], tokens[1:]), recorder.layers
 
     (value, recorded), gradients = jax.value_and_grad(loss, has_aux=True)(deltas)
     first = lambda tree: jax.tree.map(lambda a: a[0], tree)
     return value, first(recorded), first(gradients)
+
+
+def mean_cross_entropy(
+    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Mean over tokens of -log softmax(head(hidden))[target], f32[].
+
+    Neither logits nor their gradient exist for more than `TOKEN_BLOCK` tokens: for the gradient
+    they are computed again, block by block.
+
+    Args:  head: [tokens, width] -> f32[tokens, vocabulary].  hidden: [S, width].  targets: i32[S].
+    """
+    size = targets.shape[0]
+    width = min(TOKEN_BLOCK, size)
+    count = -(-size // width)
+
+    @jax.checkpoint
+    def block(start):
+        # The last block is moved back to fit; what it repeats does not count again.
+        first = jnp.minimum(start, size - width)
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, first, width)
+        logits = head(cut(hidden))
+        chosen = jnp.take_along_axis(logits, cut(targets)[:, None], axis=1)[:, 0]
+        loss = jax.nn.logsumexp(logits, axis=1) - chosen
+        return jnp.sum(jnp.where(first + jnp.arange(width) >= start, loss, 0))
+
+    return jnp.sum(jax.lax.map(block, jnp.arange(count) * width)) / size
 
 
 def windows(tokens: Sequence[int], samples: int, seqlen: int) -> np.ndarray:
