@@ -24,6 +24,7 @@ import tqdm
 
 from nqkv_jax.allocation import LADDER, Allocation, error_table, paper_error
 from nqkv_jax.attention import Partial, attend_new
+from nqkv_jax.calibration import artifact
 from nqkv_jax.calibration.recorder import Recorder
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.rotary import Rotary
@@ -83,7 +84,8 @@ def calibrate(
         measured = lambda bits: normal_error(quantizers[bits], group_size)
         table = error_table(np.ravel(weights), ladder, paper_error if law == "paper" else measured)
         errors = table.reshape(-1, 2, len(ladder))
-    return Allocation.of_errors(errors, budget=budget, ladder=ladder, model=lm.name, score=score)
+    about = dict(model=lm.name, fingerprint=artifact.fingerprint(lm.params), score=score)
+    return Allocation.of_errors(errors, budget=budget, ladder=ladder, **about)
 
 
 def projections(lm: Any) -> list[tuple[np.ndarray, np.ndarray]]:
