@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.attention import Partial, attend_new
-from nqkv_jax.rotary import Rotary
+from nqkv_jax.attention import attend_new
+from nqkv_jax.stand_in import StandIn
 
 TOKEN_BLOCK = 128  # tokens whose logits are held at once
 KeysValues = tuple[jax.Array, jax.Array]  # [B, S, Hkv, D] each, keys before RoPE
@@ -24,7 +24,7 @@ KeysValues = tuple[jax.Array, jax.Array]  # [B, S, Hkv, D] each, keys before RoP
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recorder:
+class Recorder(StandIn):
     """Pass it to a model in place of a cache, with whole texts: exact causal attention.
 
     Attributes:
@@ -35,25 +35,8 @@ class Recorder:
     deltas: tuple[KeysValues, ...] | None = None
     layers: tuple[KeysValues, ...] = ()
 
-    def positions(self, num_tokens: int) -> jax.Array:
-        """i32[1, num_tokens]."""
-        return jnp.arange(num_tokens)[None]
-
-    def attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        unrotated: jax.Array,
-        *,
-        layer: int,
-        rotary: Rotary | None,
-        window: int | None,
-    ) -> tuple[Partial, "Recorder"]:
-        """q [B, Hkv, G, S, D], rotated and scaled; k and v [B, S, Hkv, D] as the model made them.
-
-        Raises: ValueError if layers do not come in order.
-        """
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+        """Raises ValueError if layers do not come in order."""
         if layer != len(self.layers):
             raise ValueError(
                 f"Recorder: expected layer {len(self.layers)} to come next; got layer={layer}. "
