@@ -21,8 +21,7 @@ from nqkv_jax.analysis import spectra
 from nqkv_jax.calibration import kvq
 from nqkv_jax.cli import main
 from nqkv_jax.evaluation import perplexity
-from nqkv_jax.models import LanguageModel, families, from_pretrained, generate
-from nqkv_jax.models.checkpoint import CheckpointNotFoundError
+from nqkv_jax.models import LanguageModel, families, generate
 from nqkv_jax.models.llama import Llama
 from nqkv_jax.models.opt import Opt
 from nqkv_jax.schemes import LayerShape
@@ -427,14 +426,6 @@ def test_command_analyzes(text, tmp_path, capsys):
 
 
 # What it is for ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return from_pretrained("smollm2-135m", dtype="float32", progress=False)
-    except CheckpointNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.slow

@@ -12,8 +12,6 @@ from tiny_language_model import TinyLM
 
 from nqkv_jax import schemes
 from nqkv_jax.evaluation import decode_perplexity, perplexity
-from nqkv_jax.models import from_pretrained
-from nqkv_jax.models.checkpoint import CheckpointNotFoundError
 
 LM = TinyLM.random()
 APPLY = jax.jit(LM.apply)
@@ -44,14 +42,6 @@ def compile_once_per_setting():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "_parallel", shared)
         yield
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return from_pretrained("smollm2-135m", dtype="float32", progress=False)
-    except CheckpointNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def reference_nll(lm, tokens):
