@@ -32,9 +32,12 @@ def smollm2():
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compile_quickly():
-    """For tests whose time would go into optimizing programs that run for milliseconds."""
+    """For tests whose time would go into optimizing programs that run for milliseconds.
+
+    Not for tests that two programs store the same bits: those must hold with all optimizations.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -180,6 +180,7 @@ def test_decoded_view_equals_decoding_token_by_token(spec, window):
 ONE_OF_EACH = list({s.partition(":")[0]: s for s in SCHEMES}.values())
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "spec, window", [(s, 37 if i % 2 else None) for i, s in enumerate(ONE_OF_EACH)]
 )
@@ -196,6 +197,7 @@ def test_without_rope_and_with_one_query_head_per_key(spec, window):
         np.testing.assert_allclose(mine, expected, atol=5e-6)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "spec", ["nqkv:residual=16,centre=True,keys=unrotated", "nqkv-plus:group_size=16,recent=8"]
 )
@@ -225,6 +227,7 @@ def test_decoded_view_tiles_queries(monkeypatch):
     np.testing.assert_allclose(tiled, whole, atol=1e-6)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "num_heads, num_kv_heads, head_dim", [(4, 4, 80), (8, 1, 128), (6, 3, 64), (2, 2, 256)]
 )
