@@ -110,3 +110,28 @@ class Quantizer:
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
         """Turns a weighted mean of folded values [..., heads, head_dim] into one of values."""
         return out
+
+
+class Wrapper(Quantizer):
+    """A quantizer that encodes with another one, `inner`, and asks of the cache what that asks.
+
+    State and folding are not passed on: a wrapper may have a state of its own, and a map that
+    `inner` could fold need not commute with what is done around it.
+    """
+
+    inner: Quantizer
+
+    @property
+    def wants_queries(self) -> bool:
+        return self.inner.wants_queries
+
+    @property
+    def wants_keys(self) -> bool:
+        return self.inner.wants_keys
+
+    @property
+    def group(self) -> int:
+        return self.inner.group
+
+    def check(self, heads: int, head_dim: int) -> None:
+        self.inner.check(heads, head_dim)
