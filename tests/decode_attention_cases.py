@@ -37,6 +37,7 @@ def _cases():
     yield Case("stepped4", codebooks.stepped_normal(4, 128), group=4)
     yield Case("stepped4-d64", codebooks.stepped_normal(4, 64), heads=3, head_dim=64)
     yield Case("uniform4-minmax", codebooks.uniform(4), group=4, zero=True)
+    yield Case("integer4", codebooks.integer(4), group=4)
     yield Case("integer8", codebooks.integer(8), group=8)
     yield Case("nf4-across-heads", codebooks.normal_float(4), block=2.0)
     yield Case("lloyd2", codebooks.lloyd_max_normal(2), group=16)

@@ -47,6 +47,17 @@ def test_kernel_and_steps_agree(window):
     chex.assert_trees_all_equal(after, same)
 
 
+def test_a_saved_cache_serves_the_kernel(tmp_path):
+    """Tiles are one layout for all platforms."""
+    cache, new = prompted(SCHEME), tokens(1, seed=2)
+    nq.save_cache(cache, tmp_path / "cache.safetensors")
+    loaded = nq.load_cache(tmp_path / "cache.safetensors")
+    chex.assert_trees_all_equal(loaded, cache)
+    assert jax.tree.structure(loaded) == jax.tree.structure(cache)
+    run = jax.jit(functools.partial(nq.attend, rotary=ROTARY))
+    np.testing.assert_array_equal(run(*new, loaded)[0], run(*new, cache)[0])
+
+
 def test_tiles_decode_to_what_blocks_do():
     block = nq.BlockQuantizer(nq.codebooks.normal_float(3), block_size=HEADS * DIM)
     x = tokens(128)[1]

@@ -104,6 +104,13 @@ def test_error_of_cubic_codebooks(bits, signed, n):
     assert nmse(block(book, n, scale=scale)) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("n", [64, 256])
+def test_error_of_stepped_levels(n):
+    error = nmse(block(codebooks.stepped_normal(4, n), n))
+    assert error == pytest.approx(nmse(block(codebooks.cubic_normal(4, n), n)), rel=0.02)
+    assert error < nmse(block(NF4, n))
+
+
 def test_signed_extreme_gains_nothing_with_nf4():
     assert nmse(block(NF4, 256, scale="signed_absmax")) == pytest.approx(0.00973, rel=0.01)
 
