@@ -117,11 +117,11 @@ def describe_normality(layers: list[dict[str, dict[str, BlockStatistics]]]) -> l
         if kurtosis > 3:
             tails = "a few channels are much larger than a normal distribution allows"
         elif kurtosis > 0.5:
-            tails = "its tails are heavier than those of a normal distribution"
+            tails = "tails are heavier than those of a normal distribution"
         elif kurtosis < -0.5:
             tails = "large elements are rarer than in a normal distribution"
         else:
-            tails = "its tails are about as heavy as those of a normal distribution"
+            tails = "tails are about as heavy as those of a normal distribution"
         said.append(f"Their excess kurtosis within a token is {kurtosis:.1f}: {tails}.")
         if standardised > within + APART:
             reason = (
