@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -25,8 +26,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "add-a-scheme.md").read_text(encoding="utf-8")
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+def load(name, folder=ROOT / "docs"):
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -90,6 +91,25 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "api" / "models" / "index.html").read_text(encoding="utf-8")
     assert "from_pretrained" in page
+
+
+def test_the_picture_shows_the_table_of_the_readme():
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    figure = load("readme_figure", ROOT / "benchmarks")
+    found = figure.rows((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(found) > 30 and ("nqkv", 4.08, 34.26) in found
+    picture = ROOT / "docs" / "quality.png"
+    # If this fails: python benchmarks/readme_figure.py
+    assert json.loads(Image.open(picture).text["Description"]) == [list(row) for row in found]
+    assert picture.stat().st_size < 100_000
+    (axes,) = figure.draw(found).axes
+    dots = {
+        (line.get_xdata()[0], line.get_ydata()[0])
+        for line in axes.lines
+        if line.get_marker() in "s^o"
+    }
+    assert {(b, p) for n, b, p in found if n in ("none", "nqkv", "kivi")} <= dots
 
 
 # How to add a scheme -----------------------------------------------------------------------------
