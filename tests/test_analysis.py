@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -372,7 +373,7 @@ def test_commands_refuse(command, capsys, name, options, message):
 
 
 def test_figures_need_matplotlib(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install \"nqkv-jax\[plots\]\""):
         plots.check_path("x.png")
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_checkpoint
 
@@ -202,6 +203,7 @@ def test_demo(capsys, tiny, monkeypatch, tmp_path):
     out = run(capsys, "demo", "--model", tiny, "--max-new-tokens", "5", "--scheme", "int4",
               "--plot", str(png))  # fmt: skip
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
+    assert np.load(png.with_suffix(".npz"))["int4 cache.bytes_per_token"] == 80
     assert all(
         word in out
         for word in (
