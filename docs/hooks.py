@@ -4,9 +4,12 @@ Pages of schemes are made from the docstrings and options of the code, at every 
 cannot grow old.
 """
 
+import atexit
+import functools
 import importlib.util
 import inspect
 import pathlib
+import shutil
 import sys
 import tempfile
 import types
@@ -30,13 +33,7 @@ def on_config(config):
 
     `models` is a folder of the repository, and `nqkv_jax.models` when it is installed.
     """
-    tree = pathlib.Path(tempfile.mkdtemp(prefix="nqkv-jax-docs-"))
-    package = tree / "nqkv_jax"
-    package.mkdir()
-    for path in (ROOT / "nqkv_jax").iterdir():
-        (package / path.name).symlink_to(path)
-    (package / "models").symlink_to(ROOT / "models")
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(tree)]
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_installed_tree()]
     pages = [f"schemes/{name}.md" for name in scheme_pages()]
     config.nav = [{"Schemes": pages} if "Schemes" in entry else entry for entry in config.nav]
     return config
@@ -44,6 +41,19 @@ def on_config(config):
 
 # Before mkdocstrings reads its configuration.
 on_config.mkdocs_priority = 100
+
+
+@functools.cache  # `mkdocs serve` builds many times
+def _installed_tree() -> str:
+    """A folder with the package as links, `models` in it; gone when Python ends."""
+    tree = tempfile.mkdtemp(prefix="nqkv-jax-docs-")
+    atexit.register(shutil.rmtree, tree)
+    package = pathlib.Path(tree) / "nqkv_jax"
+    package.mkdir()
+    for path in (ROOT / "nqkv_jax").iterdir():
+        (package / path.name).symlink_to(path)
+    (package / "models").symlink_to(ROOT / "models")
+    return tree
 
 
 def on_files(files, config):

@@ -51,7 +51,9 @@ def fails(capsys, *argv):
 # Each is (command, an option that its help must name).
 HELP = [("", "plan"), ("generate", "--top-p"), ("eval ppl", "--resume"), ("eval", "ppl"),
         ("bench cache", "--lengths"), ("demo", "--scheme"), ("plan", "--memory"),
-        ("schemes", "--head-dim"), ("bench", "cache")]  # fmt: skip
+        ("schemes", "--head-dim"), ("bench", "cache"), ("analyze", "normality"),
+        ("analyze normality", "--stretch"), ("analyze heatmap", "--layers"),
+        ("analyze error", "--scheme"), ("analyze report", "--out")]  # fmt: skip
 
 
 @pytest.mark.parametrize("command, needs", HELP)
