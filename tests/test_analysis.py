@@ -1,6 +1,7 @@
 """Analyses of keys and values: the statistics, the errors of schemes, and what is said of them."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -279,6 +280,7 @@ def test_words_on_errors_follow_the_numbers():
 # Figures and the command line --------------------------------------------------------------------
 
 
+@functools.cache
 def without_rope():
     config = dataclasses.replace(
         families.presets["opt-125m"], num_layers=2, hidden_size=64, num_heads=2, head_dim=32,
