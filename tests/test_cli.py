@@ -9,53 +9,17 @@ import sys
 
 import numpy as np
 import pytest
-import tokenizers
-from safetensors.numpy import save_file
+import tiny_checkpoint
 
 from nqkv_jax.cli import bench, demo, main, options, terminal
 from nqkv_jax.evaluation import CacheTiming
-from nqkv_jax.models import families
 from nqkv_jax.models.checkpoint import CheckpointNotFoundError, embedded
-
-CONFIG = dict(
-    model_type="llama", vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=32, intermediate_size=48, max_position_embeddings=256,
-    rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A Llama with random weights and one token per byte, in the hub's layout."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    rng = np.random.default_rng(0)
-    weights = families.weight_map(families.config_from_hf(CONFIG))
-    save_file(
-        {
-            name: rng.standard_normal(w.shape).astype(np.float32) * 0.3
-            for name, w in weights.items()
-        },
-        folder / "model.safetensors",
-    )
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            dict(
-                bos_token="<s>",
-                eos_token="</s>",
-                chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
-            )
-        )
-    )
-    return str(folder)
+    """The name of a folder with a model of random weights."""
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -87,7 +51,9 @@ def fails(capsys, *argv):
 # Each is (command, an option that its help must name).
 HELP = [("", "plan"), ("generate", "--top-p"), ("eval ppl", "--resume"), ("eval", "ppl"),
         ("bench cache", "--lengths"), ("demo", "--scheme"), ("plan", "--memory"),
-        ("schemes", "--head-dim"), ("bench", "cache")]  # fmt: skip
+        ("schemes", "--head-dim"), ("bench", "cache"), ("analyze", "normality"),
+        ("analyze normality", "--stretch"), ("analyze heatmap", "--layers"),
+        ("analyze error", "--scheme"), ("analyze report", "--out")]  # fmt: skip
 
 
 @pytest.mark.parametrize("command, needs", HELP)
@@ -239,6 +205,7 @@ def test_demo(capsys, tiny, monkeypatch, tmp_path):
     out = run(capsys, "demo", "--model", tiny, "--max-new-tokens", "5", "--scheme", "int4",
               "--plot", str(png))  # fmt: skip
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
+    assert np.load(png.with_suffix(".npz"))["int4 cache.bytes_per_token"] == 80
     assert all(
         word in out
         for word in (
