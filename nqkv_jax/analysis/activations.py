@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.attention import Partial, attend_new
 from nqkv_jax.evaluation.protocol import LanguageModel
+from nqkv_jax.partial import Partial, attend_new
 from nqkv_jax.rotary import Rotary
 
 
