@@ -98,6 +98,16 @@ class LanguageModel:
         graphdef = nnx.graphdef(self.model)
         return apply(graphdef, params, tokens, cache, num_new=num_new, last_only=last_only)
 
+    def hidden(
+        self, params: nnx.State, tokens: jax.Array, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """What `apply` makes logits of: [B, S, width] in the model's dtype, and the cache."""
+        return nnx.merge(nnx.graphdef(self.model), params).hidden(tokens, cache)
+
+    def head(self, params: nnx.State, hidden: jax.Array) -> jax.Array:
+        """f32[B, S, V], the logits of hidden states [B, S, width], of any tokens."""
+        return nnx.merge(nnx.graphdef(self.model), params).head(hidden).astype(jnp.float32)
+
     def _checked(self, token_ids: Any) -> np.ndarray:
         if isinstance(token_ids, list | tuple):
             lengths = [np.size(row) for row in token_ids]

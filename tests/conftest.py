@@ -18,3 +18,26 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no evaluation texts at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model, float32; loaded once per process."""
+    from nqkv_jax.models import from_pretrained
+    from nqkv_jax.models.checkpoint import CheckpointNotFoundError
+
+    try:
+        return from_pretrained("smollm2-135m", dtype="float32", progress=False)
+    except (CheckpointNotFoundError, ImportError) as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def compile_quickly():
+    """For tests whose time would go into optimizing programs that run for milliseconds.
+
+    Not for tests that two programs store the same bits: those must hold with all optimizations.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,5 +1,6 @@
 """`attend` against a float64 oracle that keeps lists of tokens; what a compiled step costs."""
 
+import dataclasses
 import functools
 
 import chex
@@ -15,17 +16,14 @@ TOKENS, PROMPTS = 90, (41, 23)
 
 
 @functools.partial(jax.jit, static_argnames=("rotary", "window", "layer"), donate_argnums=3)
+def compiled_attend(q, k, v, cache, num_new, rotary, window, layer):
+    rotary = ROTARY if rotary else None
+    return nq.attend(q, k, v, cache, num_new=num_new, rotary=rotary, window=window, layer=layer)
+
+
 def attend(q, k, v, cache, num_new=None, rotary=True, window=None, layer=0):
-    return nq.attend(
-        q,
-        k,
-        v,
-        cache,
-        num_new=num_new,
-        rotary=ROTARY if rotary else None,
-        window=window,
-        layer=layer,
-    )
+    # An argument that is left out would make another program than one that is given.
+    return compiled_attend(q, k, v, cache, num_new, rotary, window, layer)
 
 
 def rotate(x, positions):
@@ -40,21 +38,25 @@ def rotate(x, positions):
     return out
 
 
+@jax.jit
+def round_trip(quantizer, x, context):
+    return quantizer.dequantize(quantizer.quantize(x, context), context)
+
+
+observe = jax.jit(lambda quantizer, x, context: quantizer.observe(x, context))
+observe_query = jax.jit(lambda quantizer, q, context: quantizer.observe_query(q, context))
+rotate_like_the_model = jax.jit(lambda x: ROTARY(x, jnp.arange(x.shape[0])))
+
+
 class SideOracle:
     """One side of one sequence as a list of tokens, which are replaced as they are encoded."""
 
-    def __init__(self, quantizer, window, sinks, stored, ready, keys, queries):
+    def __init__(self, quantizer, window, sinks, stored, ready, keys, queries, rotary):
         self.quantizer, self.window, self.sinks, self.ready = quantizer, window, sinks, ready
         self.stored = stored  # f32 [tokens, heads, D], as the scheme stores it
         # What a quantizer may ask for: f32 [tokens, heads, D] and [tokens, heads, G, D].
         self.keys, self.queries, self.seen = keys, queries, 0
-        self.state = quantizer.init_state(*stored.shape[1:])
-        self.round_trip = jax.jit(
-            lambda x, context: quantizer.dequantize(quantizer.quantize(x, context), context)
-        )
-        self.observe_query = jax.jit(
-            lambda q, state: quantizer.observe_query(q, nq.Context(state=state))
-        )
+        self.state, self.rotary = quantizer.init_state(*stored.shape[1:]), rotary
         self.waiting, self.tokens = [], []
 
     def append(self, position):
@@ -72,43 +74,36 @@ class SideOracle:
             )
             if self.quantizer.wants_queries:
                 for position in range(self.seen, len(self.tokens)):
-                    self.state = self.observe_query(self.queries[position], self.state)
+                    context = nq.Context(state=self.state)
+                    self.state = observe_query(self.quantizer, self.queries[position], context)
                 self.seen = len(self.tokens)
-            x = jnp.asarray(self.stored[np.array(chunk)])
-            self.state = self.quantizer.observe(
-                x,
-                nq.Context(
-                    positions=jnp.asarray(chunk),
-                    rotary=ROTARY,
-                    state=self.state,
-                    keys=jnp.asarray(self.keys[np.array(chunk)]),
-                ),
-            )
-            for i in range(0, len(chunk), self.quantizer.group):
-                group = slice(i, i + self.quantizer.group)
-                context = nq.Context(
-                    positions=jnp.asarray(chunk[group]), rotary=ROTARY, state=self.state
-                )
-                decoded = self.round_trip(x[group], context)
-                for position, row in zip(
-                    chunk[group], np.asarray(decoded, np.float64), strict=True
-                ):
+            chunk = np.array(chunk, np.int32)
+            seen = nq.Context(rotary=self.rotary, state=self.state)
+            context = dataclasses.replace(seen, positions=chunk, keys=self.keys[chunk])
+            self.state = observe(self.quantizer, self.stored[chunk], context)
+            for group in chunk.reshape(-1, self.quantizer.group):
+                context = dataclasses.replace(seen, positions=group, state=self.state)
+                decoded = round_trip(self.quantizer, self.stored[group], context)
+                for position, row in zip(group, np.asarray(decoded, np.float64), strict=True):
                     self.tokens[position] = row
 
 
-def oracle_outputs(spec, q, k, v, window=None, prompt=0):
+def oracle_outputs(spec, q, k, v, window=None, prompt=0, rotary=ROTARY):
     """f64[T, Hq, D] of decoding a sequence token by token; the first `prompt` see raw tokens."""
     heads = dict(num_kv_heads=k.shape[1], head_dim=k.shape[2])
     layer = nq.schemes.get(spec).layer(nq.schemes.LayerShape(**heads))
     everywhere = np.arange(len(k))
-    rotated = np.asarray(ROTARY(jnp.asarray(k), jnp.arange(len(k)))) if layer.rotated else k
     keep = lambda x, at: np.asarray(x, np.float64)
-    queries = ROTARY(jnp.asarray(q), jnp.arange(len(q))) if layer.rotated else jnp.asarray(q)
-    beside = dict(keys=rotated, queries=queries.reshape(len(q), k.shape[1], -1, k.shape[2]))
-    ready = keep if layer.rotated else rotate
-    key = SideOracle(layer.key, layer.key_window, layer.sinks, rotated, ready, **beside)
+    before = rotary is not None and layer.rotated  # before they are stored
+    stored, queries = (np.asarray(rotate_like_the_model(x)) if before else x for x in (k, q))
+    beside = dict(
+        keys=stored, queries=queries.reshape(len(q), k.shape[1], -1, k.shape[2]), rotary=rotary
+    )
+    turn = keep if rotary is None else rotate
+    ready = keep if before else turn
+    key = SideOracle(layer.key, layer.key_window, layer.sinks, stored, ready, **beside)
     value = SideOracle(layer.value, layer.value_window, layer.sinks, v, keep, **beside)
-    q, raw = rotate(q, everywhere), rotate(k, everywhere)
+    q, raw = turn(q, everywhere), turn(k, everywhere)
     outputs = []
     for t in everywhere:
         key.append(t), value.append(t)
@@ -126,36 +121,48 @@ def oracle_outputs(spec, q, k, v, window=None, prompt=0):
     return np.stack(outputs)
 
 
-@pytest.mark.parametrize(
-    "spec, window", [(s, None) for s in SCHEMES] + [(s, 37) for s in SCHEMES[3::4]]
-)
-def test_prompt_then_decode_matches_the_oracle(spec, window):
-    q, k, v = make_qkv(TOKENS)
-    cache = make_cache(spec, max_len=TOKENS)
-    longest = max(PROMPTS)
-    out, cache = attend(
-        q[:, :longest],
-        k[:, :longest],
-        v[:, :longest],
-        cache,
-        jnp.asarray(PROMPTS, jnp.int32),
-        window=window,
-    )
-    outputs = [[np.asarray(out)[b, :n]] for b, n in enumerate(PROMPTS)]
+def prompt_then_decode(spec, q, k, v, prompts, *, window=None, rotary=True):
+    """Outputs f32[n, Hq, D] per sequence, of a padded prompt and then one token at a time."""
+    cache, prompts, longest = make_cache(spec, max_len=TOKENS), np.asarray(prompts), max(PROMPTS)
+    beginning = (a[:, :longest] for a in (q, k, v))
+    out, cache = attend(*beginning, cache, prompts, window=window, rotary=rotary)
+    outputs = [[np.asarray(out)[b, :n]] for b, n in enumerate(prompts)]
     rows = np.arange(BATCH)
-    for step in range(TOKENS - longest):
-        at = step + np.asarray(PROMPTS)
-        now = [a[rows, at][:, None] for a in (q, k, v)]
-        out, cache = attend(*now, cache, window=window)
+    for step in range(TOKENS - prompts.max()):
+        now = [a[rows, step + prompts][:, None] for a in (q, k, v)]
+        out, cache = attend(*now, cache, window=window, rotary=rotary)
         for b in rows:
             outputs[b].append(np.asarray(out)[b])
-    for b in rows:
-        mine = np.concatenate(outputs[b])
-        n = len(mine)
-        expected = oracle_outputs(
-            spec, *(np.asarray(a[b, :n]) for a in (q, k, v)), window=window, prompt=PROMPTS[b]
-        )
+    return [np.concatenate(o) for o in outputs]
+
+
+UNROTATED = "kivi:bits=4,group_size=16,residual=48,sinks=1,keys=unrotated"
+
+
+@pytest.mark.parametrize("spec, window", [(s, None) for s in SCHEMES] + [(UNROTATED, 37)])
+def test_prompt_then_decode_matches_the_oracle(spec, window):
+    qkv = [np.asarray(a) for a in make_qkv(TOKENS)]
+    outputs = prompt_then_decode(spec, *qkv, PROMPTS, window=window)
+    for b, mine in enumerate(outputs):
+        own = (a[b, : len(mine)] for a in qkv)
+        expected = oracle_outputs(spec, *own, window=window, prompt=PROMPTS[b])
         np.testing.assert_allclose(mine, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_non_finite_tokens_stay_visible(spec):
+    q, k, v = (np.asarray(a) for a in make_qkv(TOKENS))
+    for bad, where in (
+        (np.nan, 0),
+        (np.nan, 20),
+        (np.inf, 20),
+        (np.nan, TOKENS - 2),
+    ):  # sink, body, residual
+        broken = v.copy()
+        broken[0, where, 0, 5] = bad
+        out = prompt_then_decode(spec, q, k, broken, [max(PROMPTS)] * BATCH)
+        assert not np.isfinite(out[0][-1, :3]).all(), (bad, where)
+        assert np.isfinite(out[1]).all(), (bad, where)
 
 
 @pytest.mark.parametrize("spec, window", [(s, None) for s in SCHEMES] + [("kivi:residual=32", 37)])
@@ -170,21 +177,41 @@ def test_decoded_view_equals_decoding_token_by_token(spec, window):
     np.testing.assert_allclose(parallel, np.concatenate(outputs, 1), atol=5e-6)
 
 
-@pytest.mark.parametrize("spec", list({s.partition(":")[0]: s for s in SCHEMES}.values()))
-def test_without_rope_and_with_one_query_head_per_key(spec):
-    """As OPT calls it; the view is tested above, and is what the last tokens are compared with."""
-    q, k, v = make_qkv(TOKENS, seed=2)
+ONE_OF_EACH = list({s.partition(":")[0]: s for s in SCHEMES}.values())
+
+
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize(
+    "spec, window", [(s, 37 if i % 2 else None) for i, s in enumerate(ONE_OF_EACH)]
+)
+def test_without_rope_and_with_one_query_head_per_key(spec, window):
+    """As OPT calls it, and every other one with a window."""
+    q, k, v = (np.asarray(a) for a in make_qkv(TOKENS, seed=2))
+    q, cache, outputs = q[:, :, :NUM_KV_HEADS], make_cache(spec, max_len=TOKENS), []
+    for t in range(TOKENS):
+        now = (a[:, t : t + 1] for a in (q, k, v))
+        out, cache = attend(*now, cache, rotary=False, window=window)
+        outputs.append(np.asarray(out))
+    for b, mine in enumerate(np.concatenate(outputs, 1)):
+        expected = oracle_outputs(spec, q[b], k[b], v[b], window=window, rotary=None)
+        np.testing.assert_allclose(mine, expected, atol=5e-6)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize(
+    "spec", ["nqkv:residual=16,centre=True,keys=unrotated", "nqkv-plus:group_size=16,recent=8"]
+)
+def test_prompts_and_views_without_rope(spec):
+    """Keys that are stored unrotated, and queries that a scheme looks at."""
+    q, k, v = (np.asarray(a) for a in make_qkv(TOKENS, seed=2))
     q = q[:, :, :NUM_KV_HEADS]
-    cache, last = make_cache(spec, max_len=TOKENS), TOKENS - 5
-    _, cache = attend(q[:, :last], k[:, :last], v[:, :last], cache, rotary=False)
-    outputs = []
-    for t in range(last, TOKENS):
-        now = slice(t, t + 1)
-        out, cache = attend(q[:, now], k[:, now], v[:, now], cache, rotary=False)
-        outputs.append(out)
     view = nq.DecodedView(scheme=nq.schemes.get(spec), num_layers=1, dtype=jnp.dtype(jnp.float32))
     parallel, _ = attend(q, k, v, view, rotary=False)
-    np.testing.assert_allclose(parallel[:, last:], np.concatenate(outputs, 1), atol=5e-6)
+    for b, mine in enumerate(prompt_then_decode(spec, q, k, v, PROMPTS, rotary=False)):
+        own, n = (q[b], k[b], v[b]), len(mine)
+        expected = oracle_outputs(spec, *own, rotary=None)
+        np.testing.assert_allclose(parallel[b], expected, atol=5e-6)
+        np.testing.assert_allclose(mine[PROMPTS[b] :], expected[PROMPTS[b] : n], atol=5e-6)
 
 
 def test_decoded_view_tiles_queries(monkeypatch):
@@ -194,12 +221,13 @@ def test_decoded_view_tiles_queries(monkeypatch):
         num_layers=1,
         dtype=jnp.dtype(jnp.float32),
     )
-    whole, _ = nq.attend(q, k, v, view)
+    whole, _ = jax.jit(nq.attend)(q, k, v, view)
     monkeypatch.setattr("nqkv_jax.decoded.QUERY_TILE", 16)
-    tiled, _ = nq.attend(q, k, v, view)
+    tiled, _ = jax.jit(lambda *args: nq.attend(*args))(q, k, v, view)  # traced anew
     np.testing.assert_allclose(tiled, whole, atol=1e-6)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "num_heads, num_kv_heads, head_dim", [(4, 4, 80), (8, 1, 128), (6, 3, 64), (2, 2, 256)]
 )
@@ -233,14 +261,18 @@ def test_chunked_prefill_through_a_full_precision_cache_is_exact():
 def test_body_longer_than_a_tile(monkeypatch):
     """Tiles, the last one moved back to fit, and tiles that a window skips."""
     monkeypatch.setattr("nqkv_jax.attention.TILE", 32)
-    q, k, v = make_qkv(TOKENS)
-    for spec, window in (("nqkv", None), ("nqkv:sinks=3", 40), ("kivi:residual=32", None)):
+    q, k, v = (np.asarray(a) for a in make_qkv(TOKENS))
+    sinks = "nqkv:bits=3,block_size=32,sinks=3"
+    for spec, window in (("nqkv", None), (sinks, 40), ("kivi:residual=32", None)):
+        # Jits of their own, as those above have been traced with the tile that is usual.
+        prefill, step = (
+            jax.jit(lambda *args, w=window: nq.attend(*args, rotary=ROTARY, window=w))
+            for _ in range(2)
+        )
         cache = make_cache(spec, max_len=TOKENS + 5)
-        # A jit of its own: those above have been traced with the tile that is usual.
-        step = jax.jit(functools.partial(nq.attend, rotary=ROTARY, window=window))
-        _, cache = step(q[:, :-1], k[:, :-1], v[:, :-1], cache)
+        _, cache = prefill(q[:, :-1], k[:, :-1], v[:, :-1], cache)
         out, _ = step(q[:, -1:], k[:, -1:], v[:, -1:], cache)
-        expected = oracle_outputs(spec, *(np.asarray(a[0]) for a in (q, k, v)), window=window)
+        expected = oracle_outputs(spec, q[0], k[0], v[0], window=window)
         np.testing.assert_allclose(out[0, 0], expected[-1], atol=5e-6)
 
 
@@ -253,7 +285,9 @@ def test_no_decoded_copy_of_the_cache_exists(spec):
     temporary = []
     for max_len in (1024, 8192):
         cache = make_cache(spec, max_len=max_len)
-        analysis = attend.lower(q, k, v, cache).compile().memory_analysis()
+        analysis = (
+            compiled_attend.lower(q, k, v, cache, None, True, None, 0).compile().memory_analysis()
+        )
         temporary.append(analysis.temp_size_in_bytes)
         assert analysis.alias_size_in_bytes == cache.nbytes
     assert temporary[0] == temporary[1]
@@ -289,7 +323,7 @@ def test_inside_scan_and_vmap():
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_one_traced_step_lowers_for_accelerators(platform):
     q, k, v = make_qkv(1)
-    traced = attend.trace(q, k, v, make_cache("nqkv", max_len=64))
+    traced = compiled_attend.trace(q, k, v, make_cache("nqkv", max_len=64), None, True, None, 0)
     assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -300,7 +334,9 @@ def test_a_bad_value_reaches_only_the_queries_that_see_it():
     scheme = nq.schemes.get("nqkv:sinks=2")
     view = nq.DecodedView(scheme=scheme, num_layers=1, dtype=jnp.dtype(jnp.float32))
     for cache in (None, view, make_cache("nqkv:sinks=2", max_len=12)):
-        out = np.asarray(nq.attend(q, k, broken, cache, window=3)[0])
+        out = np.asarray(
+            jax.jit(nq.attend, static_argnames="window")(q, k, broken, cache, window=3)[0]
+        )
         bad = ~np.isfinite(out).all(axis=-1)  # [B, T, Hq]
         assert bad[0, 7:10, :3].all()
         assert not bad[0, :7].any() and not bad[0, 10:].any()
@@ -311,7 +347,8 @@ def test_a_bad_value_reaches_only_the_queries_that_see_it():
 
 def test_num_new_is_clipped_to_the_tokens_that_there_are():
     q, k, v = make_qkv(3)
-    _, cache = nq.attend(q, k, v, make_cache("nqkv", max_len=12), num_new=[7, -2])
+    append = jax.jit(lambda cache: nq.attend(q, k, v, cache, num_new=[7, -2])[1])
+    cache = append(make_cache("nqkv", max_len=12))
     np.testing.assert_array_equal(cache.lengths, [3, 0])
     assert cache.lengths.dtype == jnp.int32
 

@@ -1,12 +1,15 @@
 """Calibration: recorded keys and gradients, percentiles, codebooks, files that go on and refuse."""
 
+import dataclasses
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 from tiny_language_model import TinyLM
 
@@ -19,6 +22,7 @@ from nqkv_jax.cli import main
 from nqkv_jax.evaluation import perplexity
 from nqkv_jax.lloyd import lloyd
 from nqkv_jax.models import LanguageModel, families, generate
+from nqkv_jax.models.llama import Llama
 from nqkv_jax.quantizers.dense_sparse import slots_per_side, token_range
 
 SAMPLES, SEQLEN = 3, 128
@@ -99,6 +103,33 @@ def test_gradients_match_finite_differences():
             zeros[layer][side][(0, *at)] = 0
             slope = (ends[0] - ends[1]) / (2 * step)
             np.testing.assert_allclose(slope, gradient[at], rtol=0.05)
+
+
+def test_the_loss_in_blocks_is_the_loss_at_once(monkeypatch):
+    tokens = jnp.asarray(TOKENS[:48], jnp.int32)
+    whole = gradients_of()(tokens)
+    lm = language_model()
+    monkeypatch.setattr("nqkv_jax.calibration.recorder.TOKEN_BLOCK", 20)  # 20, 20 and 7 of 47
+    blocks = jax.jit(lambda tokens: loss_and_gradients(lm, lm.params, tokens))(tokens)
+    chex.assert_trees_all_close(blocks, whole, rtol=1e-4, atol=1e-7)
+    assert (
+        max(np.abs(a).max() for a in jax.tree.leaves(whole[2])) > 1e-4
+    )  # what atol is to be seen against
+
+
+def test_the_logits_of_a_text_are_never_held_at_once():
+    """The temporaries of a pass are smaller than its logits alone would be."""
+    config = dataclasses.replace(
+        families.presets["llama-3-8b"], num_layers=1, hidden_size=32, num_heads=1, num_kv_heads=1,
+        head_dim=32, ffn_size=32, vocab_size=50_000, max_positions=1024,
+    )  # fmt: skip
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    lm = LanguageModel(
+        model=model, config=config, tokenizer=None, name="wide", dtype=np.dtype("float32")
+    )
+    tokens = jax.ShapeDtypeStruct((1024,), jnp.int32)
+    compiled = jax.jit(functools.partial(loss_and_gradients, lm)).lower(lm.params, tokens).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 50_000 * 4 / 2
 
 
 def record(window):
@@ -263,6 +294,7 @@ def decoder(seed):
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_generate_through_a_calibrated_cache(tmp_path):
     path = tmp_path / "llama.safetensors"
     calibrate(decoder(0), TOKENS, out=path, samples=2, seqlen=64, weights="none")

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_checkpoint
 
@@ -17,6 +18,7 @@ from nqkv_jax.models.checkpoint import CheckpointNotFoundError, embedded
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
+    """The name of a folder with a model of random weights."""
     return tiny_checkpoint.write(tmp_path_factory.mktemp("tiny"))
 
 
@@ -49,7 +51,9 @@ def fails(capsys, *argv):
 # Each is (command, an option that its help must name).
 HELP = [("", "plan"), ("generate", "--top-p"), ("eval ppl", "--resume"), ("eval", "ppl"),
         ("bench cache", "--lengths"), ("demo", "--scheme"), ("plan", "--memory"),
-        ("schemes", "--head-dim"), ("bench", "cache")]  # fmt: skip
+        ("schemes", "--head-dim"), ("bench", "cache"), ("analyze", "normality"),
+        ("analyze normality", "--stretch"), ("analyze heatmap", "--layers"),
+        ("analyze error", "--scheme"), ("analyze report", "--out")]  # fmt: skip
 
 
 @pytest.mark.parametrize("command, needs", HELP)
@@ -201,6 +205,7 @@ def test_demo(capsys, tiny, monkeypatch, tmp_path):
     out = run(capsys, "demo", "--model", tiny, "--max-new-tokens", "5", "--scheme", "int4",
               "--plot", str(png))  # fmt: skip
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
+    assert np.load(png.with_suffix(".npz"))["int4 cache.bytes_per_token"] == 80
     assert all(
         word in out
         for word in (

@@ -20,6 +20,7 @@ ALL = [
     *(codebooks.lloyd_max_normal(b) for b in (1, 2, 3, 4)),
     *(codebooks.block_normal(b, 64, signed) for b in (1, 4) for signed in (False, True)),
     *(codebooks.cubic_normal(b, 64, signed) for b in (2, 3, 4) for signed in (False, True)),
+    codebooks.stepped_normal(4, 64),
     codebooks.fit(np.random.default_rng(0).gamma(2.0, size=4000), 5),
 ]
 every = pytest.mark.parametrize("book", ALL, ids=lambda book: book.name)
@@ -128,6 +129,17 @@ def test_cubics_are_what_they_say():
     assert odd.coefficients[0] == odd.coefficients[2] == 0
     np.testing.assert_allclose(odd.levels, -np.array(odd.levels)[::-1], atol=1e-15)
     assert all(codebooks.cubic_normal(4, 64, signed=True).coefficients)
+
+
+def test_steps_are_what_they_say():
+    levels = np.array(codebooks.stepped_normal(4, 128).levels)
+    u = np.arange(8)
+    b0, b1, b2 = u & 1, u >> 1 & 1, u >> 2
+    steps = 2 * u + 1 + b2 * b0 + 2 * b2 * b1 + 2 * b2 * b1 * b0
+    np.testing.assert_allclose(levels[8:], levels[8] * steps, rtol=1e-12)
+    np.testing.assert_allclose(levels, -levels[::-1], rtol=1e-12)
+    with pytest.raises(ValueError, match="bits must be one of"):
+        codebooks.stepped_normal(3, 128)
 
 
 def test_nf4_example_codes_and_ties():

@@ -21,8 +21,7 @@ from nqkv_jax.analysis import spectra
 from nqkv_jax.calibration import kvq
 from nqkv_jax.cli import main
 from nqkv_jax.evaluation import perplexity
-from nqkv_jax.models import LanguageModel, families, from_pretrained
-from nqkv_jax.models.checkpoint import CheckpointNotFoundError
+from nqkv_jax.models import LanguageModel, families, generate
 from nqkv_jax.models.llama import Llama
 from nqkv_jax.models.opt import Opt
 from nqkv_jax.schemes import LayerShape
@@ -127,8 +126,8 @@ def test_allocate_refuses(errors, options, message):
 
 # The file ----------------------------------------------------------------------------------------
 
-ALLOCATION = Allocation(model="tiny", score="activation", budget=3.0, ladder=(2, 3, 4, 8),
-                        key_bits=(4, 3), value_bits=(3, 2))  # fmt: skip
+ALLOCATION = Allocation(model="tiny", fingerprint="", score="activation", budget=3.0,
+                        ladder=(2, 3, 4, 8), key_bits=(4, 3), value_bits=(3, 2))  # fmt: skip
 
 
 def test_file_round_trip(tmp_path):
@@ -140,8 +139,8 @@ def test_file_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(record="a diary"), 'must hold "record": "nqkv allocation 1". Make one with nqkv'),
-    (dict(score=None, extra=1), "must hold budget, key_bits.*got .*extra"),
+    (dict(record="a diary"), 'must hold "record": "nqkv allocation 2". Make one with nqkv'),
+    (dict(score=None, extra=1), "must hold budget, fingerprint, key_bits.*got .*extra"),
     (dict(num_layers=3), "key_bits for each of num_layers=3 layers; got"),
     (dict(value_bits=[2]), "value_bits for each of num_layers=2"),
     (dict(key_bits=[4, 5]), r"key_bits of the ladder \[2, 3, 4, 8\]; got \[4, 5\]"),
@@ -175,8 +174,8 @@ def test_file_that_is_none(tmp_path):
 ])  # fmt: skip
 def test_all_widths_4_is_the_plain_4_bit_cache(backend, plain, tmp_path):
     path = tmp_path / "four.json"
-    Allocation(model="tiny", score="activation", budget=4, ladder=(4,), key_bits=(4,),
-               value_bits=(4,)).save(path)  # fmt: skip
+    four = dict(budget=4, ladder=(4,), key_bits=(4,), value_bits=(4,))
+    dataclasses.replace(ALLOCATION, **four).save(path)
     options = f"backend={backend},group_size=32,residual=16"
     shape = LayerShape(num_kv_heads=2, head_dim=32)
     specs = [plain, f"kvq:k_bits=4,v_bits=4,{options}", f"kvq:allocation={path},{options}"]
@@ -201,6 +200,23 @@ def test_widths_per_layer(tmp_path):
     assert cache.stored_bits == ALLOCATION.mean_bits + 0.5
     with pytest.raises(ValueError, match="for the 2 layers of tiny; this model has 3"):
         scheme.init(num_layers=3, batch=1, max_len=256, num_kv_heads=2, head_dim=64)
+
+
+def test_an_allocation_of_another_model_is_refused(tmp_path):
+    """Before anything is computed, and by whatever caches; the same weights are taken."""
+    path = tmp_path / "a.json"
+    kvq.calibrate(LM, TOKENS, budget=3, group_size=32).save(path)
+    scheme = nq.schemes.get(f"kvq:allocation={path},group_size=32")
+    other = TinyLM.random(seed=1, name="other")
+    scheme.check_model(LM)
+    scheme.check_model(dataclasses.replace(LM, name="the same under another name"))
+    message = "kvq: the calibration was made on tiny, .*same weights; those of other are others"
+    with pytest.raises(ValueError, match=message):
+        scheme.check_model(other)
+    with pytest.raises(ValueError, match="Run `nqkv calibrate kvq --model other"):
+        perplexity(other, "Call me Ishmael. " * 5, scheme=scheme, window=32, progress=False)
+    with pytest.raises(ValueError, match=message.replace("other are", "byte are")):
+        generate(BYTES, [[1, 2, 3]], scheme=scheme, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("backend, bits", [("quanto", 3.5), ("hqq", 3.5), ("nqkv", 3.25)])
@@ -410,14 +426,6 @@ def test_command_analyzes(text, tmp_path, capsys):
 
 
 # What it is for ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return from_pretrained("smollm2-135m", dtype="float32", progress=False)
-    except CheckpointNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.slow

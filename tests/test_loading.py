@@ -400,14 +400,6 @@ def test_peak_host_memory(tmp_path):
 # --- real weights
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return from_pretrained("smollm2-135m", dtype="float32", progress=False)
-    except (CheckpointNotFoundError, ImportError) as error:
-        pytest.skip(str(error))
-
-
 def test_smollm2_goes_on(smollm2):
     assert smollm2.num_parameters == 134_515_008
     ids = smollm2.tokenizer.encode("The capital of France is")

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nqkv_jax as nq
-from nqkv_jax.attention import decode_groups
+from nqkv_jax.body import decode_groups
 from nqkv_jax.quantizers import BlockQuantizer, OutlierTokens
+from nqkv_jax.quantizers.tiled import in_tiles
 
 SPEC = "ott:group_size=16,residual=8,outliers=2,buffer=3,skip_layers=0"
 GROUP, KEEP, OUTLIERS, BUFFER = 16, 8, 2, 3
@@ -158,7 +159,7 @@ def test_without_outliers_it_is_kivi_in_blocks():
     spec = "ott:outliers=0,skip_layers=0"
     _, cache = attend(k, k, v, make_cache(spec, max_len=300, batch=1))
     layer = cache.layers[0]
-    quantizers = minmax(2, 128, "tokens"), minmax(2, DIM)
+    quantizers = minmax(2, 128, "tokens"), in_tiles(minmax(2, DIM), 128, HEADS, DIM)
     for side, x, quantizer in zip((layer.key, layer.value), (k, v), quantizers, strict=True):
         encode = jax.jit(jax.vmap(lambda x, f=quantizer: f.quantize(x, nq.Context())))
         expected = encode(x[0, :256].reshape(-1, quantizer.group, HEADS, DIM))

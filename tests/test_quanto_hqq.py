@@ -1,6 +1,7 @@
 """Quanto and HQQ against independent references: codes, errors, containers, windows."""
 
 import functools
+import sys
 
 import chex
 import jax
@@ -138,6 +139,63 @@ def test_hqq_follows_the_published_iteration(bits):
         # Rounding may take a tie the other way, and its block then goes another way too.
         error = np.abs(np.asarray(payload.zero[:, 0]) - zero) / scale
         assert np.mean(error < 1e-4) > 0.99 and error.max() < 0.05
+
+
+@pytest.fixture(scope="module")
+def hqq_package():
+    """(hqq's quantizer, the module of its solver)."""
+    torch = pytest.importorskip("torch")
+    with pytest.MonkeyPatch.context() as patch:
+        # Its linear layers would load torch's compiler: seconds, and deprecated parts of torch.
+        patch.setattr(torch, "compile", lambda *args, **options: lambda function: function)
+        quantize = pytest.importorskip("hqq.core.quantize", reason="the package hqq (extra: test)")
+    return quantize.Quantizer, sys.modules["hqq.core.optimize"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_hqq_equals_the_package(bits, axis, hqq_package, monkeypatch):
+    """Scales, zero points, codes and decoded values, to rounding.
+
+    The package stops early, and a different tensor stops elsewhere: its rounds are counted, and
+    ours are as many. Both compute in float32, but the package x S + z and here (x - min) / s: a few
+    units in the last place of numbers up to 2^bits, hence the tolerance of zero points. An element
+    that close to the middle between two codes may take either, and if that happens in an early
+    round, the zero point of its block moves by 1/64 step. On these numbers no block does, and one
+    element of 16,384 at the end; which elements are close is a matter of the platform's last bits,
+    so two blocks of 256 may.
+    """
+    import torch
+
+    quantizer, solver = hqq_package
+    x = normal(64, 2, 128) + 3 * normal(1, 2, 128, seed=1)
+    rounds, step = [], solver.optimize_weights_proximal_legacy_step
+    count = lambda *args: rounds.append(1) or step(*args)
+    monkeypatch.setattr(solver, "optimize_weights_proximal_legacy_step", count)
+    theirs, meta = quantizer.quantize(
+        torch.tensor(x.reshape(64, 256)), nbits=bits, group_size=64, axis=axis, device="cpu",
+        bitpack=False, compute_dtype=torch.float32,
+    )  # fmt: skip
+    meta["compute_dtype"] = torch.float32
+    assert 2 <= len(rounds) <= 20
+    ours = HQQQuantizer(
+        bits=bits, block_size=64, axis=["tokens", "hidden"][axis], iterations=len(rounds),
+        scale_dtype=jnp.float32,
+    )  # fmt: skip
+    payload, decoded = encode(ours, x)
+    scale, zero = (np.asarray(a).ravel() for a in (payload.scale, payload.zero))
+    their_scale, their_zero = (meta[n].numpy().ravel() for n in ("scale", "zero"))
+    np.testing.assert_allclose(scale, their_scale, rtol=2e-7)
+    error = np.abs(-zero / scale - their_zero)  # in steps
+    agree = error < 1e-6 * 2**bits
+    assert np.sum(~agree) <= 2 and error.max() < 0.05
+
+    blocks = lambda a: (a.reshape(64, 256).T if axis == 0 else a.reshape(-1, 64))[agree]
+    codes = blocks(np.asarray(packing.unpack(payload.codes, bits, 128)))
+    same = codes == blocks(theirs.numpy())
+    assert np.mean(same) > 0.9995
+    back = blocks(quantizer.dequantize(theirs, meta).numpy())
+    np.testing.assert_allclose(blocks(np.asarray(decoded))[same], back[same], atol=1e-5)
 
 
 def test_hqq_with_no_iteration_is_min_max_to_the_bit():

@@ -213,6 +213,7 @@ def test_bytes_are_those_of_kivi(bits, head_dim):
     assert caches[0].nbytes - caches[1].nbytes == 8 * head_dim**2 * 4  # the state
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "spec",
     [

@@ -57,7 +57,7 @@ class TinyLM:
         params = dict(embed=matrix(256, 64) * 16, head=matrix(64, 256) * 2, layers=layers)
         return cls(params, **fields)
 
-    def apply(self, params, tokens, cache=None, *, num_new=None, last_only=False):
+    def hidden(self, params, tokens, cache=None, *, num_new=None):
         rotary = Rotary(inverse_frequencies=jnp.asarray(1e4 ** -np.linspace(0, 1, 16), jnp.float32))
         x = params["embed"][tokens]
         rows = tokens.shape
@@ -68,7 +68,15 @@ class TinyLM:
             out, cache = attend(q, k, v, cache, layer=i, rotary=rotary, num_new=num_new)
             x = x + out.reshape(*rows, 128) @ layer["out"]
             x = x + jax.nn.silu(rms_norm(x) @ layer["up"]) @ layer["down"]
-        logits = rms_norm(x) @ params["head"]
+        return rms_norm(x), cache
+
+    def head(self, params, hidden):
+        return hidden @ params["head"]
+
+    def apply(self, params, tokens, cache=None, *, num_new=None, last_only=False):
+        rows = tokens.shape
+        x, cache = self.hidden(params, tokens, cache, num_new=num_new)
+        logits = self.head(params, x)
         if last_only:
             last = jnp.full(rows[:1], rows[1]) if num_new is None else num_new
             logits = jnp.take_along_axis(logits, last[:, None, None] - 1, axis=1)[:, 0]

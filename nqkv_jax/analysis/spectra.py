@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from nqkv_jax.analysis import plots
 from nqkv_jax.calibration.kvq import projections, record
+
+# field of LayerSpectra -> (how it is called, its colour)
+MATRICES = {
+    "key_weight": ("W_K", plots.BLUE),
+    "value_weight": ("W_V", plots.ORANGE),
+    "keys": ("K", plots.BLUE),
+    "values": ("V", plots.ORANGE),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +91,40 @@ def spectra(lm: Any, tokens: np.ndarray, *, progress: bool | None = None) -> lis
             disable=disable,
         )
     ]
+
+
+def draw(layers: list[LayerSpectra], title: str) -> tuple[Any, dict]:
+    """(figure, what it shows): norms by layer, and how singular values fall off.
+
+    Arrays are named matrix.what, such as "keys.frobenius" f64[layers].
+    """
+    figure = plots.new_figure(11, 4)
+    weights, activations, decay = figure.subplots(1, 3)
+    data: dict[str, np.ndarray] = {}
+    for matrix, (label, color) in MATRICES.items():
+        found = [getattr(layer, matrix) for layer in layers]
+        axes = weights if matrix.endswith("weight") else activations
+        for norm, style in (("frobenius", "-"), ("spectral", ":")):
+            norms = np.array([getattr(s, norm) for s in found])
+            axes.plot(norms, style, color=color, label=f"{label}, {norm}")
+            data[f"{matrix}.{norm}"] = norms
+        values = np.stack([s.values for s in found])
+        # The geometric mean over layers, as each falls by factors.
+        relative = np.maximum(values / values[:, :1], np.finfo(np.float32).tiny)
+        mean = np.exp(np.log(relative).mean(axis=0))
+        style = "--" if matrix.endswith("weight") else "-"
+        decay.plot(mean, style, color=color, label=label)
+        data[f"{matrix}.decay"] = mean
+    weights.set_title("norms of the projections", fontsize=10)
+    activations.set_title("norms of keys and values\n(root mean square over tokens)", fontsize=10)
+    decay.set_title("singular values / the largest\n(geometric mean over layers)", fontsize=10)
+    for axes in (weights, activations, decay):
+        axes.set_xlabel("index" if axes is decay else "layer")
+        axes.set_yscale("log")
+        # Below the axes: inside, there is no place that is free for every model.
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False
+        )
+        plots.tidy(axes)
+    figure.suptitle(title, fontsize=11)
+    return figure, data

@@ -23,12 +23,13 @@ import numpy as np
 import tqdm
 
 from nqkv_jax.allocation import LADDER, Allocation, error_table, paper_error
-from nqkv_jax.attention import Partial, attend_new
+from nqkv_jax.calibration import artifact
 from nqkv_jax.calibration.recorder import Recorder
+from nqkv_jax.partial import attend_new
 from nqkv_jax.quantizers.base import Context, Quantizer
-from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, one_of
 from nqkv_jax.schemes.kvq import BACKENDS
+from nqkv_jax.stand_in import StandIn
 
 SCORES = ("activation", "weight_frobenius", "weight_spectral", "sensitivity")
 LAWS = ("measured", "paper")
@@ -83,7 +84,8 @@ def calibrate(
         measured = lambda bits: normal_error(quantizers[bits], group_size)
         table = error_table(np.ravel(weights), ladder, paper_error if law == "paper" else measured)
         errors = table.reshape(-1, 2, len(ladder))
-    return Allocation.of_errors(errors, budget=budget, ladder=ladder, model=lm.name, score=score)
+    about = dict(model=lm.name, fingerprint=artifact.fingerprint(lm.params), score=score)
+    return Allocation.of_errors(errors, budget=budget, ladder=ladder, **about)
 
 
 def projections(lm: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -189,8 +191,8 @@ def check_tokens(lm: Any, tokens: np.ndarray) -> np.ndarray:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OneSideQuantized:
-    """Stands in for a cache, with whole texts: only the keys or values of one layer are quantized.
+class OneSideQuantized(StandIn):
+    """Stands in for a cache: only the keys or values of one layer are quantized.
 
     Which ones is data, so that one compiled program serves all.
 
@@ -205,22 +207,7 @@ class OneSideQuantized:
     layer: jax.Array
     branch: jax.Array
 
-    def positions(self, num_tokens: int) -> jax.Array:
-        """i32[1, num_tokens]."""
-        return jnp.arange(num_tokens)[None]
-
-    def attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        unrotated: jax.Array,
-        *,
-        layer: int,
-        rotary: Rotary | None,
-        window: int | None,
-    ) -> tuple[Partial, "OneSideQuantized"]:
-        """q [B, Hkv, G, S, D], rotated and scaled; k, v [B, S, Hkv, D] as the model made them."""
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
         positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
         k = k if rotary is None else rotary(k, positions)
         branches = [lambda k, v: (k, v)]

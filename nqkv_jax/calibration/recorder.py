@@ -8,22 +8,23 @@ respect to deltas of zero is that of the keys and values themselves.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.attention import Partial, attend_new
-from nqkv_jax.rotary import Rotary
+from nqkv_jax.partial import attend_new
+from nqkv_jax.stand_in import StandIn
 
+TOKEN_BLOCK = 128  # tokens whose logits are held at once
 KeysValues = tuple[jax.Array, jax.Array]  # [B, S, Hkv, D] each, keys before RoPE
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recorder:
+class Recorder(StandIn):
     """Pass it to a model in place of a cache, with whole texts: exact causal attention.
 
     Attributes:
@@ -34,25 +35,8 @@ class Recorder:
     deltas: tuple[KeysValues, ...] | None = None
     layers: tuple[KeysValues, ...] = ()
 
-    def positions(self, num_tokens: int) -> jax.Array:
-        """i32[1, num_tokens]."""
-        return jnp.arange(num_tokens)[None]
-
-    def attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        unrotated: jax.Array,
-        *,
-        layer: int,
-        rotary: Rotary | None,
-        window: int | None,
-    ) -> tuple[Partial, "Recorder"]:
-        """q [B, Hkv, G, S, D], rotated and scaled; k and v [B, S, Hkv, D] as the model made them.
-
-        Raises: ValueError if layers do not come in order.
-        """
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+        """Raises ValueError if layers do not come in order."""
         if layer != len(self.layers):
             raise ValueError(
                 f"Recorder: expected layer {len(self.layers)} to come next; got layer={layer}. "
@@ -78,7 +62,7 @@ def loss_and_gradients(
     """The loss of a text, its keys and values, and the gradients with respect to them.
 
     Args:
-      lm: with the protocol of `nqkv_jax.evaluation`; only `apply` is used.
+      lm: with the protocol of `nqkv_jax.evaluation`; only `hidden` and `head` are used.
       params: of the model.
       tokens: i32[S], S >= 2.
 
@@ -86,18 +70,44 @@ def loss_and_gradients(
       The mean cross-entropy of tokens 1.., f32[]; keys and values of every layer, [S, Hkv, D]; and
       the gradients, likewise. Their squares are the diagonal of the (empirical) Fisher information.
     """
-    blank = jax.eval_shape(lambda p: lm.apply(p, tokens[None], Recorder())[1].layers, params)
+    blank = jax.eval_shape(lambda p: lm.hidden(p, tokens[None], Recorder())[1].layers, params)
     deltas = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), blank)
 
     def loss(deltas):
-        logits, recorder = lm.apply(params, tokens[None], Recorder(deltas=deltas))
-        logits = logits[0, :-1].astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen), recorder.layers
+        hidden, recorder = lm.hidden(params, tokens[None], Recorder(deltas=deltas))
+        head = lambda hidden: lm.head(params, hidden[None])[0].astype(jnp.float32)
+        return mean_cross_entropy(head, hidden[0, :-1], tokens[1:]), recorder.layers
 
     (value, recorded), gradients = jax.value_and_grad(loss, has_aux=True)(deltas)
     first = lambda tree: jax.tree.map(lambda a: a[0], tree)
     return value, first(recorded), first(gradients)
+
+
+def mean_cross_entropy(
+    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Mean over tokens of -log softmax(head(hidden))[target], f32[].
+
+    Neither logits nor their gradient exist for more than `TOKEN_BLOCK` tokens: for the gradient
+    they are computed again, block by block.
+
+    Args:  head: [tokens, width] -> f32[tokens, vocabulary].  hidden: [S, width].  targets: i32[S].
+    """
+    size = targets.shape[0]
+    width = min(TOKEN_BLOCK, size)
+    count = -(-size // width)
+
+    @jax.checkpoint
+    def block(start):
+        # The last block is moved back to fit; what it repeats does not count again.
+        first = jnp.minimum(start, size - width)
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, first, width)
+        logits = head(cut(hidden))
+        chosen = jnp.take_along_axis(logits, cut(targets)[:, None], axis=1)[:, 0]
+        loss = jax.nn.logsumexp(logits, axis=1) - chosen
+        return jnp.sum(jnp.where(first + jnp.arange(width) >= start, loss, 0))
+
+    return jnp.sum(jax.lax.map(block, jnp.arange(count) * width)) / size
 
 
 def windows(tokens: Sequence[int], samples: int, seqlen: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """`nqkv demo`: one model, two caches, side by side."""
 
 import importlib.resources
+import pathlib
 import statistics
 
 from nqkv_jax.cli import options, terminal
@@ -23,7 +24,11 @@ def add(commands) -> None:
     parser.add_argument("--scheme", default="nqkv", help="default: nqkv")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: 48")
     parser.add_argument("--prompt", metavar="TEXT", help="default: a question about the sky")
-    parser.add_argument("--plot", metavar="FILE", help="draw the bars into a PNG, PDF or SVG too")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw the bars into a PNG, PDF or SVG too, data beside it as .npz",
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,10 +45,11 @@ def run(args) -> None:
     import jax.numpy as jnp
 
     from nqkv_jax import schemes
+    from nqkv_jax.analysis import plots
 
     names = ["none", str(schemes.get(args.scheme))]
     if args.plot:
-        options.figure()  # what fails after two minutes should have failed at once
+        plots.check_path(args.plot)  # what fails after two minutes should have failed at once
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -63,8 +69,7 @@ def run(args) -> None:
         entry["tokens_per_second"] = statistics.median(speed)
         entry["speed_spread"] = (max(speed) - min(speed)) / statistics.median(speed)
     if args.plot:
-        _plot(entries, args.plot)
-        say(f"Drawn into {args.plot}")
+        say(f"Drawn into {args.plot}, data in {_plot(entries, args.plot)}")
     if args.json:
         terminal.print_json(
             dict(
@@ -89,13 +94,16 @@ def _charts() -> tuple:
     )
 
 
-def _plot(entries: list[dict], path: str) -> None:
-    """The bars of the terminal, side by side; colours of Okabe and Ito, safe for colour-blind."""
-    figure = options.figure()(figsize=(9, 2.6), layout="constrained")
+def _plot(entries: list[dict], path: str) -> pathlib.Path:
+    """The bars of the terminal, side by side; returns where their data are."""
+    from nqkv_jax.analysis import plots
+
+    figure, data = plots.new_figure(9, 2.6), {}
     for axes, (title, key, form, sense) in zip(figure.subplots(1, 3), _charts(), strict=True):
         values = [entry[key] for entry in entries]
         names = [_label(entry["scheme"]) for entry in entries]
-        bars = axes.barh(names, values, color=["#0072B2", "#E69F00"])
+        bars = axes.barh(names, values, color=[plots.BLUE, plots.ORANGE])
+        data |= {f"{name}.{key}": value for name, value in zip(names, values, strict=True)}
         axes.bar_label(bars, [form(value) for value in values], padding=3)
         axes.set_title(f"{title}\n({sense})", fontsize=10)
         axes.set_xlim(0, 1.3 * max(values))
@@ -104,7 +112,7 @@ def _plot(entries: list[dict], path: str) -> None:
         axes.invert_yaxis()
         if axes.get_subplotspec().colspan.start:
             axes.set_yticks([])
-    figure.savefig(path, dpi=150)
+    return plots.save(figure, path, data)
 
 
 def _label(scheme: str) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 
-from nqkv_jax.cli import measures, options, terminal
+from nqkv_jax.cli import measures, terminal
 
 # Name, what is asked; kept here too, so that --help imports nothing. A test compares.
 TASKS = {
@@ -32,7 +32,9 @@ def add(subcommands) -> None:
         whole("--samples", default=8, help="texts per length and range of depth (default: 8)")
         whole("--seed", default=0, help="of the texts (default: 0)")
         whole("--prefill-chunk", default=128, help="tokens read at a time (default: 128)")
-        parser.add_argument("--plot", metavar="FILE", help="draw a PNG, PDF or SVG too")
+        parser.add_argument(
+            "--plot", metavar="FILE", help="draw a PNG, PDF or SVG too, with the data beside it"
+        )
         parser.set_defaults(run=functools.partial(run, task))
 
 
@@ -41,7 +43,9 @@ def run(task: str, args) -> None:
     from nqkv_jax.models import generate
 
     if args.plot:
-        options.figure()  # what fails in the end should have failed at once
+        from nqkv_jax.analysis import plots
+
+        plots.check_path(args.plot)  # what fails in the end should have failed at once
     one = functools.partial(
         retrieval, task=task, generate=generate, lengths=args.length, depths=args.depths,
         samples=args.samples, seed=args.seed, prefill_chunk=args.prefill_chunk,
@@ -84,20 +88,22 @@ def _plot(results, path: str) -> None:
     """A heat map per scheme: depth down, length across."""
     import numpy as np
 
+    from nqkv_jax.analysis import plots
+
     lengths = sorted({cell.length for cell in results[0].cells})
     depths = sorted({cell.depth for cell in results[0].cells})
     columns = min(len(results), 3)
     lines = -(-len(results) // columns)
     size = (2.2 + columns * (1.0 + 0.75 * len(lengths)), 1.2 + lines * (1.0 + 0.45 * len(depths)))
-    figure = options.figure()(figsize=size, layout="constrained")
+    figure, data = plots.new_figure(*size), dict(lengths=lengths, depths=depths)
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes in panels.flat[len(results) :]:
         axes.set_visible(False)
     for axes, result in zip(panels.flat, results, strict=False):
         found = {(cell.depth, cell.length): cell for cell in result.cells}
         grid = np.array([[found[d, n].accuracy for n in lengths] for d in depths])
-        # Cividis is made to look the same to colour-blind readers.
-        image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        data[result.scheme] = grid
+        image = axes.imshow(grid, cmap=plots.MAP, vmin=0, vmax=1, aspect="auto")
         for (row, column), value in np.ndenumerate(grid):
             cell = found[depths[row], lengths[column]]
             axes.text(
@@ -112,4 +118,4 @@ def _plot(results, path: str) -> None:
         axes.set_ylabel("depth of the answer")
     figure.colorbar(image, ax=panels, label="share of texts that were right")
     figure.suptitle(f"{results[0].task}, {results[0].model}", fontsize=11)
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path, {name: np.asarray(values) for name, values in data.items()})

@@ -50,14 +50,15 @@ def run(args) -> None:
     import json
     import pathlib
 
+    from nqkv_jax.analysis import plots
     from nqkv_jax.cli import terminal
     from nqkv_jax.evaluation import leaderboard as boards
     from nqkv_jax.evaluation import report
     from nqkv_jax.models import generate
 
-    options.figure()  # what fails in the end should have failed at once
     out = pathlib.Path(args.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
+    plots.check_path(out / "leaderboard.png")  # what fails in the end should have failed at once
     every = [n for g in args.schemes for n in (boards.variants() if g == ALL else [g])]
     # Only to see what is wrong with them: the calibrations are made later.
     boards.resolve([name for name in every if "{" not in name], {})

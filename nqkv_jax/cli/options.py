@@ -51,20 +51,6 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def figure():
-    """matplotlib's Figure, which draws without a display and leaves no state behind.
-
-    Raises: ImportError saying what to install.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'plots need matplotlib, which is not installed: pip install "nqkv-jax[plots]"'
-        ) from error
-    return Figure
-
-
 def load(args: argparse.Namespace):
     """The language model that `add_model` asked for."""
     from nqkv_jax.models import from_pretrained

@@ -41,3 +41,12 @@ class LanguageModel(Protocol):
 
         Logits are [B, S, vocabulary]; with `last_only` [B, vocabulary], after the last valid token.
         """
+
+    def hidden(self, params: Any, tokens: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
+        """The states [B, S, width] that `head` turns into logits, and the cache."""
+
+    def head(self, params: Any, hidden: jax.Array) -> jax.Array:
+        """The logits [B, S, vocabulary] of states [B, S, width], of any tokens.
+
+        The two together are `apply`, for callers that cannot hold all logits of a text at once.
+        """

@@ -7,19 +7,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Okabe and Ito's colours, safe for colour-blind readers; shapes tell apart what shares one.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from nqkv_jax.analysis import plots
+
+# Of families of schemes; shapes tell apart what shares a colour.
+COLORS = (plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE, plots.SKY,
+          plots.BLACK)  # fmt: skip
 _BITS = (2, 3, 4, 5, 6, 8, 12, 16)  # ticks
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _COLUMNS = (
     ("stored bits", lambda row, full: f"{row['stored_bits']:.2f}"),
     ("effective", lambda row, full: f"{row['effective_bits']:.2f}"),
+    ("perplexity", lambda row, full: f"{row['perplexity']:.2f}"),
+    ("over full", lambda row, full: f"{100 * (row['perplexity'] / full - 1):+.1f} %"),
     ("KL", lambda row, full: _with_error(row["kl"], row["kl_error"])),
     ("KL p99", lambda row, full: _number(row["kl_p99"])),
     ("same token", lambda row, full: f"{100 * row['top1']:.1f} %"),
-    ("perplexity", lambda row, full: f"{row['perplexity']:.2f}"),
-    ("over full", lambda row, full: f"{100 * (row['perplexity'] / full - 1):+.1f} %"),
     ("pass keys", lambda row, full: f"{100 * row['passkey']:.0f} %"),
     ("tokens/s", lambda row, full: f"{row['tokens_per_second']:.1f}"),
     ("x full", lambda row, full: f"{row['speed_over_full']:.2f}"),
@@ -105,8 +108,6 @@ def figure(board: Mapping[str, Any]):
 
     Raises: ImportError if matplotlib is missing.
     """
-    from matplotlib.figure import Figure
-
     rows = _rows(board)
     families = list(dict.fromkeys(row["label"].partition(":")[0] for row in rows))
     style = {
@@ -115,7 +116,7 @@ def figure(board: Mapping[str, Any]):
     }
     increase = lambda row: 100 * (row["perplexity"] / row["full_perplexity"] - 1)
     points = [dict(row, increase=increase(row)) for row in rows]
-    result = Figure(figsize=(15, 6.4), layout="constrained")
+    result = plots.new_figure(15, 6.4)
     panels = result.subplots(1, 3)
     charts = (
         ("stored_bits", "kl", "stored bits per element", "KL from full precision, nats/token", 1),
@@ -151,7 +152,7 @@ def figure(board: Mapping[str, Any]):
         axes.set_ylabel(y_label)
         axes.set_title(f"better: down and {'left' if sense > 0 else 'right'}", fontsize=10)
         axes.grid(color="#dddddd", linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        plots.tidy(axes)
     marks = [
         panels[0].plot([], [], linestyle="none", markersize=8, label=name, **style[name])[0]
         for name in families

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.rotary import Rotary, RotaryAngles
 
 Payload = Any  # a pytree of arrays: all that is stored for one group
@@ -101,6 +102,36 @@ class Quantizer:
         """Like `dequantize`, without the map that `fold_queries` or `unfold_output` takes over."""
         return self.dequantize(payload, context, dtype)
 
+    def tiled_codes(self, body: Payload) -> TiledCodes | None:
+        """What a fused kernel reads of a body, leaves [batch, groups, ...], in place of calling
+        `dequantize_folded`; None if the payload is not in tiles."""
+        return None
+
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
         """Turns a weighted mean of folded values [..., heads, head_dim] into one of values."""
         return out
+
+
+class Wrapper(Quantizer):
+    """A quantizer that encodes with another one, `inner`, and asks of the cache what that asks.
+
+    State and folding are not passed on: a wrapper may have a state of its own, and a map that
+    `inner` could fold need not commute with what is done around it.
+    """
+
+    inner: Quantizer
+
+    @property
+    def wants_queries(self) -> bool:
+        return self.inner.wants_queries
+
+    @property
+    def wants_keys(self) -> bool:
+        return self.inner.wants_keys
+
+    @property
+    def group(self) -> int:
+        return self.inner.group
+
+    def check(self, heads: int, head_dim: int) -> None:
+        self.inner.check(heads, head_dim)

@@ -100,6 +100,18 @@ class BlockQuantizer(Quantizer):
         """Encodes `x` [group, heads, head_dim], any float dtype, in float32."""
         check_group("BlockQuantizer", x, self.group)
         self.check(*x.shape[1:])
+        codes, scale, zero = self.encode(x)
+        codes = packing.pack(codes, self.codebook.bits)
+        return BlockPayload(codes=codes, scale=scale, zero=zero)
+
+    def dequantize(self, payload: BlockPayload, context: Context, dtype=jnp.float32) -> jax.Array:
+        """Decodes in float32 and rounds once to `dtype`: [group, heads, head_dim]."""
+        bits, words = self.codebook.bits, payload.codes.shape[-1]
+        codes = packing.unpack(payload.codes, bits, words * 8 // bits)
+        return self.decode(codes, payload.scale, payload.zero, dtype)
+
+    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Codes u8[tokens, heads, head_dim], and scales and zeros as in `BlockPayload`."""
         blocks, axis = self._to_blocks(x.astype(jnp.float32))
         low = jnp.min(blocks, axis=axis, keepdims=True)
         high = jnp.max(blocks, axis=axis, keepdims=True)
@@ -120,21 +132,18 @@ class BlockQuantizer(Quantizer):
             zero = store(zero, finite, self.scale_dtype)
             blocks = blocks - zero.astype(jnp.float32)
         codes = self.codebook.encode(divide_or_zero(blocks, scale.astype(jnp.float32)))
-        return BlockPayload(
-            codes=packing.pack(codes.reshape(x.shape), self.codebook.bits),
-            scale=jnp.squeeze(scale, axis),
-            zero=None if zero is None else jnp.squeeze(zero, axis),
-        )
+        zero = None if zero is None else jnp.squeeze(zero, axis)
+        return codes.reshape(x.shape), jnp.squeeze(scale, axis), zero
 
-    def dequantize(self, payload: BlockPayload, context: Context, dtype=jnp.float32) -> jax.Array:
-        """Decodes in float32 and rounds once to `dtype`: [group, heads, head_dim]."""
-        bits, words = self.codebook.bits, payload.codes.shape[-1]
-        codes = packing.unpack(payload.codes, bits, words * 8 // bits)  # u8[group, heads, head_dim]
+    def decode(
+        self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype=jnp.float32
+    ) -> jax.Array:
+        """The inverse of `encode`."""
         blocks, axis = self._to_blocks(codes)
         values = self.codebook.decode(blocks)
-        values = values * jnp.expand_dims(payload.scale, axis).astype(jnp.float32)
-        if payload.zero is not None:
-            values = values + jnp.expand_dims(payload.zero, axis).astype(jnp.float32)
+        values = values * jnp.expand_dims(scale, axis).astype(jnp.float32)
+        if zero is not None:
+            values = values + jnp.expand_dims(zero, axis).astype(jnp.float32)
         return values.reshape(codes.shape).astype(dtype)
 
     def _to_blocks(self, x: jax.Array) -> tuple[jax.Array, int]:

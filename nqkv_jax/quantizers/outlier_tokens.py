@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.quantizers.base import Context, Payload, Quantizer
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer, Wrapper
 from nqkv_jax.quantizers.block import divide_or_zero, pairwise_sum
 
 
@@ -26,7 +26,7 @@ class OutlierState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OutlierTokens(Quantizer):
+class OutlierTokens(Wrapper):
     """Encodes with `inner` all tokens but outliers: those of the smallest sum |key| of a head.
 
     A pool of `outliers` tokens per head is updated with every chunk that is encoded: what enters it
@@ -62,13 +62,6 @@ class OutlierTokens(Quantizer):
     @property
     def wants_keys(self) -> bool:
         return self.of_values
-
-    @property
-    def group(self) -> int:
-        return self.inner.group
-
-    def check(self, heads: int, head_dim: int) -> None:
-        self.inner.check(heads, head_dim)
 
     def init_state(self, heads: int, head_dim: int) -> OutlierState:
         size = self.outliers + self.buffer

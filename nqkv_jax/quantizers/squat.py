@@ -6,17 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.quantizers.base import Context, Payload, Quantizer
-from nqkv_jax.quantizers.block import (
-    divide,
-    pairwise_sum,
-    rounded,
-)
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer, Wrapper
+from nqkv_jax.quantizers.block import divide, pairwise_sum, rounded
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QueryAware(Quantizer):
+class QueryAware(Wrapper):
     """Encodes with `inner`, channels in blocks: what a block gets wrong, later ones make up for.
 
     The error d = x~ - x of a token's key is weighed as d^T A d with A = I + strength * Q^T Q, Q
@@ -60,13 +56,6 @@ class QueryAware(Quantizer):
             raise ValueError(
                 f"QueryAware: expected subspace >= 1, or None for all; got {self.subspace}"
             )
-
-    @property
-    def group(self) -> int:
-        return self.inner.group
-
-    def check(self, heads: int, head_dim: int) -> None:
-        self.inner.check(heads, head_dim)
 
     def init_state(self, heads: int, head_dim: int) -> jax.Array:
         return jnp.zeros((heads, head_dim, head_dim), jnp.float32)

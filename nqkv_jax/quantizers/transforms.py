@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State, Wrapper
 from nqkv_jax.quantizers.block import (
     divide,
     pairwise_sum,
@@ -225,7 +226,7 @@ class TransformedState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Transformed(Quantizer):
+class Transformed(Wrapper):
     """Encodes with `inner` what `transforms`, in their order, make of the tokens.
 
     Transforms with parameters (means, deviations) are fitted, each to what the ones before it
@@ -236,22 +237,10 @@ class Transformed(Quantizer):
     inner: Quantizer
     transforms: tuple[Transform, ...]
 
-    @property
-    def wants_queries(self) -> bool:
-        return self.inner.wants_queries
-
-    @property
-    def wants_keys(self) -> bool:
-        return self.inner.wants_keys
-
-    @property
-    def group(self) -> int:
-        return self.inner.group
-
     def check(self, heads: int, head_dim: int) -> None:
         for transform in self.transforms:
             transform.check(heads, head_dim)
-        self.inner.check(heads, head_dim)
+        super().check(heads, head_dim)
 
     def init_state(self, heads: int, head_dim: int) -> TransformedState:
         params = tuple(t.init(heads, head_dim) for t in self.transforms)
@@ -305,6 +294,9 @@ class Transformed(Quantizer):
     def dequantize_folded(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
         inner = dataclasses.replace(context, state=self._inner_state(context))
         return self.inner.dequantize_folded(payload, inner, dtype)
+
+    def tiled_codes(self, body: Payload) -> TiledCodes | None:
+        return self.inner.tiled_codes(body)
 
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
         inner = dataclasses.replace(context, state=self._inner_state(context))

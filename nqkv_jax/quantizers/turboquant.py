@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import packing
-from nqkv_jax.quantizers.base import Context, Payload, Quantizer
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer, Wrapper
 from nqkv_jax.quantizers.block import (
     divide,
     divide_or_zero,
@@ -35,7 +35,7 @@ class SketchPayload:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ResidualSketch(Quantizer):
+class ResidualSketch(Wrapper):
     """Encodes with `inner`, and the residual r = x - x1 of each head as the signs of S r.
 
     With S [D, D] of independent N(0, 1), generated from `seed` and never stored:
@@ -55,12 +55,8 @@ class ResidualSketch(Quantizer):
     inner: Quantizer
     seed: int = dataclasses.field(default=0, metadata={"static": True})
 
-    @property
-    def group(self) -> int:
-        return self.inner.group
-
     def check(self, heads: int, head_dim: int) -> None:
-        self.inner.check(heads, head_dim)
+        super().check(heads, head_dim)
         packing.packed_size(head_dim, 1)
         if head_dim > 1024:
             raise ValueError(f"ResidualSketch: head_dim must be at most 1024; got {head_dim}")

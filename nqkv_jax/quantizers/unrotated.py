@@ -5,33 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State, Wrapper
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Unrotated(Quantizer):
+class Unrotated(Wrapper):
     """Encodes unrotated keys with `inner`; what it decodes is rotated to the tokens' positions.
 
     A map that `inner` could fold into the query does not commute with RoPE, so nothing is folded.
     """
 
     inner: Quantizer
-
-    @property
-    def wants_queries(self) -> bool:
-        return self.inner.wants_queries
-
-    @property
-    def wants_keys(self) -> bool:
-        return self.inner.wants_keys
-
-    @property
-    def group(self) -> int:
-        return self.inner.group
-
-    def check(self, heads: int, head_dim: int) -> None:
-        self.inner.check(heads, head_dim)
 
     def init_state(self, heads: int, head_dim: int) -> State:
         return self.inner.init_state(heads, head_dim)

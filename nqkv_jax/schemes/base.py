@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from nqkv_jax.cache import KVCache, LayerCache, Window, body_capacity, init_side
 from nqkv_jax.quantizers.base import Quantizer
+from nqkv_jax.quantizers.tiled import in_tiles
 
 DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -82,8 +83,11 @@ class LayerScheme:
         """An empty cache of this layer."""
         self.check(shape)
         own = [body_capacity(w, self.sinks, max_len) for w in (self.key_window, self.value_window)]
-        # Attention walks both bodies in tiles of whole groups, as far as both can be encoded.
-        group = math.lcm(self.key.group, self.value.group)
+        heads, head_dim = shape.num_kv_heads, shape.head_dim
+        key = in_tiles(self.key, self.key_window.chunk, heads, head_dim)
+        value = in_tiles(self.value, self.value_window.chunk, heads, head_dim)
+        # Attention walks both bodies in steps of whole groups, as far as both can be encoded.
+        group = math.lcm(key.group, value.group)
         common = -(-min(own) // group) * group
         side = lambda quantizer, window, capacity: init_side(
             quantizer,
@@ -91,18 +95,18 @@ class LayerScheme:
             num_sinks=self.sinks,
             capacity=max(capacity, common),
             batch=batch,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
+            num_kv_heads=heads,
+            head_dim=head_dim,
             dtype=dtype,
         )
         return LayerCache(
-            key=side(self.key, self.key_window, own[0]),
-            value=side(self.value, self.value_window, own[1]),
+            key=side(key, self.key_window, own[0]),
+            value=side(value, self.value_window, own[1]),
             lengths=jnp.zeros(batch, jnp.int32),
             overflow=jnp.zeros(batch, jnp.int32),
             max_len=max_len,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
+            num_kv_heads=heads,
+            head_dim=head_dim,
             dtype=jnp.dtype(dtype),
             rotated=self.rotated,
         )

@@ -12,7 +12,47 @@ from nqkv_jax import codebooks
 from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import DTYPES, LayerScheme, one_of, register
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, LayerShape, one_of, register
+
+
+def sides(
+    name: str, bits: int, group_size: int, residual: int, keys: str, scale_dtype="float16"
+) -> tuple[BlockQuantizer, BlockQuantizer]:
+    """Quantizers of keys and of values; ValueError, for the scheme `name`, for wrong options."""
+    one_of(f"{name}: bits", bits, (1, 2, 3, 4, 8))
+    one_of(f"{name}: keys", keys, ("rotated", "unrotated"))
+    # A group of one token has range 0: its keys would be exact, and cost more than full precision.
+    if group_size < 2 or residual < group_size or residual % group_size:
+        raise ValueError(
+            f"{name}: expected group_size >= 2 and residual to be a positive multiple of it; got "
+            f"residual={residual}, group_size={group_size}"
+        )
+    block = dict(
+        block_size=group_size,
+        scale="minmax",
+        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
+    )
+    codebook = codebooks.uniform(bits)
+    return tuple(BlockQuantizer(codebook, axis=axis, **block) for axis in ("tokens", "hidden"))
+
+
+def layer_scheme(
+    name: str, shape: LayerShape, key, value: BlockQuantizer, *, residual: int, keys: str, sinks=0
+) -> LayerScheme:
+    """KIVI's windows around `key` and `value`; ValueError if groups of values do not fit."""
+    if shape.head_dim % value.block_size:
+        raise ValueError(
+            f"{name}: expected group_size to divide head_dim={shape.head_dim}; got "
+            f"{value.block_size}"
+        )
+    return LayerScheme(
+        key=key if keys == "rotated" else Unrotated(key),
+        value=value,
+        sinks=sinks,
+        key_window=Window(chunk=residual),
+        value_window=Window(keep=residual),
+        rotated=keys == "rotated",
+    )
 
 
 @register("kivi")
@@ -26,34 +66,6 @@ def kivi(
     keys: str = "rotated",
 ):
     """Asymmetric integers: keys per channel over 32 tokens, values per token; residual of 128."""
-    one_of("kivi: bits", bits, (1, 2, 3, 4, 8))
-    one_of("kivi: keys", keys, ("rotated", "unrotated"))
-    # A group of one token has range 0: its keys would be exact, and cost more than full precision.
-    if group_size < 2 or residual < group_size or residual % group_size:
-        raise ValueError(
-            "kivi: expected group_size >= 2 and residual to be a positive multiple of it; got "
-            f"residual={residual}, group_size={group_size}"
-        )
-    block = dict(
-        block_size=group_size,
-        scale="minmax",
-        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
-    )
-    key = BlockQuantizer(codebooks.uniform(bits), axis="tokens", **block)
-    value = BlockQuantizer(codebooks.uniform(bits), axis="hidden", **block)
-
-    def layer(shape):
-        if shape.head_dim % group_size:
-            raise ValueError(
-                f"kivi: expected group_size to divide head_dim={shape.head_dim}; got {group_size}"
-            )
-        return LayerScheme(
-            key=key if keys == "rotated" else Unrotated(key),
-            value=value,
-            sinks=sinks,
-            key_window=Window(chunk=residual),
-            value_window=Window(keep=residual),
-            rotated=keys == "rotated",
-        )
-
-    return layer
+    key, value = sides("kivi", bits, group_size, residual, keys, scale_dtype)
+    windows = dict(residual=residual, keys=keys, sinks=sinks)
+    return lambda shape: layer_scheme("kivi", shape, key, value, **windows)

@@ -14,7 +14,8 @@ are stored exactly; the paper's 1, 1.58 and 6 bits take more in their containers
 import dataclasses
 
 from nqkv_jax.allocation import Allocation
-from nqkv_jax.schemes.base import LayerScheme, LayerShape, one_of, register
+from nqkv_jax.calibration import artifact
+from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, LayerShape, one_of, register
 from nqkv_jax.schemes.hqq import hqq
 from nqkv_jax.schemes.nqkv import nqkv
 from nqkv_jax.schemes.quanto import quanto
@@ -62,4 +63,7 @@ def kvq(
             key, value = widths.key_bits[shape.layer], widths.value_bits[shape.layer]
         return dataclasses.replace(layers[key](shape), value=layers[value](shape).value)
 
-    return layer
+    if widths is None:
+        return layer
+    about = dict(model=widths.model, fingerprint=widths.fingerprint)
+    return CalibratedLayers(layer=layer, check=lambda lm: artifact.check_model("kvq", about, lm))

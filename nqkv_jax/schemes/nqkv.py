@@ -36,6 +36,7 @@ CODEBOOKS = {
         "signed_absmax",
     ),
     "cubic": (lambda bits, n: codebooks.cubic_normal(bits, n), "absmax"),
+    "stepped": (lambda bits, n: codebooks.stepped_normal(bits, n), "absmax"),
     "signed_cubic": (lambda bits, n: codebooks.cubic_normal(bits, n, signed=True), "signed_absmax"),
 }
 

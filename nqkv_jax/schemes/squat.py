@@ -19,12 +19,9 @@ nothing.
 Source: Wang et al. (2025), arXiv 2503.24358.
 """
 
-from nqkv_jax import codebooks
-from nqkv_jax.cache import Window
-from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.squat import QueryAware
-from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import LayerScheme, one_of, register
+from nqkv_jax.schemes import kivi
+from nqkv_jax.schemes.base import register
 
 
 @register("squat")
@@ -40,22 +37,9 @@ def squat(
     keys: str = "rotated",
 ):
     """KIVI whose key errors avoid the directions of the queries; groups and residual of 32."""
-    one_of("squat: bits", bits, (1, 2, 3, 4, 8))
-    one_of("squat: keys", keys, ("rotated", "unrotated"))
-    if group_size < 2 or residual < group_size or residual % group_size:
-        raise ValueError(
-            "squat: expected group_size >= 2 and residual to be a positive multiple of it; got "
-            f"residual={residual}, group_size={group_size}"
-        )
-    codebook, sizes = codebooks.uniform(bits), dict(block_size=group_size, scale="minmax")
-    plain = BlockQuantizer(codebook, axis="tokens", **sizes)
-    value = BlockQuantizer(codebook, axis="hidden", **sizes)
+    plain, value = kivi.sides("squat", bits, group_size, residual, keys)
 
     def layer(shape):
-        if shape.head_dim % group_size:
-            raise ValueError(
-                f"squat: expected group_size to divide head_dim={shape.head_dim}; got {group_size}"
-            )
         key = QueryAware(
             inner=plain,
             block=min(64, shape.head_dim // 2) if block is None else block,
@@ -63,12 +47,6 @@ def squat(
             subspace=subspace,
             normalize=normalize,
         )
-        return LayerScheme(
-            key=key if keys == "rotated" else Unrotated(key),
-            value=value,
-            key_window=Window(chunk=residual),
-            value_window=Window(keep=residual),
-            rotated=keys == "rotated",
-        )
+        return kivi.layer_scheme("squat", shape, key, value, residual=residual, keys=keys)
 
     return layer

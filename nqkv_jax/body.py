@@ -1,0 +1,217 @@
+"""Attention over the body of a cache, which stays encoded: no decoded copy of it ever exists."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax.cache import LayerCache, Side
+from nqkv_jax.pallas_kernels import decode_attention as kernels
+from nqkv_jax.partial import TILE, Partial, attend_tokens, visible
+from nqkv_jax.quantizers.base import Context, Payload
+from nqkv_jax.rotary import Rotary, RotaryAngles
+
+
+def slice_groups(side: Side, first: jax.Array, count: int) -> Payload:
+    """The payload of groups first + [0, count); `first` is i32[] or i32[B]."""
+
+    def cut(body, first):
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, count, axis=0), body)
+
+    return jax.vmap(cut, in_axes=(0, 0 if first.ndim else None))(side.body, first)
+
+
+def decode_groups(
+    side: Side,
+    payload: Payload,
+    first: jax.Array,
+    *,
+    rotary: Rotary | None,
+    angles: RotaryAngles | None = None,
+    dtype,
+    folded: bool,
+) -> jax.Array:
+    """Decodes what `slice_groups` returned: [B, count * group, Hkv, D].
+
+    `angles` are those of the tokens, if the caller has them and `first` is i32[].
+    """
+    quantizer, group = side.quantizer, side.quantizer.group
+    decode = quantizer.dequantize_folded if folded else quantizer.dequantize
+    count = jax.tree.leaves(payload)[0].shape[1]
+
+    def sequence(payload, state, first):
+        positions = side.num_sinks + first * group + jnp.arange(count * group)
+        rotation = angles
+        if rotary is not None and angles is None:
+            rotation = rotary.at(positions)
+
+        def one(payload, positions, rotation):
+            context = Context(positions=positions, rotary=rotation, state=state)
+            return decode(payload, context, dtype)
+
+        split = lambda a: a.reshape(count, group, *a.shape[1:])
+        x = jax.vmap(one)(payload, split(positions), jax.tree.map(split, rotation))
+        return x.reshape(count * group, *x.shape[2:])
+
+    in_axes = (0, 0, 0 if first.ndim else None)
+    return jax.vmap(sequence, in_axes=in_axes)(payload, side.state, first)
+
+
+def attend_body(
+    q: jax.Array,
+    layer: LayerCache,
+    tokens: jax.Array,
+    query_positions: jax.Array,
+    rotary: Rotary | None,
+    window: int | None,
+    implementation: str = "auto",
+) -> Partial:
+    """Attention over the first `tokens` i32[B] encoded tokens; those are encoded on both sides.
+
+    By a fused kernel where the platform has one, a query is one token and both sides are in tiles;
+    else step by step, decoding some of the tokens at a time.
+
+    Raises: NotImplementedError if `implementation` names a kernel that cannot serve the case.
+    """
+    key, value = layer.key, layer.value
+    group = math.lcm(key.quantizer.group, value.quantizer.group)
+    capacity = min(key.capacity, value.capacity) // group * group
+    if not capacity:
+        return Partial.empty(q)
+
+    heads_last = lambda a: jnp.moveaxis(a, 0, -2)  # [Hkv, G, S, D] <-> [G, S, Hkv, D]
+    heads_first = lambda a: jnp.moveaxis(a, -2, 0)
+
+    def fold(q, state):
+        q, shift = key.quantizer.fold_queries(heads_last(q), Context(rotary=rotary, state=state))
+        return heads_first(q), None if shift is None else jnp.moveaxis(shift, -1, 0)
+
+    def unfold(out, state):
+        return heads_first(value.quantizer.unfold_output(heads_last(out), Context(state=state)))
+
+    folded, shift = jax.vmap(fold)(q, key.state)
+    walk = functools.partial(
+        _walk_body, rotary=rotary, window=window, capacity=capacity, group=group
+    )
+    fused = _fused(layer, q.shape[3], window, implementation)
+    arguments = (folded, shift, layer, tokens, query_positions)
+    if implementation in fused:
+        partial = fused[implementation](*arguments)
+    elif fused and implementation == "auto":
+        by_platform = {kernels.PLATFORMS[name]: run for name, run in fused.items()}
+        partial = jax.lax.platform_dependent(*arguments, **by_platform, default=walk)
+    else:
+        partial = walk(*arguments)
+    out = jax.vmap(unfold)(partial.output(), value.state)
+    return dataclasses.replace(partial, numerator=out * partial.denominator[..., None])
+
+
+def _fused(layer: LayerCache, queries: int, window: int | None, implementation: str) -> dict:
+    """The kernels that can serve this body, by name: functions like `_walk_body`."""
+    key = layer.key.quantizer.tiled_codes(layer.key.body)
+    value = layer.value.quantizer.tiled_codes(layer.value.body)
+    reason = None
+    if key is None or value is None:
+        reason = (
+            "keys and values in tiles: encoded per token, 128 at a time (for example "
+            f"nqkv:residual=128); got {type(layer.key.quantizer).__name__} and "
+            f"{type(layer.value.quantizer).__name__}"
+        )
+    elif queries > 1:
+        reason = f"one query per sequence; got {queries}"
+    reasons = {name: reason or kernels.unsupported(name, key, value) for name in kernels.PLATFORMS}
+    if reasons.get(implementation):
+        raise NotImplementedError(f"attend: {implementation} needs {reasons[implementation]}")
+
+    def run(name, q, shift, layer, tokens, query_positions):
+        first = None
+        if window is not None:
+            first = query_positions[:, 0] - window + 1 - layer.key.num_sinks
+        # Cut to what both sides hold, as one may have room for more.
+        side = lambda s: s.quantizer.tiled_codes(jax.tree.map(lambda a: a[:, :num_tiles], s.body))
+        num_tiles = min(layer.key.num_groups, layer.value.num_groups)
+        numerator, denominator, maximum = kernels.decode_attention(
+            q[..., 0, :], side(layer.key), side(layer.value), tokens, first=first,
+            implementation=name,
+        )  # fmt: skip
+        if shift is not None:
+            maximum = maximum + shift[..., 0]
+        parts = dict(numerator=numerator, denominator=denominator, maximum=maximum)
+        return Partial(**{name: jnp.expand_dims(a, 3) for name, a in parts.items()})
+
+    return {name: functools.partial(run, name) for name, why in reasons.items() if not why}
+
+
+def _walk_body(
+    folded: jax.Array,
+    shift: jax.Array | None,
+    layer: LayerCache,
+    tokens: jax.Array,
+    query_positions: jax.Array,
+    *,
+    rotary: Rotary | None,
+    window: int | None,
+    capacity: int,
+    group: int,
+) -> Partial:
+    """Attention over the body in steps, of folded queries and values."""
+    key, value = layer.key, layer.value
+    tile = min(-(-TILE // group) * group, capacity)
+
+    def begin(i):
+        # The last tile is moved back to fit; what an earlier one has seen is masked out.
+        return jnp.minimum(i * tile, capacity - tile)
+
+    # Sines of where tiles begin and of the places in a tile, and a few products per token for the
+    # rest. All sines are outside the loop: inside, XLA:CPU computes those of a tile's beginning for
+    # each of its elements.
+    if rotary is not None:
+        starts = rotary.at(key.num_sinks + begin(jnp.arange(-(-capacity // tile))))
+        offsets = rotary.at(jnp.arange(tile))
+
+    def angles(i):
+        if rotary is None:
+            return None
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1, axis=0)
+        return offsets.moved(jax.tree.map(cut, starts))
+
+    def fetch(side, i):
+        return slice_groups(side, begin(i) // side.quantizer.group, tile // side.quantizer.group)
+
+    def one(i, keys, values):
+        start = begin(i)
+        decode = lambda side, payload: decode_groups(
+            side,
+            payload,
+            start // side.quantizer.group,
+            rotary=rotary,
+            angles=angles(i),
+            dtype=folded.dtype,
+            folded=True,
+        )
+        token = start + jnp.arange(tile)
+        valid = (token >= i * tile)[None] & (token[None] < tokens[:, None])
+        positions = jnp.broadcast_to(token + key.num_sinks, valid.shape)
+        mask = visible(query_positions, positions, valid, window)
+        return attend_tokens(folded, decode(key, keys), decode(value, values), mask, shift)
+
+    # The codes of the next tile are fetched while this one is decoded. That keeps XLA from fusing
+    # the slice into the decoding, which takes five times as long on a CPU. The first fetch is in
+    # the loop too, in a round without decoding: outside it would be fused with the append, and copy
+    # the cache.
+    def step(i, carry):
+        partial, keys, values = carry
+        partial = jax.lax.cond(
+            i >= first, lambda: partial.merge(one(i, keys, values)), lambda: partial
+        )
+        return partial, fetch(key, i + 1), fetch(value, i + 1)
+
+    # Only tiles that some query of some sequence can see are read.
+    oldest = 0 if window is None else jnp.min(query_positions) - window + 1 - key.num_sinks
+    first = jnp.maximum(oldest, 0) // tile
+    last = (jnp.max(tokens) + tile - 1) // tile
+    nothing = lambda side: jax.tree.map(jnp.zeros_like, jax.eval_shape(fetch, side, first))
+    carry = (Partial.empty(folded), nothing(key), nothing(value))
+    return jax.lax.fori_loop(first - 1, last, step, carry)[0]

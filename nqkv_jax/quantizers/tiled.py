@@ -1,0 +1,86 @@
+"""Blocks of 128 tokens at a time, in the layout that fused kernels read."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.quantizers.base import Context, Payload, Quantizer
+from nqkv_jax.quantizers.block import BlockQuantizer, check_group
+from nqkv_jax.quantizers.transforms import Transformed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiledPayload:
+    """One tile: what `BlockPayload` holds of 128 tokens, bit for bit, in another order."""
+
+    words: jax.Array  # int16[heads, rows, 128]: see `nqkv_jax.tiles`
+    scale: jax.Array  # scale_dtype [blocks, 128]; for float16 its bits, as int16
+    zero: jax.Array | None = None  # like scale; min-max only
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TiledQuantizer(Quantizer):
+    """Encodes each of 128 tokens with `inner`, a `BlockQuantizer` along the hidden axis."""
+
+    inner: BlockQuantizer = dataclasses.field(metadata={"static": True})
+
+    @property
+    def group(self) -> int:
+        return tiles.TOKENS
+
+    def check(self, heads: int, head_dim: int) -> None:
+        self.inner.check(heads, head_dim)
+        tiles.check(head_dim, self.inner.codebook.bits)
+
+    def quantize(self, x: jax.Array, context: Context) -> TiledPayload:
+        check_group("TiledQuantizer", x, self.group)
+        codes, scale, zero = self.inner.encode(x)
+        words = tiles.pack(codes, self.inner.codebook.bits)
+        zero = None if zero is None else self._store(zero)
+        return TiledPayload(words=words, scale=self._store(scale), zero=zero)
+
+    def dequantize(self, payload: TiledPayload, context: Context, dtype=jnp.float32) -> jax.Array:
+        bits = self.inner.codebook.bits
+        head_dim = payload.words.shape[1] * 16 // bits
+        codes = tiles.unpack(payload.words, bits, head_dim)
+        zero = None if payload.zero is None else self._load(payload.zero)
+        return self.inner.decode(codes, self._load(payload.scale), zero, dtype)
+
+    def tiled_codes(self, body: Payload) -> TiledCodes:
+        return TiledCodes(
+            words=body.words, scale=body.scale, zero=body.zero, codebook=self.inner.codebook
+        )
+
+    def _store(self, scale: jax.Array) -> jax.Array:
+        scale = scale.T
+        if scale.dtype == jnp.float16:
+            scale = jax.lax.bitcast_convert_type(scale, jnp.int16)
+        return scale
+
+    def _load(self, scale: jax.Array) -> jax.Array:
+        if scale.dtype == jnp.int16:
+            scale = jax.lax.bitcast_convert_type(scale, jnp.float16)
+        return scale.T
+
+
+def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Quantizer:
+    """`quantizer` in tiles, if it can be for chunks of `tokens`; else as it is.
+
+    Tiles take the same bits and decode to the same values, and kernels can read them.
+    """
+    if isinstance(quantizer, Transformed):
+        inner = in_tiles(quantizer.inner, tokens, heads, head_dim)
+        return dataclasses.replace(quantizer, inner=inner)
+    if type(quantizer) is not BlockQuantizer or quantizer.axis != "hidden":
+        return quantizer
+    whole = quantizer.block_size % head_dim == 0 or head_dim % quantizer.block_size == 0
+    try:
+        tiles.check(head_dim, quantizer.codebook.bits)
+    except ValueError:
+        return quantizer
+    return TiledQuantizer(quantizer) if whole and tokens % tiles.TOKENS == 0 else quantizer

@@ -1,0 +1,102 @@
+"""Codes of 128 tokens in 16-bit words: the layout that fused kernels read on every platform.
+
+Of one head, code (token t, channel d) of a tile is in word (t % R, d), in its field t // R. A word
+has 16 / b fields of b bits, the first in the lowest bits, so R = 8 b. Neighbouring channels are in
+neighbouring words: words are loaded in whole vectors, and what a shift and a mask leave of them are
+tokens [field * R, (field + 1) * R), all channels, in order.
+
+3-bit codes are a 2-bit tile (R = 16) of their low bits, followed by 8 rows of their high bits: word
+(r, d) of these has the high bits of the codes in words (r, d), in its lower byte, and (r + 8, d).
+
+The words [R, head_dim] are stored as rows of 128: row by row if head_dim < 128, and in columns of
+128 channels, one after the other, if head_dim is a multiple of 128. That is the shape which TPUs
+load without padding; on other platforms it is a free reshape.
+"""
+
+import jax
+import jax.numpy as jnp
+
+TOKENS = 128
+LANES = 128
+BITS = (2, 3, 4, 8)
+
+
+def num_rows(head_dim: int, bits: int) -> int:
+    """Rows of 128 words that a tile of one head takes."""
+    return head_dim * bits // 16
+
+
+def check(head_dim: int, bits: int) -> None:
+    """Raises ValueError if there is no tile of this shape."""
+    if bits not in BITS:
+        raise ValueError(f"tiles: expected bits to be one of {BITS}; got {bits}")
+    if head_dim % 16 or (head_dim > LANES and head_dim % LANES):
+        raise ValueError(
+            f"tiles: expected head_dim to be a multiple of 16, above 128 one of 128; got {head_dim}"
+        )
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """int16[heads, rows, 128] from the codes u8[128, heads, head_dim] of one tile.
+
+    Raises: ValueError if there is no such tile.
+    """
+    tokens, heads, head_dim = codes.shape
+    if tokens != TOKENS:
+        raise ValueError(f"tiles: a tile has {TOKENS} tokens; got codes {codes.shape}")
+    check(head_dim, bits)
+    codes = jnp.moveaxis(codes, 0, 1).astype(jnp.uint16)  # [heads, tokens, head_dim]
+    if bits == 3:
+        low, high = codes & jnp.uint16(3), codes >> jnp.uint16(2)
+        high = high.reshape(heads, 8, 2, 8, head_dim)  # field, upper or lower rows, row
+        high = _join(jnp.swapaxes(high, 1, 2).reshape(heads, 16, 8, head_dim), 1)
+        words = [_join(low.reshape(heads, 8, 16, head_dim), 2), high]
+    else:
+        words = [_join(codes.reshape(heads, 16 // bits, 8 * bits, head_dim), bits)]
+    rows = jnp.concatenate([_to_rows(w) for w in words], axis=1)
+    return jax.lax.bitcast_convert_type(rows, jnp.int16)
+
+
+def unpack(words: jax.Array, bits: int, head_dim: int) -> jax.Array:
+    """u8[128, heads, head_dim]: the codes in the words int16[heads, rows, 128] of one tile."""
+    words = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    if bits == 3:
+        low, high = jnp.split(words, [num_rows(head_dim, 2)], axis=1)
+        codes = _split(_from_rows(low, head_dim), 2)  # [heads, 8, 16, head_dim]
+        high = _split(_from_rows(high, head_dim), 1).reshape(-1, 2, 8, 8, head_dim)
+        high = jnp.swapaxes(high, 1, 2).reshape(codes.shape)
+        codes = codes | (high << jnp.uint16(2))
+    else:
+        codes = _split(_from_rows(words, head_dim), bits)
+    codes = codes.reshape(codes.shape[0], TOKENS, head_dim).astype(jnp.uint8)
+    return jnp.moveaxis(codes, 1, 0)
+
+
+def _join(fields: jax.Array, bits: int) -> jax.Array:
+    """Words u16[heads, R, head_dim] of fields [heads, 16 / bits, R, head_dim]."""
+    words = fields[:, 0]
+    for k in range(1, 16 // bits):
+        words = words | (fields[:, k] << jnp.uint16(k * bits))
+    return words
+
+
+def _split(words: jax.Array, bits: int) -> jax.Array:
+    """The inverse of `_join`."""
+    mask = jnp.uint16(2**bits - 1)
+    fields = [(words >> jnp.uint16(k * bits)) & mask for k in range(16 // bits)]
+    return jnp.stack(fields, axis=1)
+
+
+def _to_rows(words: jax.Array) -> jax.Array:
+    heads, rows, head_dim = words.shape
+    if head_dim > LANES:
+        words = jnp.swapaxes(words.reshape(heads, rows, -1, LANES), 1, 2)
+    return words.reshape(heads, -1, LANES)
+
+
+def _from_rows(words: jax.Array, head_dim: int) -> jax.Array:
+    heads = words.shape[0]
+    if head_dim <= LANES:
+        return words.reshape(heads, -1, head_dim)
+    columns = words.reshape(heads, head_dim // LANES, -1, LANES)
+    return jnp.swapaxes(columns, 1, 2).reshape(heads, -1, head_dim)

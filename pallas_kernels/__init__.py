@@ -1,0 +1,1 @@
+"""Fused kernels over packed codes. Plain arrays in, plain arrays out."""

@@ -1,0 +1,106 @@
+"""Attention of one query per sequence over keys and values that stay packed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_tpu, xla
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+
+__all__ = ["PLATFORMS", "TiledCodes", "decode_attention", "unsupported"]
+
+# The fused kernels, by the platform of `jax.lax.platform_dependent` that they are for.
+PLATFORMS = {"mosaic_tpu": "tpu"}
+_KERNELS = {"mosaic_tpu": mosaic_tpu}
+
+
+def decode_attention(
+    q: jax.Array,
+    key: TiledCodes,
+    value: TiledCodes,
+    lengths: jax.Array,
+    *,
+    first: jax.Array | None = None,
+    soft_cap: float | None = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax attention over tokens first[b] <= t < lengths[b] of each sequence.
+
+    Keys and values are decoded in registers, a tile of 128 tokens at a time. Products are in the
+    dtype of `q`, with sums, softmax and scales in float32.
+
+    Args:
+      q: float[B, Hkv, G, D], rotated and scaled; G query heads share a KV head.
+      key, value: the cache. Tokens beyond `lengths` may hold anything.
+      lengths: i32[B], tokens that are there, at most 128 * tiles.
+      first: i32[B], the first token that is seen (a sliding window); None for 0.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap); None for no cap.
+      implementation: "auto" is the fused kernel where the platform has one and it can serve the
+        case, else "xla". A kernel's name (`PLATFORMS`) asks for that one.
+
+    Returns:
+      numerator f32[B, Hkv, G, D] and denominator f32[B, Hkv, G], relative to exp(maximum), and
+      maximum f32[B, Hkv, G], -inf where no token is seen. The output is numerator / denominator;
+      parts over other tokens merge by their maxima.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+      NotImplementedError: the implementation that was asked for cannot serve the case.
+    """
+    _check(q, key, value, lengths, first, soft_cap, implementation)
+    lengths = lengths.astype(jnp.int32)
+    first = jnp.zeros_like(lengths) if first is None else jnp.maximum(first.astype(jnp.int32), 0)
+    run = functools.partial(xla.decode_attention, soft_cap=soft_cap)
+    arguments = (q, key, value, lengths, first)
+    fused = {
+        name: functools.partial(_KERNELS[name].decode_attention, soft_cap=soft_cap)
+        for name in PLATFORMS
+        if unsupported(name, key, value) is None
+    }
+    if implementation in PLATFORMS:
+        if implementation not in fused:
+            reason = unsupported(implementation, key, value)
+            raise NotImplementedError(f"decode_attention: {implementation} needs {reason}")
+        return fused[implementation](*arguments)
+    if implementation == "xla" or not fused:
+        return run(*arguments)
+    by_platform = {PLATFORMS[name]: kernel for name, kernel in fused.items()}
+    return jax.lax.platform_dependent(*arguments, **by_platform, default=run)
+
+
+def unsupported(implementation: str, key: TiledCodes, value: TiledCodes) -> str | None:
+    """What a kernel would need to serve the case, or None if it can."""
+    return _KERNELS[implementation].unsupported(key, value)
+
+
+def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
+    names = ("auto", "xla", *PLATFORMS)
+    if implementation not in names:
+        raise ValueError(
+            f"decode_attention: implementation must be one of {names}; got {implementation!r}"
+        )
+    key.check("key"), value.check("value")
+    batch, num_tiles, heads = key.words.shape[:3]
+    if value.words.shape[:3] != (batch, num_tiles, heads) or value.head_dim != key.head_dim:
+        raise ValueError(
+            "decode_attention: key and value must agree in batch, tiles, heads and head_dim; got "
+            f"words {key.words.shape} of head_dim {key.head_dim} and {value.words.shape} of "
+            f"{value.head_dim}"
+        )
+    if q.ndim != 4 or (q.shape[0], q.shape[1], q.shape[3]) != (batch, heads, key.head_dim):
+        raise ValueError(
+            f"decode_attention: expected q [{batch}, {heads}, query heads per KV head, "
+            f"{key.head_dim}]; got {q.shape}"
+        )
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"decode_attention: expected q of float32, bfloat16 or float16; got {q.dtype}"
+        )
+    for name, a in (("lengths", lengths), ("first", first)):
+        if a is not None and (a.shape != (batch,) or not jnp.issubdtype(a.dtype, jnp.integer)):
+            raise ValueError(
+                f"decode_attention: expected {name} i32[{batch}]; got {a.dtype} of {a.shape}"
+            )
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"decode_attention: expected soft_cap > 0 or None; got {soft_cap}")

@@ -1,0 +1,113 @@
+"""What decode attention reads: one side of a cache in tiles of 128 tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax import tiles
+from nqkv_jax.codebooks import Codebook
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiledCodes:
+    """Keys or values: x = levels[code] * scale + zero, with a scale per block of each token.
+
+    Attributes:
+      words: int16[B, tiles, Hkv, rows, 128], codes in the layout of `nqkv_jax.tiles`.
+      scale: [B, tiles, blocks, 128]: of each block of a token's Hkv * head_dim elements. A block
+        is one or several heads, or a part of one. float32, bfloat16, or int16: the bits of
+        float16, which is not a dtype of TPU kernels.
+      zero: like scale; None for 0.
+      codebook: the levels.
+    """
+
+    words: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+    codebook: Codebook = dataclasses.field(metadata={"static": True})
+
+    @property
+    def head_dim(self) -> int:
+        return self.words.shape[3] * 16 // self.codebook.bits
+
+    @property
+    def num_heads(self) -> int:
+        return self.words.shape[2]
+
+    @property
+    def num_tiles(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Elements that share a scale."""
+        return self.num_heads * self.head_dim // self.scale.shape[2]
+
+    @property
+    def blocks_per_head(self) -> int:
+        """1 where a block is whole heads."""
+        return max(1, self.head_dim // self.block_size)
+
+    def block_of(self, head):
+        """The first block of a head, int or i32[]."""
+        if self.blocks_per_head > 1:
+            return head * self.blocks_per_head
+        heads = self.block_size // self.head_dim
+        return head // heads if isinstance(head, int) else jax.lax.div(head, jnp.int32(heads))
+
+    def check(self, what: str) -> None:
+        """Raises ValueError unless the arrays fit together."""
+        if self.words.ndim != 5 or self.words.shape[4] != tiles.LANES:
+            raise ValueError(
+                f"decode_attention: expected {what}.words [batch, tiles, heads, rows, 128]; got "
+                f"{self.words.shape}"
+            )
+        if self.words.dtype != jnp.int16:
+            raise ValueError(
+                f"decode_attention: expected {what}.words of int16; got {self.words.dtype}"
+            )
+        tiles.check(self.head_dim, self.codebook.bits)
+        hidden, batch = self.num_heads * self.head_dim, self.words.shape[:2]
+        for name, a in (("scale", self.scale), ("zero", self.zero)):
+            if a is None:
+                continue
+            if a.ndim != 4 or a.shape[:2] != batch or a.shape[3] != tiles.TOKENS:
+                raise ValueError(
+                    f"decode_attention: expected {what}.{name} [{batch[0]}, {batch[1]}, blocks, "
+                    f"128]; got {a.shape}"
+                )
+            if a.dtype not in (jnp.int16, jnp.bfloat16, jnp.float32):
+                raise ValueError(
+                    f"decode_attention: expected {what}.{name} of int16 (the bits of float16), "
+                    f"bfloat16 or float32; got {a.dtype}"
+                )
+            if hidden % a.shape[2]:
+                raise ValueError(
+                    f"decode_attention: the {a.shape[2]} blocks of {what}.{name} do not divide "
+                    f"{self.num_heads} heads of {self.head_dim}"
+                )
+        if self.block_size % self.head_dim and self.head_dim % self.block_size:
+            raise ValueError(
+                "decode_attention: expected blocks of whole heads, or of equal parts of one; got "
+                f"{what} blocks of {self.block_size} and head_dim {self.head_dim}"
+            )
+
+    def decode(self, tile: jax.Array) -> jax.Array:
+        """f32[B, 128, Hkv, head_dim]: one tile, i32[]."""
+        cut = lambda a: jax.lax.dynamic_index_in_dim(a, tile, axis=1, keepdims=False)
+        unpack = lambda words: tiles.unpack(words, self.codebook.bits, self.head_dim)
+        x = self.codebook.decode(jax.vmap(unpack)(cut(self.words)))
+        blocks = x.reshape(*x.shape[:2], -1, self.block_size)
+        per_token = lambda a: jnp.swapaxes(_as_float32(cut(a)), 1, 2)[..., None]
+        blocks = blocks * per_token(self.scale)
+        if self.zero is not None:
+            blocks = blocks + per_token(self.zero)
+        return blocks.reshape(x.shape)
+
+
+def _as_float32(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.int16:
+        x = jax.lax.bitcast_convert_type(x, jnp.float16)
+    return x.astype(jnp.float32)

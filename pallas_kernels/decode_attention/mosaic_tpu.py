@@ -1,0 +1,418 @@
+"""Decode attention on TPU: codes become levels in registers, on their way into the MXU.
+
+A grid step walks some tiles of every head of one sequence, with running maxima and sums in VMEM
+(online softmax). Steps past the end of a sequence, or before its window, ask for a block that is
+there already, so nothing is fetched for them.
+
+A *unit* is 128 rows of 128 lanes: one tile for head_dim 128 and above, two for 64, whose rows hold
+two tokens each. Queries are laid out so that one matrix product serves all: a row per (place of the
+token in its row, block of the head, query), zero in the lanes of other places and blocks. Scales
+multiply scores and weights, never elements.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_levels import Levels
+
+# A step costs a few hundred cycles whatever it does, so it should be long; its words are in VMEM
+# twice (16 MB on the smallest chips), as the next step's are fetched meanwhile.
+TILES_PER_STEP = 8
+STEP_BYTES = 2**22
+# Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
+UNSEEN, FLOOR = -1e30, -1e29
+
+
+def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
+    """What this kernel would need to serve the case, or None if it can."""
+    if tiles.LANES % key.head_dim and key.head_dim % tiles.LANES:
+        return f"head_dim to divide 128 or be a multiple of it; got {key.head_dim}"
+    if key.head_dim < 64:
+        return f"head_dim of at least 64; got {key.head_dim}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """What is static about keys or values."""
+
+    codes: TiledCodes  # its arrays are not touched
+    levels: Levels
+
+    @property
+    def blocks(self) -> int:
+        return self.codes.blocks_per_head
+
+    @property
+    def num_arrays(self) -> int:
+        """Scale, and zero if there is one."""
+        return 1 + (self.codes.zero is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    head_dim: int
+    group: int  # query heads per KV head, padded to whole registers
+    step: int  # tiles
+    key: _Side
+    value: _Side
+    soft_cap: float | None
+
+    @property
+    def fold(self) -> int:
+        """Tokens in a row of 128 lanes, and tiles in a unit."""
+        return max(1, tiles.LANES // self.head_dim)
+
+    @property
+    def lanes(self) -> int:
+        return max(tiles.LANES, self.head_dim)
+
+    @property
+    def units(self) -> int:
+        return self.step // self.fold
+
+    @property
+    def rows(self) -> int:
+        """Rows of scores: places in a row of words, times queries."""
+        return self.fold * self.group
+
+    @property
+    def precision(self):
+        return "highest" if self.key.levels.dtype == jnp.float32 else None
+
+    def token(self, row: int) -> jax.Array:
+        """i32[1, 128]: the token, in its unit, of each lane of scores in a row of one place."""
+        return self.fold * jax.lax.broadcasted_iota(jnp.int32, (1, tiles.LANES), 1) + row
+
+
+def decode_attention(
+    q: jax.Array,
+    key: TiledCodes,
+    value: TiledCodes,
+    lengths: jax.Array,
+    first: jax.Array,
+    *,
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `decode_attention.decode_attention`."""
+    batch, heads, group, _ = q.shape
+    plan = _plan(q, key, value, soft_cap)
+    tokens = plan.step * tiles.TOKENS
+
+    def nearest(b, i, lengths, first):
+        """The step itself if some of its tokens are seen, else the nearest such step."""
+        last = jnp.maximum(jax.lax.div(lengths[b] - 1, jnp.int32(tokens)), 0)
+        return jnp.clip(i, jnp.minimum(jax.lax.div(first[b], jnp.int32(tokens)), last), last)
+
+    def in_steps(a):
+        index = lambda b, i, *prefetched: (b, nearest(b, i, *prefetched)) + (0,) * (a.ndim - 2)
+        return pl.BlockSpec((1, plan.step, *a.shape[2:]), index)
+
+    whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, *_: (b, 0, 0, 0))
+    queries = _expand(q, plan)
+    codes = [
+        a for side in (key, value) for a in (side.words, side.scale, side.zero) if a is not None
+    ]
+    per_token = [
+        pltpu.VMEM((plan.fold, plan.units, side.codes.scale.shape[2], tiles.LANES), jnp.float32)
+        for side in (plan.key, plan.value)
+        for _ in range(side.num_arrays)
+    ]
+    sums = [
+        (heads, plan.rows * plan.value.blocks, plan.lanes),
+        (heads, plan.rows, tiles.LANES),
+        (heads, plan.rows, tiles.LANES),
+    ]
+    outputs = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in sums]
+    results = pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, -(-key.num_tiles // plan.step)),
+            in_specs=[whole(queries), *map(in_steps, codes)],
+            out_specs=[whole(o) for o in outputs],
+            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *per_token],
+        ),
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="decode_attention",
+    )(lengths, first, queries, *codes)
+    return _collect(*results, plan, group)
+
+
+def _plan(q, key, value, soft_cap) -> _Plan:
+    dtype = jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
+    units = _has_bfloat16_units()
+    sides = [
+        _Side(_shapes(s), Levels(s.codebook, dtype, Levels.can_pair(s.codebook, dtype, units)))
+        for s in (key, value)
+    ]
+    fold = max(1, tiles.LANES // key.head_dim)
+    per_tile = sum(math.prod(side.words.shape[2:]) * 2 for side in (key, value))
+    step = max(1, min(TILES_PER_STEP, STEP_BYTES // per_tile, key.num_tiles) // fold) * fold
+    return _Plan(key.head_dim, -(-q.shape[2] // 8) * 8, step, *sides, soft_cap)
+
+
+def _shapes(codes: TiledCodes) -> TiledCodes:
+    """Without arrays: what a kernel may close over."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), codes)
+
+
+def _has_bfloat16_units() -> bool:
+    try:
+        return pltpu.get_tpu_info().generation >= 6
+    except ValueError:  # traced without a TPU: what runs on all of them
+        return False
+
+
+def _expand(q: jax.Array, plan: _Plan) -> jax.Array:
+    """[B, Hkv, fold * blocks * group, lanes] from q [B, Hkv, G, D]."""
+    head_dim, fold, blocks = plan.head_dim, plan.fold, plan.key.blocks
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - q.shape[2]), (0, 0)))
+    q = q.astype(plan.key.levels.dtype)
+    block = np.arange(head_dim) // (head_dim // blocks) == np.arange(blocks)[:, None]
+    own = np.eye(fold, dtype=bool)[:, None, None, :, None] & block[:, None, None, :]
+    q = jnp.where(own[None, None], q[:, :, None, None, :, None], jnp.zeros((), q.dtype))
+    return q.reshape(*q.shape[:2], fold * blocks * plan.group, plan.lanes)
+
+
+def _collect(numerator, denominator, maximum, plan: _Plan, group: int):
+    """The outputs of the kernel, of all places in a row together: as the caller wants them."""
+    fold, blocks, head_dim = plan.fold, plan.value.blocks, plan.head_dim
+    batch, heads = numerator.shape[:2]
+    numerator = numerator.reshape(
+        batch, heads, fold, blocks, plan.group, fold, blocks, head_dim // blocks
+    )
+    numerator = jnp.einsum("bhfjgfjd->bhfgjd", numerator)
+    numerator = numerator.reshape(batch, heads, fold, plan.group, head_dim)[..., :group, :]
+    rows = lambda a: a[..., 0].reshape(batch, heads, fold, plan.group)[..., :group]
+    denominator, maximum = rows(denominator), rows(maximum)
+    top = jnp.max(maximum, axis=2, keepdims=True)
+    weight = jnp.exp(maximum - top)
+    denominator = jnp.sum(weight * denominator, axis=2)
+    numerator = jnp.sum(weight[..., None] * numerator, axis=2)
+    return numerator, denominator, jnp.where(denominator == 0, -jnp.inf, top[:, :, 0])
+
+
+def _kernel(lengths, first, q_ref, *refs, plan: _Plan):
+    refs = list(refs)
+    take = lambda n: [refs.pop(0) for _ in range(n)]
+    key_words, *key_arrays = take(1 + plan.key.num_arrays)
+    value_words, *value_arrays = take(1 + plan.value.num_arrays)
+    outputs, (acc, denominator, maximum) = take(3), take(3)
+    key_scales, value_scales = take(plan.key.num_arrays), take(plan.value.num_arrays)
+
+    b, i = pl.program_id(0), pl.program_id(1)
+    begin = i * (plan.step * tiles.TOKENS)
+    low, high = first[b] - begin, lengths[b] - begin  # tokens of this step that are seen
+
+    @pl.when(i == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+        denominator[...] = jnp.zeros_like(denominator)
+        maximum[...] = jnp.full_like(maximum, FLOOR)
+
+    @pl.when((high > 0) & (low < plan.step * tiles.TOKENS))
+    def _():
+        tokens = [plan.token(row) for row in range(plan.fold)]
+        for side, arrays, scratch in (
+            (plan.key, key_arrays, key_scales),
+            (plan.value, value_arrays, value_scales),
+        ):
+            for n, (source, target) in enumerate(zip(arrays, scratch, strict=True)):
+                factor = side.levels.slope if n == 0 else 1.0
+                _spread(source, target, tokens, factor, low, high, plan)
+
+        rows = jnp.concatenate([jnp.broadcast_to(t, (plan.group, tiles.LANES)) for t in tokens], 0)
+
+        def head(h, carry):
+            scores = _scores(q_ref[0, h], h, key_words, key_scales, plan)
+            scores = [
+                jnp.where((rows >= low - at) & (rows < high - at), s, jnp.float32(UNSEEN))
+                for s, at in zip(scores, _starts(plan), strict=True)
+            ]
+            top = functools.reduce(jnp.maximum, scores)
+            top = jnp.maximum(maximum[h], jnp.max(top, axis=-1, keepdims=True))
+            old = jnp.exp(maximum[h] - top)
+            weights = [jnp.exp(s - top) for s in scores]
+            total = jnp.sum(sum(weights), axis=-1, keepdims=True)
+            denominator[h] = denominator[h] * old + total
+            maximum[h] = top
+            update = _mix(weights, h, value_words, value_scales, plan)
+            old = _per_block(old, plan.value.blocks, plan)
+            acc[h] = acc[h] * _lanes(old, plan) + update
+            return carry
+
+        jax.lax.fori_loop(0, key_words.shape[2], head, 0)
+
+    @pl.when(i == pl.num_programs(1) - 1)
+    def _():
+        for output, scratch in zip(outputs, (acc, denominator, maximum), strict=True):
+            output[0] = scratch[...]
+
+
+def _starts(plan: _Plan) -> list[int]:
+    return [u * plan.fold * tiles.TOKENS for u in range(plan.units)]
+
+
+def _spread(source, target, tokens, factor: float, low, high, plan: _Plan) -> None:
+    """Scales, token by token in memory, to the lanes of scores: target[row, unit, block].
+
+    Tokens that are not seen get 0: what is stored for them may be NaN.
+    """
+    for unit, start in enumerate(_starts(plan)):
+        in_tiles = [_as_float32(source[0, unit * plan.fold + t]) for t in range(plan.fold)]
+        for row, token in enumerate(tokens):
+            token = jnp.broadcast_to(token, in_tiles[0].shape)
+            spread = in_tiles[0]
+            if plan.fold > 1:
+                place = token & (tiles.TOKENS - 1)
+                spread = _gather_lanes(spread, place)
+                for t in range(1, plan.fold):
+                    other = _gather_lanes(in_tiles[t], place)
+                    spread = jnp.where(
+                        (token >= t * tiles.TOKENS) & (token < (t + 1) * tiles.TOKENS),
+                        other,
+                        spread,
+                    )
+            seen = (token >= low - start) & (token < high - start)
+            target[row, unit] = jnp.where(seen, spread * jnp.float32(factor), jnp.float32(0))
+
+
+def _gather_lanes(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[r, index[r, l]]; one row alone would be another kind of gather, which is not supported."""
+    rows = x.shape[0]
+    if rows == 1:
+        x, index = (jnp.broadcast_to(a, (8, tiles.LANES)) for a in (x, index))
+    return jnp.take_along_axis(x, index, axis=1)[:rows]
+
+
+def _as_float32(x: jax.Array) -> jax.Array:
+    """Numbers as they are stored: i16 are the bits of float16, which Mosaic cannot load."""
+    if x.dtype != jnp.int16:
+        return x.astype(jnp.float32)
+    bits = x.astype(jnp.int32)
+    magnitude = bits & jnp.int32(0x7FFF)
+    rebiased = (magnitude << jnp.int32(13)) + jnp.int32(112 << 23)
+    normal = jax.lax.bitcast_convert_type(rebiased, jnp.float32)
+    # A product with 2^112 would do, but for subnormals, which are 0 here.
+    small = magnitude.astype(jnp.float32) * jnp.float32(2**-24)
+    value = jnp.where(magnitude < 0x400, small, normal)
+    value = jnp.where(magnitude >= 0x7C00, jnp.float32(jnp.nan), value)
+    return jnp.where(bits < 0, -value, value)
+
+
+def _scale_rows(scratch, side: _Side, head, unit: int, plan: _Plan) -> jax.Array:
+    """f32[fold * blocks * group, 128]: the scales of a unit, for each row of a product."""
+    block = side.codes.block_of(head)
+    rows = [
+        jnp.broadcast_to(scratch[row, unit, pl.ds(block + j, 1)], (plan.group, tiles.LANES))
+        for row in range(plan.fold)
+        for j in range(side.blocks)
+    ]
+    return jnp.concatenate(rows, axis=0)
+
+
+def _per_block(x: jax.Array, blocks: int, plan: _Plan) -> jax.Array:
+    """Rows (place, query) to rows (place, block, query)."""
+    if blocks == 1:
+        return x
+    parts = [x[f * plan.group : (f + 1) * plan.group] for f in range(plan.fold)]
+    return jnp.concatenate([part for part in parts for _ in range(blocks)], axis=0)
+
+
+def _over_blocks(x: jax.Array, blocks: int, plan: _Plan) -> jax.Array:
+    """The inverse: the sum over the blocks."""
+    if blocks == 1:
+        return x
+    part = lambda n: x[n * plan.group : (n + 1) * plan.group]
+    sums = [sum(part(f * blocks + j) for j in range(blocks)) for f in range(plan.fold)]
+    return jnp.concatenate(sums, axis=0)
+
+
+def _lanes(x: jax.Array, plan: _Plan) -> jax.Array:
+    """[rows, 128], alike in all lanes, as wide as an output."""
+    return jnp.concatenate([x] * (plan.lanes // tiles.LANES), axis=1)
+
+
+def _unit_factors(words, side: _Side, head, unit: int, plan: _Plan) -> jax.Array:
+    parts = [
+        side.levels.factors(words[0, unit * plan.fold + t, head], plan.head_dim)
+        for t in range(plan.fold)
+    ]
+    return jnp.concatenate(parts, axis=0)
+
+
+def _scores(q, head, words, scales, plan: _Plan) -> list[jax.Array]:
+    """f32[rows, 128] of each unit."""
+    side = plan.key
+    total = jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True)
+    constant = total * jnp.float32(side.levels.offset / side.levels.slope)
+    # Two units side by side fill an MXU of 256 rows; queries meet either by zeros in the other.
+    pair = plan.lanes == tiles.LANES and q.shape[0] <= 16 and plan.units % 2 == 0
+    left = q
+    if pair:
+        zero = jnp.zeros_like(q)
+        left = [jnp.concatenate(x, axis=1) for x in ((q, zero), (zero, q))]
+        left = jnp.concatenate(left, axis=0)
+    out = []
+    for unit in range(0, plan.units, 1 + pair):
+        right = [_unit_factors(words, side, head, unit + n, plan) for n in range(1 + pair)]
+        products = jax.lax.dot_general(
+            left,
+            jnp.concatenate(right, axis=1),
+            (((1,), (1,)), ((), ())),
+            precision=plan.precision,
+            preferred_element_type=jnp.float32,
+        )
+        for n in range(1 + pair):
+            s = side.levels.restore(products[n * q.shape[0] : (n + 1) * q.shape[0]], plan.fold)
+            if side.levels.offset:
+                s = s + constant
+            s = s * _scale_rows(scales[0], side, head, unit + n, plan)
+            if len(scales) > 1:
+                s = s + total * _scale_rows(scales[1], side, head, unit + n, plan)
+            s = _over_blocks(s, side.blocks, plan)
+            if plan.soft_cap is not None:
+                s = jnp.float32(plan.soft_cap) * jnp.tanh(s * jnp.float32(1 / plan.soft_cap))
+            out.append(s)
+    return out
+
+
+def _mix(weights, head, words, scales, plan: _Plan) -> jax.Array:
+    """sum over tokens of weights * values, f32[rows * blocks, lanes]."""
+    side = plan.value
+    ratio = jnp.float32(side.levels.offset / side.levels.slope)
+    out = jnp.zeros((plan.rows * side.blocks, plan.lanes), jnp.float32)
+    constant = jnp.zeros((plan.rows * side.blocks, tiles.LANES), jnp.float32)
+    pair = 1 + (plan.units % 2 == 0)
+    for unit in range(0, plan.units, pair):
+        left, right = [], []
+        for n in range(unit, unit + pair):
+            p = _per_block(weights[n], side.blocks, plan)
+            scaled = p * _scale_rows(scales[0], side, head, n, plan)
+            scaled = side.levels.permute(scaled, plan.fold).astype(side.levels.dtype)
+            if side.levels.offset:
+                # Of what was rounded: the constant is large, and must cancel.
+                constant = constant + scaled.astype(jnp.float32) * ratio
+            if len(scales) > 1:
+                constant = constant + p * _scale_rows(scales[1], side, head, n, plan)
+            left.append(scaled)
+            right.append(_unit_factors(words, side, head, n, plan))
+        out = out + jax.lax.dot_general(
+            jnp.concatenate(left, axis=1),
+            jnp.concatenate(right, axis=0),
+            (((1,), (0,)), ((), ())),
+            precision=plan.precision,
+            preferred_element_type=jnp.float32,
+        )
+    return out + jnp.sum(constant, axis=-1, keepdims=True)

@@ -1,0 +1,219 @@
+"""From words to factors of a matrix product, in the registers of a TPU.
+
+    affine  two codes at a time become bfloat16 numbers 128 + code by an OR into the mantissa,
+            exactly. What is constant in them is taken back from the sums.
+    cubic   likewise, then multiplications in bfloat16. Chips without bfloat16 units (before v6e)
+            go by way of float32.
+    stepped bit operations on the eight codes of a register lane at once (`stepped_normal`).
+    table   a gather along the 128 lanes of a register that repeats the table.
+
+With float32 products every level is computed in float32.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from nqkv_jax import tiles
+from nqkv_jax.codebooks import STEPS, Codebook
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """level = slope * factor + offset.
+
+    Attributes:
+      paired: the 16-bit halves of 32-bit registers are decoded together, and rows come out in their
+        order. Else rows 0, 2, ... of a field come before rows 1, 3, ...: `restore` and `permute`
+        move the scores and weights that belong to them.
+    """
+
+    codebook: Codebook
+    dtype: jnp.dtype  # of the factors
+    paired: bool
+
+    @classmethod
+    def can_pair(cls, codebook: Codebook, dtype, bfloat16_units: bool) -> bool:
+        if dtype != jnp.bfloat16 or codebook.bits > 4:
+            return False
+        if codebook.coefficients is None:
+            return _is_stepped(codebook)
+        return len(codebook.coefficients) == 2 or bfloat16_units
+
+    @property
+    def _bits(self) -> int:
+        return self.codebook.bits
+
+    @property
+    def _middle(self) -> float:
+        return (2**self._bits - 1) / 2
+
+    @property
+    def _polynomial(self) -> tuple[float, ...] | None:
+        return self.codebook.coefficients
+
+    @property
+    def slope(self) -> float:
+        if self._polynomial is None:
+            return self.codebook.levels[8] if self.paired else 1.0
+        return self._polynomial[1]
+
+    @property
+    def offset(self) -> float:
+        if self._polynomial is None:
+            return -(128 + STEPPED_ZERO) * self.slope if self.paired else 0.0
+        constant, slope = self._polynomial[:2]
+        if len(self._polynomial) > 2:
+            return constant
+        return constant - slope * (self._middle + (128 if self.paired else 0))
+
+    def factors(self, words: jax.Array, head_dim: int) -> jax.Array:
+        """dtype[128 / fold, lanes] of one tile of one head, int16[rows, 128]."""
+        columns = max(1, head_dim // tiles.LANES)
+        low_bits = 2 if self._bits == 3 else self._bits
+        size = tiles.num_rows(head_dim, low_bits) // columns
+        parts = []
+        for c in range(columns):
+            low = pltpu.bitcast(words[c * size : (c + 1) * size], jnp.int32)
+            high = None
+            if self._bits == 3:
+                start = columns * size + c * size // 2
+                high = pltpu.bitcast(words[start : start + size // 2], jnp.int32)
+                high = jnp.concatenate([high, _shift(high, 8)], axis=0)
+            parts.append(self._paired(low, high) if self.paired else self._single(low, high))
+        return parts[0] if columns == 1 else jnp.concatenate(parts, axis=1)
+
+    def restore(self, scores: jax.Array, fold: int) -> jax.Array:
+        """[rows, 128] of a unit, from the order of `factors` to that of tokens."""
+        if self.paired:
+            return scores
+        lane = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        half = self._half_field(fold)
+        row = lane & (2 * half - 1)
+        return jnp.take_along_axis(scores, lane - row + half * (row & 1) + (row >> 1), axis=1)
+
+    def permute(self, weights: jax.Array, fold: int) -> jax.Array:
+        """The inverse of `restore`."""
+        if self.paired:
+            return weights
+        lane = jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+        half = self._half_field(fold)
+        row = lane & (2 * half - 1)
+        place = 2 * (row & (half - 1)) + (row >> (half.bit_length() - 1))
+        return jnp.take_along_axis(weights, lane - row + place, axis=1)
+
+    def _half_field(self, fold: int) -> int:
+        """Half the rows of a field, a power of two.
+
+        Indices are computed with shifts and masks: the lowering of `//` and `%` to TPU wants to
+        know the chip, which may not be there.
+        """
+        return 4 * (2 if self._bits == 3 else self._bits) // fold
+
+    def _paired(self, low: jax.Array, high: jax.Array | None) -> jax.Array:
+        if self._polynomial is None:
+            return _stepped(low)
+        low_bits = self._bits - (high is not None)
+        cubic = len(self._polynomial) > 2
+        # A bfloat16 has 7 bits of mantissa: 128 + code has the code in its lowest bits, and
+        # 2^bits + code, of which the middle of the codes can be subtracted exactly, in its highest.
+        at = 7 - self._bits if cubic else 0
+        exponent = (127 + self._bits if cubic else 127 + 7) << 7
+        out = []
+        for k in range(16 // low_bits):
+            field = _halves(_shift(low, low_bits * k - at), (2**low_bits - 1) << at)
+            if high is not None:
+                field = field | _halves(_shift(high, k - at - 2), 1 << (at + 2))
+            x = pltpu.bitcast(field | _both(exponent), jnp.bfloat16)
+            out.append(self._cubic(x - jnp.bfloat16(2**self._bits + self._middle)) if cubic else x)
+        return jnp.concatenate(out, axis=0)
+
+    def _single(self, low: jax.Array, high: jax.Array | None) -> jax.Array:
+        low_bits = self._bits - (high is not None)
+        out = []
+        for k in range(16 // low_bits):
+            for half in (0, 16):
+                code = _shift(low, low_bits * k + half) & jnp.int32(2**low_bits - 1)
+                if high is not None:
+                    code = code | ((_shift(high, k + half) & jnp.int32(1)) << jnp.int32(2))
+                out.append(self._level(code))
+        return jnp.concatenate(out, axis=0).astype(self.dtype)
+
+    def _level(self, code: jax.Array) -> jax.Array:
+        """f32 factors of i32 codes."""
+        if self._polynomial is None:
+            size = 2**self._bits
+            if size > tiles.LANES:
+                low = self._look_up(code & jnp.int32(127), self.codebook.levels[:128])
+                high = self._look_up(code & jnp.int32(127), self.codebook.levels[128:])
+                return jnp.where(code < 128, low, high)
+            return self._look_up(code, self.codebook.levels)
+        if len(self._polynomial) == 2:
+            return code.astype(jnp.float32)
+        return self._cubic(code.astype(jnp.float32) - jnp.float32(self._middle))
+
+    def _cubic(self, t: jax.Array) -> jax.Array:
+        _, slope, square, cube = (np.asarray(c, t.dtype) for c in self._normalised())
+        if square == 0:
+            return t * (t * t * cube + slope)
+        return t * (t * (t * cube + square) + slope)
+
+    def _normalised(self) -> list[float]:
+        return [c / self.slope for c in self._polynomial]
+
+    @staticmethod
+    def _look_up(code: jax.Array, levels) -> jax.Array:
+        # The table, as scalars placed in lanes: a kernel cannot capture an array.
+        lane = jax.lax.broadcasted_iota(jnp.int32, code.shape, 1)
+        table = jnp.zeros(code.shape, jnp.float32)
+        for i, level in enumerate(levels):
+            table = jnp.where(lane == i, jnp.float32(level), table)
+        return jnp.take_along_axis(table, code, axis=1)
+
+
+# What `_stepped` counts from: 2 * 7.5 for the codes, and 8 so that nothing is negative.
+STEPPED_ZERO = 23
+
+
+def _is_stepped(codebook: Codebook) -> bool:
+    levels = np.asarray(codebook.levels)
+    steps = np.concatenate([-np.array(STEPS[::-1]), STEPS])
+    return codebook.bits == 4 and np.allclose(levels, levels[8] * steps, rtol=1e-6, atol=0)
+
+
+def _stepped(words: jax.Array) -> jax.Array:
+    """bfloat16[4 rows, 128]: 128 + STEPPED_ZERO + the steps of all codes in i32[rows / 2, 128]."""
+    every = lambda nibble: _both(nibble * 0x1111)
+    ones = every(1)
+    positive = _shift(words, 3) & ones
+    negative = (_shift(positive, -4) - positive) ^ every(15)  # all bits of a nibble, or none
+    u = words ^ negative  # in the low bits: codes from zero outwards
+    b21 = u & _shift(u, -1)  # these and the next in bit 2 of each nibble
+    b210 = b21 & _shift(u, -2)
+    more = (u & _shift(u, 2) & ones) + _shift((b21 & every(4)) + (b210 & every(4)), 1)
+    # 8 + more or 8 - more: no nibble overflows, as there are 5 at most.
+    nibbles = (every(8) + more) - _shift(more & negative, -1)
+    out = []
+    for k in range(4):
+        code, offset = (_shift(x, 4 * k) & _both(15) for x in (words, nibbles))
+        number = (code + code + offset) | _both((127 + 7) << 7)
+        out.append(pltpu.bitcast(number, jnp.bfloat16))
+    return jnp.concatenate(out, axis=0)
+
+
+def _both(half: int) -> jax.Array:
+    """The same 16 bits in both halves of an i32."""
+    return jnp.int32(np.array(half * 0x10001, np.uint32).astype(np.int32))
+
+
+def _halves(words: jax.Array, mask: int) -> jax.Array:
+    return words & _both(mask)
+
+
+def _shift(words: jax.Array, right: int) -> jax.Array:
+    if right > 0:
+        return jax.lax.shift_right_logical(words, jnp.int32(right))
+    return jax.lax.shift_left(words, jnp.int32(-right)) if right else words

@@ -1,0 +1,79 @@
+"""Whole generation loops compile for every accelerator, with the packed cache carried in place."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from targets import TPUS, compile_for
+
+from nqkv_jax import schemes
+from nqkv_jax.models import decoding, families
+from nqkv_jax.models.sampling import Sampling
+
+SCHEME = "nqkv:residual=128,codebook=cubic"
+SHAPE = jax.ShapeDtypeStruct
+
+
+@functools.cache
+def model(name):
+    config = families.presets[name]
+    return config, *nnx.split(families.abstract(config, dtype=jnp.bfloat16))
+
+
+def state_of(config, scheme, max_len, batch=2):
+    cache = schemes.get(scheme).abstract(
+        num_layers=config.num_layers, batch=batch, max_len=max_len,
+        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=jnp.bfloat16,
+    )  # fmt: skip
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    each = lambda dtype: SHAPE((batch,), dtype)
+    return decoding.DecodeState(
+        cache=cache, token=each(jnp.int32), count=each(jnp.int32),
+        tokens=SHAPE((batch, max_len), jnp.int32), done=each(jnp.bool_), failed=each(jnp.bool_),
+        keys=keys, seen=None,
+    )  # fmt: skip
+
+
+def decode_loop(target, name, max_len, scheme=SCHEME):
+    config, graphdef, params = model(name)
+    state = state_of(config, scheme, max_len)
+    run = functools.partial(decoding.decode, graphdef, sampling=Sampling(temperature=0.0))
+    loop = jax.jit(run, donate_argnums=1)
+    arguments = params, state, state.done, SHAPE((1,), jnp.int32), SHAPE((), jnp.int32)
+    return compile_for(target, loop, *arguments), state.cache
+
+
+@pytest.mark.parametrize("name", ["opt-125m", "smollm2-135m", "llama-3-8b"])
+@pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
+def test_decoding(target, name):
+    compiled, cache = decode_loop(target, name, 1024)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.nbytes
+    if target in TPUS:
+        assert compiled.as_text().count("tpu_custom_call") >= len(cache.layers)
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_no_temporary_grows_with_the_cache(target):
+    temporary = [
+        decode_loop(target, "smollm2-135m", n)[0].memory_analysis().temp_size_in_bytes
+        for n in (1024, 2048)
+    ]
+    config = model("smollm2-135m")[0]
+    dense = 1024 * config.num_kv_heads * config.head_dim * 2  # bytes of one side of one layer
+    assert temporary[1] - temporary[0] < dense
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
+def test_prefill_uses_flash_attention(target):
+    config, graphdef, params = model("smollm2-135m")
+    cache = state_of(config, SCHEME, 1024).cache
+    prefill = jax.jit(functools.partial(decoding.prefill, graphdef), donate_argnums=(3, 4))
+    arguments = (
+        params, SHAPE((2, 512), jnp.int32), SHAPE((2,), jnp.int32),
+        SHAPE((2, config.vocab_size), jnp.float32), cache,
+    )  # fmt: skip
+    text = compile_for(target, prefill, *arguments).as_text()
+    assert ("tpu_custom_call" if target in TPUS else "__cudnn$fmha") in text

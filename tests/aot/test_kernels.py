@@ -1,0 +1,59 @@
+"""The TPU compiler accepts every case, and its schedules stay as short as recorded."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from decode_attention_cases import CASES, arguments
+from targets import compile_for
+
+from nqkv_jax.pallas_kernels.decode_attention import decode_attention
+
+HERE = pathlib.Path(__file__).parent
+TPU = [c for c in CASES.values() if c.head_dim in (64, 128, 256)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("target", ["v5e", "v6e", "tpu7x"])
+@pytest.mark.parametrize("case", TPU, ids=str)
+def test_compiles(case, target, dtype):
+    *arrays, first = arguments(case, (1, 1), num_tiles=9, dtype=dtype)
+    run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="mosaic_tpu")
+    compiled = compile_for(target, jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
+    assert "tpu_custom_call" in compiled.as_text()
+
+
+@pytest.mark.parametrize("num_tiles", [64, 256])
+@pytest.mark.parametrize("heads, head_dim", [(8, 128), (32, 128), (12, 64)])
+def test_vmem_suffices_and_nothing_in_memory_grows_with_the_cache(heads, head_dim, num_tiles):
+    case = dataclasses.replace(CASES["cubic4"], heads=heads, head_dim=head_dim, group=4)
+    *arrays, _ = arguments(case, (1,), num_tiles=1, dtype=jnp.bfloat16)
+    grow = lambda a: jax.ShapeDtypeStruct((1, num_tiles, *a.shape[2:]), a.dtype)
+    arrays[1:3] = [jax.tree.map(grow, side) for side in arrays[1:3]]
+    run = functools.partial(decode_attention, implementation="mosaic_tpu")
+    # Exceeding VMEM is an error of the compiler.
+    memory = compile_for("v5e", jax.jit(run), *arrays).memory_analysis()
+    assert memory.temp_size_in_bytes < 2**20
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_schedules_are_as_short_as_recorded(target):
+    """Within 10 %, so that a slower kernel, or compiler, does not go unnoticed."""
+    recorded = {}
+    for line in (HERE / "bundles.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        recorded[row["target"], row["case"]] = row
+    command = [sys.executable, str(HERE / "bundles.py"), target]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for line in lines.splitlines():
+        row = json.loads(line)
+        before = recorded[target, row["case"]]
+        for loop in ("head", "step"):
+            assert row[loop] <= 1.1 * before[loop], (row, before)
+        assert row["temporary_bytes"] == 0

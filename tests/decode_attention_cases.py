@@ -1,0 +1,139 @@
+"""Cases of decode attention over packed codes, and the float64 oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nqkv_jax import codebooks, tiles
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    codebook: codebooks.Codebook
+    heads: int = 2
+    group: int = 1
+    head_dim: int = 128
+    block: float = 1.0  # heads that share a scale, or the part of one that has its own
+    zero: bool = False
+    value_codebook: codebooks.Codebook | None = None
+    soft_cap: float | None = None
+    window: int | None = None
+
+    def __str__(self):
+        return self.name
+
+
+def cubic(bits):
+    return codebooks.cubic_normal(bits, 128)
+
+
+def _cases():
+    yield Case("cubic4", cubic(4))
+    yield Case("cubic4-signed", codebooks.cubic_normal(4, 128, signed=True), group=4)
+    yield Case("stepped4", codebooks.stepped_normal(4, 128), group=4)
+    yield Case("stepped4-d64", codebooks.stepped_normal(4, 64), heads=3, head_dim=64)
+    yield Case("uniform4-minmax", codebooks.uniform(4), group=4, zero=True)
+    yield Case("integer4", codebooks.integer(4), group=4)
+    yield Case("integer8", codebooks.integer(8), group=8)
+    yield Case("nf4-across-heads", codebooks.normal_float(4), block=2.0)
+    yield Case("lloyd2", codebooks.lloyd_max_normal(2), group=16)
+    yield Case("uniform2-minmax-parts", codebooks.uniform(2), block=0.5, zero=True)
+    yield Case("cubic3", cubic(3), group=4)
+    yield Case("uniform3-minmax", codebooks.uniform(3), group=4, zero=True)
+    yield Case("nf4-d64", codebooks.normal_float(4), head_dim=64, heads=3, block=3.0, group=3)
+    yield Case("cubic4-d64", cubic(4), head_dim=64, heads=3, group=3)
+    yield Case("uniform2-d64", codebooks.uniform(2), head_dim=64, group=4, zero=True)
+    yield Case("cubic3-d64-parts", cubic(3), head_dim=64, block=0.5)
+    yield Case("integer8-d64", codebooks.integer(8), head_dim=64)
+    yield Case("cubic4-d256", cubic(4), head_dim=256, group=4)
+    yield Case("cubic3-d256", cubic(3), head_dim=256)
+    yield Case("cubic4-d80", cubic(4), head_dim=80, group=1)
+    yield Case("cubic4-d96", cubic(4), head_dim=96, group=4)
+    yield Case("keys4-values2", cubic(4), value_codebook=codebooks.uniform(2), group=8)
+    yield Case("keys2-values4-d64", codebooks.uniform(2), value_codebook=cubic(4), head_dim=64)
+    yield Case("soft-cap", cubic(4), soft_cap=5.0)
+    yield Case("window", cubic(4), window=150, group=2)
+
+
+CASES = {case.name: case for case in _cases()}
+
+
+def codes(case: Case, codebook, batch: int, num_tiles: int, rng) -> TiledCodes:
+    shape = (batch, num_tiles, tiles.TOKENS, case.heads, case.head_dim)
+    values = jnp.asarray(rng.integers(0, 2**codebook.bits, shape), jnp.uint8)
+    words = jax.vmap(jax.vmap(lambda c: tiles.pack(c, codebook.bits)))(values)
+    blocks = round(case.heads / case.block)
+    spread = max(codebook.levels) - min(codebook.levels)
+    per_token = lambda a: jnp.asarray(a.astype(np.float16).view(np.int16))
+    size = (batch, num_tiles, blocks, tiles.TOKENS)
+    scale = per_token(rng.uniform(2.0, 6.0, size) / spread)
+    zero = per_token(rng.normal(-2.0, 0.5, size)) if case.zero else None
+    return TiledCodes(words=words, scale=scale, zero=zero, codebook=codebook)
+
+
+def arguments(case: Case, lengths, num_tiles: int = 4, dtype=jnp.float32, seed: int = 0):
+    """(q, key, value, lengths, first) of a ragged batch."""
+    rng = np.random.default_rng(seed)
+    batch = len(lengths)
+    shape = (batch, case.heads, case.group, case.head_dim)
+    q = jnp.asarray(rng.normal(size=shape) * case.head_dim**-0.5, dtype)
+    key = codes(case, case.codebook, batch, num_tiles, rng)
+    value = codes(case, case.value_codebook or case.codebook, batch, num_tiles, rng)
+    lengths = jnp.asarray(lengths, jnp.int32)
+    first = None if case.window is None else jnp.maximum(lengths - case.window, 0)
+    return q, key, value, lengths, first
+
+
+def dense(side: TiledCodes) -> np.ndarray:
+    """f64[B, tokens, Hkv, D], with the layout read off its description, bit by bit."""
+    bits, head_dim = side.codebook.bits, side.head_dim
+    words = np.asarray(side.words).view(np.uint16)
+    batch, num_tiles, heads = words.shape[:3]
+    low_bits = 2 if bits == 3 else bits
+    low_rows = head_dim * low_bits // 16
+
+    def word(rows, r, d, size):
+        """Words (r, d) of words [size, head_dim], stored in rows of 128."""
+        if head_dim <= 128:
+            at = r * head_dim + d
+            return rows[..., at // 128, at % 128]
+        return rows[..., d // 128 * size + r, d % 128]
+
+    size = 8 * low_bits
+    t, d = np.arange(128)[:, None], np.arange(head_dim)[None]
+    k, r = t // size, t % size
+    code = word(words[..., :low_rows, :], r, d, size) >> (k * low_bits) & (2**low_bits - 1)
+    if bits == 3:
+        high = word(words[..., low_rows:, :], r % 8, d, 8)
+        code = code | (high >> (k + 8 * (r // 8)) & 1) << 2
+    out = np.moveaxis(np.asarray(side.codebook.levels)[code], 2, 3)
+    blocks = out.reshape(batch, num_tiles, 128, -1, side.block_size)
+    floats = lambda a: np.asarray(a).view(np.float16).astype(np.float64)
+    per_token = lambda a: np.moveaxis(floats(a), 2, 3)[..., None]
+    blocks = blocks * per_token(side.scale)
+    if side.zero is not None:
+        blocks = blocks + per_token(side.zero)
+    return blocks.reshape(batch, num_tiles * 128, heads, head_dim)
+
+
+def oracle(q, key, value, lengths, first, soft_cap):
+    """The output f64[B, Hkv, G, D] and the log of the sum of exponentials f64[B, Hkv, G]."""
+    q, k, v = np.asarray(q, np.float64), dense(key), dense(value)
+    out, total = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+    for b, n in enumerate(np.asarray(lengths)):
+        start = 0 if first is None else int(first[b])
+        if n <= start:
+            continue
+        scores = np.einsum("hgd,thd->hgt", q[b], k[b, start:n])
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        top = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - top)
+        total[b] = np.log(weights.sum(-1)) + top[..., 0]
+        weights /= weights.sum(-1, keepdims=True)
+        out[b] = np.einsum("hgt,thd->hgd", weights, v[b, start:n])
+    return out, total

@@ -1,0 +1,414 @@
+"""Analyses of keys and values: the statistics, the errors of schemes, and what is said of them."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from tiny_language_model import ByteTokenizer, TinyLM
+
+import nqkv_jax as nq
+from nqkv_jax.analysis import Magnitudes, magnitudes, normality, plots, report, scheme_errors
+from nqkv_jax.analysis.activations import record
+from nqkv_jax.analysis.errors import ROUNDING, LayerError, SchemeErrors
+from nqkv_jax.analysis.magnitudes import check_layers
+from nqkv_jax.analysis.normality import VIEWS, block_statistics, expected_order, views
+from nqkv_jax.analysis.spectra import LayerSpectra, Spectrum
+from nqkv_jax.cli import main
+from nqkv_jax.models import LanguageModel, families
+from nqkv_jax.models.opt import Opt
+
+LM = TinyLM.random()
+TOKENS = np.random.default_rng(1).integers(0, 256, 48).astype(np.int32)
+RNG = np.random.default_rng(0)
+
+
+# Statistics of blocks ----------------------------------------------------------------------------
+
+
+def test_normal_blocks_pass_at_the_level_of_the_test():
+    found = block_statistics(RNG.standard_normal((4000, 64)))
+    assert found.passing == pytest.approx(0.95, abs=0.015)
+    assert abs(found.skewness) < 0.02 and abs(found.excess_kurtosis) < 0.25
+    # Elements of a block are standardised by the block itself, which pulls extremes in a little.
+    np.testing.assert_allclose(found.ordered, expected_order(64), atol=0.05)
+    assert (found.blocks, found.block_size) == (4000, 64)
+
+
+def test_other_blocks_do_not():
+    # Shares of nqkv.md, 6.2: Laplace at n = 64 and at n = 256, for which more is found.
+    assert block_statistics(RNG.laplace(size=(2000, 64))).passing == pytest.approx(0.42, abs=0.05)
+    heavy = block_statistics(RNG.laplace(size=(1000, 256)))
+    assert heavy.passing == pytest.approx(0.02, abs=0.015) and heavy.excess_kurtosis > 1.5
+    skewed = block_statistics(RNG.exponential(size=(500, 64)))
+    assert skewed.passing < 0.05 and skewed.skewness > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), st.booleans())
+def test_the_test_does_not_see_affine_maps(shift, scale, flip):
+    x = np.random.default_rng(3).standard_t(6, size=(50, 40))
+    moved = block_statistics((-1 if flip else 1) * scale * x + shift)
+    found = block_statistics(x)
+    assert moved.passing == found.passing
+    np.testing.assert_allclose(moved.excess_kurtosis, found.excess_kurtosis, rtol=1e-6, atol=1e-9)
+
+
+def test_statistics_against_one_block_at_a_time():
+    x = RNG.standard_t(5, size=(60, 50)) + 3
+    found = block_statistics(x.astype(np.float32))
+    x = x.astype(np.float32).astype(np.float64)
+    assert found.passing == np.mean([stats.normaltest(row).pvalue > 0.05 for row in x])
+    np.testing.assert_allclose(found.skewness, np.median([stats.skew(row) for row in x]))
+
+
+def test_constant_blocks_do_not_pass():
+    x = RNG.standard_normal((10, 40))
+    x[:5] = 7.1  # whose mean is not 7.1 exactly, in floating point
+    assert block_statistics(x).passing == block_statistics(x[5:]).passing / 2
+    nothing = block_statistics(np.zeros((3, 40)))
+    assert nothing.passing == 0 and np.isnan(nothing.excess_kurtosis)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 19), (64,), (2, 3, 40)])
+def test_blocks_must_be_long_enough(shape):
+    with pytest.raises(ValueError, match="at least 20 elements"):
+        block_statistics(np.zeros(shape))
+
+
+def test_views_cut_where_they_say():
+    """Channels of different scales: normal along tokens, and within a token only standardised."""
+    scales = np.exp(2 * RNG.standard_normal(96))
+    found = views(RNG.standard_normal((300, 96)) * scales + 5 * scales, block_size=48, stretch=100)
+    assert found["tokens"].passing < 0.2 and found["tokens"].excess_kurtosis > 1
+    assert found["standardised"].passing > 0.9 and found["channels"].passing > 0.9
+    assert {v: (s.blocks, s.block_size) for v, s in found.items()} == dict(
+        tokens=(600, 48), standardised=(600, 48), channels=(288, 100)
+    )
+    # And the other way round: tokens of different scales.
+    turned = views(RNG.standard_normal((96, 96)) * scales[:, None], block_size=96, stretch=96)
+    assert turned["tokens"].passing > 0.85 and turned["channels"].passing < 0.2
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(block_size=48, stretch=400), "stretch must be at least 20 and at most .* 300; got 400"),
+    (dict(block_size=48, stretch=10), "stretch must be at least 20"),
+    (dict(block_size=40), "must divide the 96 channels.*got 40"),
+    (dict(block_size=16), "at least 20; got 16"),
+    (dict(block_size=192), "must divide the 96 channels.*got 192"),
+])  # fmt: skip
+def test_views_refuse(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        views(np.zeros((300, 96)), **sizes)
+
+
+# What is recorded --------------------------------------------------------------------------------
+
+
+def test_record_is_what_the_model_computes():
+    layer = record(LM, TOKENS)[0]
+    weights = {k: np.asarray(v, np.float64) for k, v in LM.params["layers"][0].items()}
+    x = np.asarray(LM.params["embed"], np.float64)[TOKENS]
+    x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6)
+    k, v = np.split(x @ weights["kv"], 2, axis=1)
+    np.testing.assert_allclose(layer.sides["keys"], k, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(layer.sides["values"], v, rtol=1e-4, atol=1e-4)
+    # RoPE turns pairs of channels i, i + 16 of each head.
+    pairs = k.reshape(-1, 2, 2, 16)
+    turned = pairs[:, :, 0] + 1j * pairs[:, :, 1]
+    turned = turned * np.exp(1j * np.outer(np.arange(48), 1e4 ** -np.linspace(0, 1, 16)))[:, None]
+    expected = np.stack([turned.real, turned.imag], axis=2).reshape(-1, 64)
+    np.testing.assert_allclose(layer.sides["rotated_keys"], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [
+    np.zeros(1, int), np.zeros(513, int), np.zeros((2, 4), int), np.zeros(8), np.array([3, 256]),
+    np.array([3, -1]),
+])  # fmt: skip
+def test_record_refuses(tokens):
+    with pytest.raises(ValueError, match=r"analysis: .*(2 to 512 token ids|in \[0, 256\))"):
+        record(LM, tokens)
+
+
+# Magnitudes --------------------------------------------------------------------------------------
+
+
+def test_outlier_channels_and_first_token():
+    x = np.ones((10, 20), np.float32)
+    x[:, 3], x[:, 7], x[:, 9] = 3.9, 5, 10
+    x[0] *= 3
+    found = Magnitudes(absolute=x)
+    np.testing.assert_array_equal(found.outlier_channels, [9, 7])
+    energy = [1] * 17 + [3.9**2, 25, 100]
+    assert found.outlier_energy == pytest.approx(125 / sum(energy))
+    assert found.first_over_median == pytest.approx(3)
+    np.testing.assert_allclose(found.norms, np.linalg.norm(x, axis=1), rtol=1e-6)
+    empty = Magnitudes(absolute=np.zeros((4, 8), np.float32))
+    assert empty.outlier_energy == 0 and np.isnan(empty.first_over_median)
+
+
+def test_layers_that_are_drawn():
+    assert check_layers(None, 30) == [0, 15, 29] and check_layers(None, 1) == [0]
+    assert check_layers([4, 2], 5) == [4, 2]
+    for wrong in ([5], [-1], []):
+        with pytest.raises(ValueError, match=r"0\.\.4"):
+            check_layers(wrong, 5)
+
+
+# Errors of schemes -------------------------------------------------------------------------------
+
+
+def test_errors_against_numpy():
+    """NQKV: every token is decoded, the current one too; attention in float64."""
+    found = scheme_errors(LM, TOKENS, ["nqkv:block_size=32", "none"], progress=False)
+    assert [r.stored_bits for r in found] == [4.5, 32]
+    for layer, error, exact in zip(
+        record(LM, TOKENS), found[0].layers, found[1].layers, strict=True
+    ):
+        quantizer = nq.BlockQuantizer(nq.codebooks.normal_float(4), block_size=32)
+        keys, values = np.asarray(layer.rotated_keys), np.asarray(layer.values)
+        pair = nq.dequantize(nq.quantize((jnp.asarray(keys), jnp.asarray(values)), quantizer))
+        relative = lambda a, b: np.sum((a - b) ** 2, dtype=np.float64) / np.sum(a**2)
+        assert error.keys == pytest.approx(relative(keys, np.asarray(pair[0])), rel=1e-4)
+        assert error.values == pytest.approx(relative(values, np.asarray(pair[1])), rel=1e-4)
+
+        queries = np.asarray(layer.rotated_queries, np.float64)[0]
+
+        def attention(k, v, q=queries):
+            scores = np.einsum("hgsd,thd->hgst", q, np.float64(k))
+            scores = np.where(np.tri(48, dtype=bool), scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            return np.einsum("hgst,thd->hgsd", weights, np.float64(v))
+
+        expected = relative(attention(keys, values), attention(*pair))
+        assert error.output == pytest.approx(expected, rel=1e-3)
+        assert exact.keys == exact.values == 0 and exact.output < ROUNDING
+
+
+def test_errors_of_what_is_encoded():
+    """With states, unrotated keys, and tokens that are kept and do not count."""
+    names = ["squat:group_size=16,residual=16,block=8,keys=unrotated", "int2:group_size=16,sinks=1"]
+    kept, coarse = scheme_errors(LM, TOKENS, names, progress=False)
+    for layer in kept.layers + coarse.layers:
+        assert 0 < layer.keys < 0.5 and 0 < layer.values < 0.5
+    assert kept.median("output") < coarse.median("output")
+    # 2 bits for 16 numbers on both: the tokens that squat keeps make its values no better.
+    assert kept.median("values") == pytest.approx(coarse.median("values"), rel=0.2)
+
+
+@pytest.mark.parametrize("names, message", [
+    (["kivi"], "kivi encodes no keys of a text of 48 tokens"),
+    (["nqkv:block_size=48"], "block_size"),
+    (["nothing"], "unknown scheme"),
+    ([], "at least one scheme"),
+])  # fmt: skip
+def test_errors_refuse(names, message):
+    with pytest.raises(ValueError, match=message):
+        scheme_errors(LM, TOKENS, names, progress=False)
+
+
+# Words -------------------------------------------------------------------------------------------
+
+
+def test_words_on_normality_follow_the_numbers():
+    normal = RNG.standard_normal((200, 64))
+    scales = np.exp(1.5 * RNG.standard_normal(64))
+    cut = lambda x: views(x, block_size=64, stretch=50)
+    said = " ".join(
+        report.describe_normality([dict(keys=cut(normal), values=cut(normal * scales))])
+    )
+    keys, values = said.split("**Values**")
+    assert "may be taken for normal" in keys and "premise fails" not in keys
+    assert "make no difference" in keys
+    assert "premise fails" in values and "means and scales of their own" in values
+    assert "a scale per channel meets nearly normal numbers" in values
+    laplace = RNG.laplace(size=(200, 64)) ** 3
+    said = " ".join(report.describe_normality([dict(keys=cut(laplace), values=cut(normal))]))
+    assert "not normal over time either" in said.split("**Values**")[0]
+
+
+def test_words_on_magnitudes_follow_the_numbers():
+    flat = np.abs(RNG.standard_normal((40, 32))).astype(np.float32)
+    outliers, sink = flat.copy(), flat.copy()
+    outliers[:, 5] = 50
+    sink[0] *= 0.01
+    of = lambda k, v: [dict(keys=Magnitudes(absolute=k), values=Magnitudes(absolute=v))]
+    said = " ".join(report.describe_magnitudes(of(outliers, sink)))
+    assert "are a matter of the keys" in said and "less than half, as is known" in said
+    said = " ".join(report.describe_magnitudes(of(flat, outliers)))
+    assert "are a matter of the values, unlike" in said and "less than half" not in said
+    assert "do not differ" in " ".join(report.describe_magnitudes(of(flat, flat)))
+    assert "an outlier token" in " ".join(report.describe_magnitudes(of(flat, 1 / sink)))
+
+
+def test_words_on_spectra_follow_the_numbers():
+    one = lambda *norms: LayerSpectra(
+        **dict(zip(("key_weight", "value_weight", "keys", "values"),
+                   (Spectrum(values=np.array([n])) for n in norms), strict=True))
+    )  # fmt: skip
+    larger, smaller = one(2.0, 1.0, 6.0, 2.0), one(1.0, 2.0, 3.0, 4.0)
+    said = " ".join(report.describe_spectra([larger, larger]))
+    assert "||K|| > ||V|| in all layers; K is 3.0 times" in said and "can stand for" in said
+    said = " ".join(report.describe_spectra([larger, one(1.0, 2.0, 6.0, 2.0)]))
+    assert "in 1 of 2 layers" in said and "cannot stand for" in said
+    said = " ".join(report.describe_spectra([smaller]))
+    assert "in 0 of 1 layers" in said and "does not follow here" in said
+
+
+def test_words_on_errors_follow_the_numbers():
+    def of(name, keys, values, output):
+        layer = LayerError(keys=keys, values=values, output=output)
+        return SchemeErrors(scheme=name, stored_bits=4.0, layers=(layer,))
+
+    said = report.describe_errors([of("a", 0.1, 0.1, 0.3), of("b", 0.2, 0.2, 0.1)])
+    assert said[0].startswith("`b`") and "closest to the exact one with `b`" in said[2]
+    assert "both are larger with `b` than with `a`" in said[3]
+    said = report.describe_errors([of("a", 0.1, 0.1, 0.05), of("b", 0.2, 0.2, 0.1)])
+    assert "with `a`" in said[2] and said[3].startswith("No scheme is better at attention")
+    assert len(report.describe_errors([of("a", 0.1, 0.1, 0.05)])) == 1
+
+
+# Figures and the command line --------------------------------------------------------------------
+
+
+@functools.cache
+def without_rope():
+    config = dataclasses.replace(
+        families.presets["opt-125m"], num_layers=2, hidden_size=64, num_heads=2, head_dim=32,
+        ffn_size=64, vocab_size=256, max_positions=64, num_kv_heads=2, embed_size=64,
+    )  # fmt: skip
+    return LanguageModel(
+        model=Opt(config, rngs=nnx.Rngs(0)), config=config, tokenizer=ByteTokenizer(),
+        name="byte", dtype=jnp.float32,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs `nqkv analyze` on a model without RoPE; returns (exit status, the text's path)."""
+    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args: without_rope())
+    text = tmp_path / "text.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely, I went.")
+
+    def run(name, *options):
+        argv = ["analyze", name, "--model", "byte", "--text", text, "--max-tokens", "64"]
+        return main([str(a) for a in [*argv, *options]])
+
+    return run
+
+
+COMMANDS = [
+    ("normality", ("--stretch", "30"), ("% of blocks that pass", "30 tokens of a channel"),
+     "keys.channels.passing"),
+    ("heatmap", ("--layers", "1"), ("first token over", "64 channels"), "values.1.absolute"),
+    ("error", ("--scheme", "nqkv"), ("relative squared errors", "4.25"), "output.nqkv"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, options, words, array", COMMANDS)
+def test_commands(command, capsys, tmp_path, name, options, words, array):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"{name}.png"
+    assert command(name, *options, "--plot", picture) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in words)
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    drawn = np.load(picture.with_suffix(".npz"))[array]
+    assert np.all(np.isfinite(drawn)) and drawn.size
+    assert command(name, *options, "--json") == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["model"] == "byte"
+    if name == "normality":
+        assert [layer["keys"]["channels"]["passing"] for layer in entry["layers"]] == list(drawn)
+    elif name == "heatmap":
+        energy = np.sqrt(np.mean(np.square(drawn, dtype=np.float64), axis=0))
+        np.testing.assert_allclose(entry["layers"][1]["values"]["channel_rms"], energy)
+    else:
+        assert [layer["output"] for layer in entry["schemes"][0]["layers"]] == list(drawn)
+
+
+def test_command_reports(command, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def measured(lm, tokens, names, progress):  # as test_commands has done it already
+        layers = (LayerError(keys=0.1, values=0.1, output=0.1),) * 2
+        return [SchemeErrors(scheme=name, stored_bits=4.0, layers=layers) for name in names]
+
+    monkeypatch.setattr(report, "scheme_errors", measured)
+    folder = tmp_path / "new" / "report"
+    assert command("report", "--out", folder, "--scheme", "nqkv", "int8", "--json") == 0
+    entry = json.loads(capsys.readouterr().out)
+    text = pathlib.Path(entry["report"]).read_text(encoding="utf-8")
+    for name in ("normality", "heatmap", "spectra", "error"):
+        assert f"({name}.png)" in text
+        assert (folder / f"{name}.png").stat().st_size > 10_000 and f"{name}.npz" in entry["files"]
+    assert "2 layers with 2 KV heads of 32 channels, on 64 tokens" in text
+    assert "`nqkv` (4.00 stored bits)" in text and "`int8` (4.00 stored bits)" in text
+    assert "after RoPE" not in text  # as there is none
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("normality", ("--plot", "x.bmp"), "must be a file .png or .pdf or .svg"),
+    ("normality", ("--plot", "./nowhere/x.png"), "there is no nowhere"),
+    ("normality", ("--block-size", "63"), "must divide the 64 channels"),
+    ("normality", ("--stretch", "65"), "at most the number of tokens, 64"),
+    ("normality", ("--max-tokens", "1"), "at least 2; got 1"),
+    ("heatmap", ("--layers", "2"), "0..1; got [2]"),
+    ("error", ("--scheme", "nqvk"), "unknown scheme"),
+    ("error", ("--scheme", "kivi"), "Give a longer text"),
+    ("report", ("--out", __file__), "must be a folder"),
+])  # fmt: skip
+def test_commands_refuse(command, capsys, name, options, message):
+    pytest.importorskip("matplotlib")
+    assert command(name, *options) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_figures_need_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install \"nqkv-jax\[plots\]\""):
+        plots.check_path("x.png")
+
+
+def test_normality_and_magnitudes_of_a_model():
+    layers = normality(LM, TOKENS, block_size=32, stretch=24, progress=False)
+    assert len(layers) == 2 and list(layers[0]) == ["keys", "rotated_keys", "values"]
+    assert tuple(layers[0]["keys"]) == VIEWS and layers[0]["keys"]["tokens"].blocks == 2 * 48
+    found = magnitudes(LM, TOKENS)[1]
+    # RoPE turns pairs of channels: the norm of a token stays.
+    np.testing.assert_allclose(found["keys"].norms, found["rotated_keys"].norms, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_smollm2_is_normal_along_tokens_and_not_within(smollm2, shared_data):
+    """nqkv.md, 6.2, layers 0/7/15/22/29: keys 0-2 % within a token, 61-88 % along tokens."""
+    text = (shared_data / "wikitext-2-raw" / "wiki.test.nonblank.txt").read_text(encoding="utf-8")
+    tokens = smollm2.tokenizer.encode(text[:20000], add_special_tokens=False)[:4096]
+    layers = normality(smollm2, np.asarray(tokens, np.int32), progress=False)
+    layers = [layers[i] for i in (0, 7, 15, 22, 29)]
+    share = lambda side, view: [layer[side][view].passing for layer in layers]
+    assert max(share("rotated_keys", "tokens")) < 0.03
+    assert 0.6 < min(share("rotated_keys", "channels") + share("values", "channels"))
+    assert max(share("rotated_keys", "channels") + share("values", "channels")) < 0.9
+    assert min(share("values", "standardised")) > 0.8
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    from nqkv_jax.models import from_pretrained
+    from nqkv_jax.models.checkpoint import CheckpointNotFoundError
+
+    try:
+        return from_pretrained("smollm2-135m", dtype="float32", progress=False)
+    except CheckpointNotFoundError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,146 @@
+"""Decode attention over packed codes: every implementation against the float64 oracle."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_attention_cases import CASES, arguments, dense, oracle
+from jax.experimental.pallas import tpu as pltpu
+
+from nqkv_jax import codebooks, tiles
+from nqkv_jax.pallas_kernels.decode_attention import decode_attention
+
+LENGTHS = (0, 1, 200, 384)
+# A bfloat16 has 8 bits: levels and weights are off by up to 2^-9 each, of the largest value, and
+# scores by as much of the largest score.
+BFLOAT16 = 4e-3
+STRICT = pltpu.InterpretParams(
+    uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True
+)
+
+
+@pytest.fixture
+def interpreted():
+    with pltpu.force_tpu_interpret_mode(STRICT):
+        yield
+
+
+def check(case, dtype, tolerance, **options):
+    q, key, value, lengths, first = arguments(case, LENGTHS, num_tiles=3, dtype=dtype)
+    run = functools.partial(decode_attention, soft_cap=case.soft_cap, **options)
+    numerator, denominator, maximum = jax.jit(run)(q, key, value, lengths, first=first)
+    expected, total = oracle(q, key, value, lengths, first, case.soft_cap)
+    seen = np.asarray(denominator) > 0
+    np.testing.assert_array_equal(seen, np.isfinite(total))
+    np.testing.assert_array_equal(seen, np.isfinite(np.asarray(maximum)))
+    out = np.asarray(numerator) / np.where(seen, np.asarray(denominator), 1)[..., None]
+    largest = np.abs(dense(value)).max()
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * largest)
+    log_sum = np.log(np.where(seen, denominator, 1)) + np.where(seen, maximum, -np.inf)
+    largest = np.abs(total[np.isfinite(total)]).max()
+    np.testing.assert_allclose(log_sum, total, rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_xla(case):
+    check(case, jnp.float32, 1e-5, implementation="xla")
+
+
+TPU = [c.name for c in CASES.values() if c.head_dim in (64, 128, 256)]
+QUICK = ("cubic4", "uniform3-minmax", "keys2-values4-d64")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", QUICK)
+def test_mosaic_tpu_in_the_strict_interpreter(name):
+    check(CASES[name], jnp.bfloat16, BFLOAT16, implementation="mosaic_tpu")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["nf4-d64", "window"])
+def test_mosaic_tpu_in_float32(name):
+    check(CASES[name], jnp.float32, 1e-5, implementation="mosaic_tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, BFLOAT16)])
+@pytest.mark.parametrize("name", TPU)
+def test_mosaic_tpu(name, dtype, tolerance):
+    check(CASES[name], dtype, tolerance, implementation="mosaic_tpu")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+def test_what_is_stored_for_unseen_tokens_does_not_matter(implementation):
+    q, key, value, lengths, _ = arguments(CASES["cubic4"], (100,), num_tiles=2)
+    nan = np.float16(np.nan).view(np.int16)
+    spoil = lambda a: a.at[:, :, :, 100:].set(nan).at[:, 1:].set(nan)
+    spoilt = [dataclasses.replace(side, scale=spoil(side.scale)) for side in (key, value)]
+    run = jax.jit(functools.partial(decode_attention, implementation=implementation))
+    clean, dirty = run(q, key, value, lengths), run(q, *spoilt, lengths)
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+    # What is seen stays visible.
+    seen = dataclasses.replace(value, scale=value.scale.at[:, 0, 0, 7].set(nan))
+    numerator = np.asarray(run(q, key, seen, lengths)[0])
+    assert np.isnan(numerator[:, 0]).all() and np.isfinite(numerator[:, 1]).all()
+
+
+def test_parts_merge():
+    """Sequences cut in two, by lengths and first, give what the whole gives."""
+    q, key, value, lengths, _ = arguments(CASES["cubic4"], (384, 300))
+    run = jax.jit(functools.partial(decode_attention, implementation="xla"))
+    whole, cut = run(q, key, value, lengths), jnp.array([130, 10])
+    parts = [run(q, key, value, cut), run(q, key, value, lengths, first=cut)]
+    top = np.maximum(parts[0][2], parts[1][2])
+    numerator = sum(np.exp(m - top)[..., None] * n for n, _, m in parts)
+    denominator = sum(np.exp(m - top) * d for _, d, m in parts)
+    np.testing.assert_allclose(
+        numerator / denominator[..., None], whole[0] / whole[1][..., None], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bits, head_dim", [(2, 64), (3, 80), (3, 256), (4, 16), (8, 128)])
+def test_tiles_hold_their_codes(bits, head_dim):
+    pack = jax.jit(functools.partial(tiles.pack, bits=bits))
+    unpack = jax.jit(functools.partial(tiles.unpack, bits=bits, head_dim=head_dim))
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        codes = rng.integers(0, 2**bits, (128, 2, head_dim)).astype(np.uint8)
+        words = pack(codes)
+        chex.assert_shape(words, (2, tiles.num_rows(head_dim, bits), 128))
+        chex.assert_type(words, jnp.int16)
+        assert words.nbytes * 8 == bits * codes.size
+        np.testing.assert_array_equal(unpack(words), codes)
+
+
+def test_bad_input():
+    q, key, value, lengths, _ = arguments(CASES["cubic4"], (10, 20), num_tiles=1)
+    with pytest.raises(ValueError, match=r"implementation must be one of .*; got 'cuda'"):
+        decode_attention(q, key, value, lengths, implementation="cuda")
+    with pytest.raises(ValueError, match=r"expected q \[2, 2, query heads per KV head, 128\]"):
+        decode_attention(q[:1], key, value, lengths)
+    with pytest.raises(ValueError, match=r"expected lengths i32\[2\]; got float32"):
+        decode_attention(q, key, value, lengths.astype(jnp.float32))
+    with pytest.raises(ValueError, match="soft_cap > 0"):
+        decode_attention(q, key, value, lengths, soft_cap=-1.0)
+    wrong = dataclasses.replace(key, codebook=codebooks.uniform(2))
+    with pytest.raises(ValueError, match=r"key and value must agree .* of head_dim 256 and"):
+        decode_attention(q, wrong, value, lengths)
+    wrong = dataclasses.replace(key, words=key.words[..., :64])
+    with pytest.raises(ValueError, match=r"expected key.words \[batch, tiles, heads, rows, 128\]"):
+        decode_attention(q, wrong, value, lengths)
+    wrong = dataclasses.replace(value, scale=value.scale.astype(jnp.float16))
+    with pytest.raises(ValueError, match=r"value.scale of int16 \(the bits of float16\)"):
+        decode_attention(q, key, wrong, lengths)
+    q, key, value, lengths, _ = arguments(CASES["cubic4-d80"], (10,), num_tiles=1)
+    with pytest.raises(NotImplementedError, match="mosaic_tpu needs head_dim to divide 128"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match="expected bits to be one of"):
+        tiles.pack(jnp.zeros((128, 1, 16), jnp.uint8), 5)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        tiles.pack(jnp.zeros((128, 1, 24), jnp.uint8), 4)

@@ -1,0 +1,92 @@
+"""`attend` by a fused kernel: the same as step by step, and chosen where it can serve."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import nqkv_jax as nq
+from nqkv_jax.quantizers.tiled import TiledQuantizer, in_tiles
+from nqkv_jax.rotary import Rotary
+
+HEADS, GROUP, DIM = 3, 2, 64
+SCHEME = "nqkv:residual=128,codebook=cubic,centre=True,hadamard=True,sinks=4"
+ROTARY = Rotary(inverse_frequencies=jnp.asarray(100.0 ** -(np.arange(DIM // 2) / (DIM // 2))))
+
+
+def tokens(count, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(2, count, heads, DIM)), jnp.float32)
+    return draw(HEADS * GROUP), draw(HEADS) + 1, draw(HEADS) - 1
+
+
+@functools.cache
+def prompted(scheme):
+    """A cache of a ragged batch: 420 and 150 tokens, of which 384 and 128 are encoded."""
+    cache = nq.schemes.get(scheme).init(
+        num_layers=1, batch=2, max_len=512, num_kv_heads=HEADS, head_dim=DIM
+    )
+    attend = jax.jit(functools.partial(nq.attend, rotary=ROTARY))
+    return attend(*tokens(420), cache, num_new=jnp.array([420, 150]))[1]
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_kernel_and_steps_agree(window):
+    cache, new = prompted(SCHEME), tokens(1, seed=1)
+    assert isinstance(cache.layers[0].key.quantizer.inner, TiledQuantizer)
+    run = functools.partial(nq.attend, rotary=ROTARY, window=window)
+    expected, after = jax.jit(functools.partial(run, implementation="xla"))(*new, cache)
+    with pltpu.force_tpu_interpret_mode():
+        fused = jax.jit(functools.partial(run, implementation="mosaic_tpu"))
+        out, same = fused(*new, cache)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    chex.assert_trees_all_equal(after, same)
+
+
+def test_a_saved_cache_serves_the_kernel(tmp_path):
+    """Tiles are one layout for all platforms."""
+    cache, new = prompted(SCHEME), tokens(1, seed=2)
+    nq.save_cache(cache, tmp_path / "cache.safetensors")
+    loaded = nq.load_cache(tmp_path / "cache.safetensors")
+    chex.assert_trees_all_equal(loaded, cache)
+    assert jax.tree.structure(loaded) == jax.tree.structure(cache)
+    run = jax.jit(functools.partial(nq.attend, rotary=ROTARY))
+    np.testing.assert_array_equal(run(*new, loaded)[0], run(*new, cache)[0])
+
+
+def test_tiles_decode_to_what_blocks_do():
+    block = nq.BlockQuantizer(nq.codebooks.normal_float(3), block_size=HEADS * DIM)
+    x = tokens(128)[1]
+    quantize = jax.jit(nq.quantize, static_argnums=1)
+    codes = [quantize(x, q) for q in (block, in_tiles(block, 256, HEADS, DIM))]
+    np.testing.assert_array_equal(*map(jax.jit(nq.dequantize), codes))
+    assert nq.stored_bits(codes[0]) == nq.stored_bits(codes[1]) == 3 + 16 / (HEADS * DIM)
+
+
+@pytest.mark.parametrize("scheme, uses", [(SCHEME, True), ("nqkv", False), ("kivi", False)])
+def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
+    cache, new = prompted(scheme), tokens(1)
+    traced = jax.jit(functools.partial(nq.attend, rotary=ROTARY)).trace(*new, cache)
+    tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("tpu_custom_call" in tpu) == uses
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_kernel_that_cannot_serve_says_why():
+    new = tokens(1)
+    with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
+        nq.attend(*new, prompted("nqkv"), rotary=ROTARY, implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match=r"to be one of .*; got 'triton'"):
+        nq.attend(*new, prompted(SCHEME), rotary=ROTARY, implementation="triton")
+
+
+def test_blocks_that_no_kernel_can_read_stay_as_they_are():
+    block = functools.partial(nq.BlockQuantizer, nq.codebooks.normal_float(4))
+    assert in_tiles(block(block_size=96), 128, 3, 64) == block(block_size=96)
+    assert in_tiles(block(block_size=64), 64, 3, 64) == block(block_size=64)
+    assert in_tiles(block(block_size=24), 128, 3, 24) == block(block_size=24)
+    assert isinstance(in_tiles(block(block_size=32), 128, 3, 64), TiledQuantizer)
