@@ -20,6 +20,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
+jax.config.update("jax_platforms", "cpu")  # if jax was imported before the variable was set
+
 # Topology and device kind, as libtpu calls them.
 TPUS = {
     "v5e": ("v5e:2x2", "TPU v5 lite"),

@@ -14,6 +14,7 @@ from nqkv_jax.models.sampling import Sampling
 
 SCHEME = "nqkv:residual=128,codebook=cubic"
 SHAPE = jax.ShapeDtypeStruct
+BATCH = 2
 
 
 @functools.cache
@@ -22,7 +23,7 @@ def model(name):
     return config, *nnx.split(families.abstract(config, dtype=jnp.bfloat16))
 
 
-def state_of(config, scheme, max_len, batch=2):
+def state_of(config, scheme, max_len, batch=BATCH):
     cache = schemes.get(scheme).abstract(
         num_layers=config.num_layers, batch=batch, max_len=max_len,
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=jnp.bfloat16,
@@ -62,8 +63,10 @@ def test_no_temporary_grows_with_the_cache(target):
         for n in (1024, 2048)
     ]
     config = model("smollm2-135m")[0]
-    dense = 1024 * config.num_kv_heads * config.head_dim * 2  # bytes of one side of one layer
-    assert temporary[1] - temporary[0] < dense
+    # Less than one side of one layer decoded, of 60. What grows are scales, which the compiler
+    # brings into VMEM ahead of the kernel.
+    decoded = BATCH * 1024 * config.num_kv_heads * config.head_dim * 2
+    assert temporary[1] - temporary[0] < decoded
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
