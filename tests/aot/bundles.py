@@ -1,6 +1,6 @@
 """Lengths of the schedules that the TPU compiler makes of decode attention, in bundles (cycles).
 
-    python tests/aot/bundles.py v5e v6e > bundles.json
+    python tests/aot/bundles.py v5e v6e > tests/aot/bundles.jsonl
 
 Of each case: `head`, the body of the loop over heads for one grid step of 1,024 tokens, and `step`,
 what comes once per grid step beside it. A count is static: loads and products that take longer than
@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 DUMP = pathlib.Path(tempfile.mkdtemp())
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # libtpu reads it when it is loaded.
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 
@@ -26,8 +27,6 @@ from decode_attention_cases import CASES, arguments
 from targets import compile_for
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention
-
-HEADS = 4
 
 
 def measure(target: str, case) -> dict:
