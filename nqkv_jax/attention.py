@@ -15,7 +15,7 @@ from nqkv_jax.partial import Partial, attend_new, attend_tokens, visible
 from nqkv_jax.prefill import attend_prompt
 from nqkv_jax.rotary import Rotary
 
-IMPLEMENTATIONS = ("auto", "xla", *kernels.PLATFORMS)
+IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 
 
 def _read_tail(

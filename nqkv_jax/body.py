@@ -95,12 +95,18 @@ def attend_body(
     walk = functools.partial(
         _walk_body, rotary=rotary, window=window, capacity=capacity, group=group
     )
-    fused = _fused(layer, q.shape[3], window, implementation)
     arguments = (folded, shift, layer, tokens, query_positions)
-    if implementation in fused:
-        partial = fused[implementation](*arguments)
-    elif fused and implementation == "auto":
-        by_platform = {kernels.PLATFORMS[name]: run for name, run in fused.items()}
+    fused = functools.partial(_fused, window=window)
+    if implementation in kernels.KERNELS:
+        if reason := _unsupported(implementation, layer, q.shape[3]):
+            raise NotImplementedError(f"attend: {implementation} needs {reason}")
+        partial = fused(implementation, *arguments)
+    elif implementation == "auto":
+        by_platform = {
+            platform: functools.partial(fused, name)
+            for name, platform in kernels.PLATFORMS.items()
+            if _unsupported(name, layer, q.shape[3]) is None
+        }
         partial = jax.lax.platform_dependent(*arguments, **by_platform, default=walk)
     else:
         partial = walk(*arguments)
@@ -108,40 +114,46 @@ def attend_body(
     return dataclasses.replace(partial, numerator=out * partial.denominator[..., None])
 
 
-def _fused(layer: LayerCache, queries: int, window: int | None, implementation: str) -> dict:
-    """The kernels that can serve this body, by name: functions like `_walk_body`."""
+def _unsupported(kernel: str, layer: LayerCache, queries: int) -> str | None:
+    """What a kernel would need to serve this body, or None if it can."""
     key = layer.key.quantizer.tiled_codes(layer.key.body)
     value = layer.value.quantizer.tiled_codes(layer.value.body)
-    reason = None
     if key is None or value is None:
-        reason = (
+        return (
             "keys and values in tiles: encoded per token, 128 at a time (for example "
             f"nqkv:residual=128); got {type(layer.key.quantizer).__name__} and "
             f"{type(layer.value.quantizer).__name__}"
         )
-    elif queries > 1:
-        reason = f"one query per sequence; got {queries}"
-    reasons = {name: reason or kernels.unsupported(name, key, value) for name in kernels.PLATFORMS}
-    if reasons.get(implementation):
-        raise NotImplementedError(f"attend: {implementation} needs {reasons[implementation]}")
+    if queries > 1:
+        return f"one query per sequence; got {queries}"
+    return kernels.unsupported(kernel, key, value)
 
-    def run(name, q, shift, layer, tokens, query_positions):
-        first = None
-        if window is not None:
-            first = query_positions[:, 0] - window + 1 - layer.key.num_sinks
-        # Cut to what both sides hold, as one may have room for more.
-        side = lambda s: s.quantizer.tiled_codes(jax.tree.map(lambda a: a[:, :num_tiles], s.body))
-        num_tiles = min(layer.key.num_groups, layer.value.num_groups)
-        numerator, denominator, maximum = kernels.decode_attention(
-            q[..., 0, :], side(layer.key), side(layer.value), tokens, first=first,
-            implementation=name,
-        )  # fmt: skip
-        if shift is not None:
-            maximum = maximum + shift[..., 0]
-        parts = dict(numerator=numerator, denominator=denominator, maximum=maximum)
-        return Partial(**{name: jnp.expand_dims(a, 3) for name, a in parts.items()})
 
-    return {name: functools.partial(run, name) for name, why in reasons.items() if not why}
+def _fused(
+    kernel: str,
+    folded: jax.Array,
+    shift: jax.Array | None,
+    layer: LayerCache,
+    tokens: jax.Array,
+    query_positions: jax.Array,
+    *,
+    window: int | None,
+) -> Partial:
+    """Like `_walk_body`, by a kernel."""
+    first = None
+    if window is not None:
+        first = query_positions[:, 0] - window + 1 - layer.key.num_sinks
+    # Cut to what both sides hold, as one may have room for more.
+    num_tiles = min(layer.key.num_groups, layer.value.num_groups)
+    side = lambda s: s.quantizer.tiled_codes(jax.tree.map(lambda a: a[:, :num_tiles], s.body))
+    numerator, denominator, maximum = kernels.decode_attention(
+        folded[..., 0, :], side(layer.key), side(layer.value), tokens, first=first,
+        implementation=kernel,
+    )  # fmt: skip
+    if shift is not None:
+        maximum = maximum + shift[..., 0]
+    parts = dict(numerator=numerator, denominator=denominator, maximum=maximum)
+    return Partial(**{name: jnp.expand_dims(a, 3) for name, a in parts.items()})
 
 
 def _walk_body(

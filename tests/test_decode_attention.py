@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_attention_cases import CASES, arguments, dense, oracle
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from nqkv_jax import codebooks, tiles
-from nqkv_jax.pallas_kernels.decode_attention import decode_attention
+from nqkv_jax.pallas_kernels.decode_attention import decode_attention, mosaic_gpu
 
+SLOW = pytest.mark.slow
 LENGTHS = (0, 1, 200, 384)
 # A bfloat16 has 8 bits: levels and weights are off by up to 2^-9 each, of the largest value, and
 # scores by as much of the largest score.
@@ -29,8 +31,8 @@ def interpreted():
         yield
 
 
-def check(case, dtype, tolerance, **options):
-    q, key, value, lengths, first = arguments(case, LENGTHS, num_tiles=3, dtype=dtype)
+def check(case, dtype, tolerance, num_tiles=3, **options):
+    q, key, value, lengths, first = arguments(case, LENGTHS, num_tiles=num_tiles, dtype=dtype)
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, **options)
     numerator, denominator, maximum = jax.jit(run)(q, key, value, lengths, first=first)
     expected, total = oracle(q, key, value, lengths, first, case.soft_cap)
@@ -72,6 +74,42 @@ def test_mosaic_tpu_in_float32(name):
 @pytest.mark.parametrize("name", TPU)
 def test_mosaic_tpu(name, dtype, tolerance):
     check(CASES[name], dtype, tolerance, implementation="mosaic_tpu")
+
+
+GPU_SLOW = [
+    "cubic4-signed", "uniform4-minmax", "integer4", "integer8", "lloyd2", "cubic4-d64",
+    "integer8-d64", "soft-cap",
+]  # fmt: skip
+GPU_QUICK = ["cubic4", "uniform2-d64", "window"]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11 or later")
+@pytest.mark.parametrize("name", [*GPU_QUICK, *(pytest.param(n, marks=SLOW) for n in GPU_SLOW)])
+def test_mosaic_gpu_in_the_interpreter(name, monkeypatch):
+    """Products whose operand is in registers are beyond the interpreter: `jnp.dot` stands in."""
+    strict = plgpu.InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(mosaic_gpu.decode_attention, interpret=strict)
+    monkeypatch.setattr(mosaic_gpu, "decode_attention", kernel)
+    # Its products are in float16 whatever the queries are.
+    check(CASES[name], jnp.bfloat16, 2e-3, num_tiles=4, implementation="mosaic_gpu")
+
+
+def test_what_the_gpu_kernel_needs():
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("needs jax 0.11 or later")
+    for name, message in (
+        ("nf4-across-heads", "levels that are computed"),
+        ("cubic3", "keys and values of 2, 4 or 8 bits alike; got 3 and 3"),
+        ("keys4-values2", "alike; got 4 and 2"),
+        ("cubic4-d96", "head_dim 64 or 128; got 96"),
+        ("uniform2-minmax-parts", "scales of whole heads"),
+    ):
+        q, key, value, lengths, _ = arguments(CASES[name], (10,))
+        with pytest.raises(NotImplementedError, match=message):
+            decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    q, key, value, lengths, _ = arguments(CASES["cubic4"], (10,), num_tiles=1)
+    with pytest.raises(NotImplementedError, match="at least 2 tiles; got 1"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -5,14 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.pallas_kernels.decode_attention import mosaic_tpu, xla
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, xla
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 
-__all__ = ["PLATFORMS", "TiledCodes", "decode_attention", "unsupported"]
+__all__ = ["KERNELS", "PLATFORMS", "TiledCodes", "decode_attention", "unsupported"]
 
-# The fused kernels, by the platform of `jax.lax.platform_dependent` that they are for.
+KERNELS = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
+# Those that "auto" takes, by the platform of `jax.lax.platform_dependent`. Not the one for GPUs as
+# long as it has not run on one: what it asks of tensor cores is not in any interpreter.
 PLATFORMS = {"mosaic_tpu": "tpu"}
-_KERNELS = {"mosaic_tpu": mosaic_tpu}
 
 
 def decode_attention(
@@ -37,7 +38,7 @@ def decode_attention(
       first: i32[B], the first token that is seen (a sliding window); None for 0.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None for no cap.
       implementation: "auto" is the fused kernel where the platform has one and it can serve the
-        case, else "xla". A kernel's name (`PLATFORMS`) asks for that one.
+        case (`PLATFORMS`), else "xla". A kernel's name (`KERNELS`) asks for that one.
 
     Returns:
       numerator f32[B, Hkv, G, D] and denominator f32[B, Hkv, G], relative to exp(maximum), and
@@ -53,29 +54,28 @@ def decode_attention(
     first = jnp.zeros_like(lengths) if first is None else jnp.maximum(first.astype(jnp.int32), 0)
     run = functools.partial(xla.decode_attention, soft_cap=soft_cap)
     arguments = (q, key, value, lengths, first)
-    fused = {
-        name: functools.partial(_KERNELS[name].decode_attention, soft_cap=soft_cap)
-        for name in PLATFORMS
+    kernel = lambda name: functools.partial(KERNELS[name].decode_attention, soft_cap=soft_cap)
+    if implementation in KERNELS:
+        if reason := unsupported(implementation, key, value):
+            raise NotImplementedError(f"decode_attention: {implementation} needs {reason}")
+        return kernel(implementation)(*arguments)
+    by_platform = {
+        platform: kernel(name)
+        for name, platform in PLATFORMS.items()
         if unsupported(name, key, value) is None
     }
-    if implementation in PLATFORMS:
-        if implementation not in fused:
-            reason = unsupported(implementation, key, value)
-            raise NotImplementedError(f"decode_attention: {implementation} needs {reason}")
-        return fused[implementation](*arguments)
-    if implementation == "xla" or not fused:
+    if implementation == "xla" or not by_platform:
         return run(*arguments)
-    by_platform = {PLATFORMS[name]: kernel for name, kernel in fused.items()}
     return jax.lax.platform_dependent(*arguments, **by_platform, default=run)
 
 
 def unsupported(implementation: str, key: TiledCodes, value: TiledCodes) -> str | None:
     """What a kernel would need to serve the case, or None if it can."""
-    return _KERNELS[implementation].unsupported(key, value)
+    return KERNELS[implementation].unsupported(key, value)
 
 
 def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
-    names = ("auto", "xla", *PLATFORMS)
+    names = ("auto", "xla", *KERNELS)
     if implementation not in names:
         raise ValueError(
             f"decode_attention: implementation must be one of {names}; got {implementation!r}"

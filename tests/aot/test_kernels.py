@@ -1,4 +1,4 @@
-"""The TPU compiler accepts every case, and its schedules stay as short as recorded."""
+"""The compilers accept every case; schedules and registers stay as few as recorded."""
 
 import dataclasses
 import functools
@@ -57,3 +57,15 @@ def test_schedules_are_as_short_as_recorded(target):
         for loop in ("head", "step"):
             assert row[loop] <= 1.1 * before[loop], (row, before)
         assert row["temporary_bytes"] == 0
+
+
+def test_registers_are_as_few_as_recorded():
+    recorded = map(json.loads, (HERE / "registers.jsonl").read_text().splitlines())
+    recorded = {row["case"]: row["registers"] for row in recorded}
+    command = [sys.executable, str(HERE / "registers.py")]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert {row["case"] for row in rows} == set(recorded)
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert row["registers"] <= 1.1 * recorded[row["case"]], (row, recorded[row["case"]])

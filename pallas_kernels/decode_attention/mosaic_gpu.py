@@ -1,0 +1,369 @@
+"""Decode attention on Hopper GPUs: codes become float16 in registers, the operands of `wgmma`.
+
+One program (a warpgroup) serves one KV head of one sequence and one of several splits of its
+tokens, with an online softmax; the splits are merged in XLA. Tokens of keys, and channels of
+values, are the 64-row side of the tensor core, and the query heads of a group the other, so that
+hardly anything is padded and what was decoded goes from registers into the product.
+
+A *unit* is 64 rows of words: of each field, 64 tokens. Words of keys are loaded as they lie, those
+of values transposed (`ldmatrix.trans`). Codes become numbers by an OR into the mantissa of a
+float16, two at a time; scales multiply scores and weights, never elements.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nqkv_jax import tiles
+from nqkv_jax.codebooks import Codebook
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+
+ROWS = 64  # of a tensor core's operand
+STAGES = 2  # units on their way from memory
+PROGRAMS = 3 * 132  # that an H100 can run at a time: 3 on each multiprocessor
+UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
+# Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
+UNSEEN, FLOOR = -1e30, -1e29
+
+
+def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
+    """What this kernel would need to serve the case, or None if it can."""
+    if jax.__version_info__ < (0, 11):
+        return f"jax 0.11 or later; got {jax.__version__}"
+    if capability := _other_capability():
+        return f"a Hopper GPU (compute capability 9.0); got {capability}"
+    if key.head_dim not in (64, 128):
+        return f"head_dim 64 or 128; got {key.head_dim}"
+    bits = key.codebook.bits, value.codebook.bits
+    if bits[0] != bits[1] or bits[0] == 3:
+        return f"keys and values of 2, 4 or 8 bits alike; got {bits[0]} and {bits[1]}"
+    if any(side.codebook.coefficients is None for side in (key, value)):
+        names = key.codebook.name, value.codebook.name
+        return f"levels that are computed (uniform, integer, cubic); got {' and '.join(names)}"
+    if key.blocks_per_head > 1 or value.blocks_per_head > 1:
+        return "scales of whole heads"
+    if any(side.scale.dtype != jnp.int16 for side in (key, value)):
+        return "scales in float16"
+    if key.num_tiles * 8 * key.codebook.bits < ROWS:
+        return f"at least {ROWS // (8 * bits[0])} tiles; got {key.num_tiles}"
+    return None
+
+
+def _other_capability() -> str | None:
+    """The compute capability of the GPU at hand, if there is one and it is no Hopper."""
+    try:
+        capability = jax.local_devices(backend="gpu")[0].compute_capability
+    except RuntimeError:  # none: traced to be compiled for another machine
+        return None
+    return None if capability.startswith("9.") else capability
+
+
+@dataclasses.dataclass(frozen=True)
+class _Levels:
+    """level = slope * factor + offset, with factor = t + square t^2 + cube t^3."""
+
+    codebook: Codebook
+
+    @property
+    def slope(self) -> float:
+        return self.codebook.coefficients[1]
+
+    @property
+    def ratio(self) -> float:
+        """offset / slope"""
+        return self.codebook.coefficients[0] / self.slope
+
+    def factor(self, words: jax.Array, byte: jax.Array, field: int) -> jax.Array:
+        """float16 factors of one field of one byte, i32[], of int16 words."""
+        bits = self.codebook.bits
+        at = field * bits
+        words = jax.lax.shift_right_logical(
+            words, jnp.full_like(words, (8 * byte).astype(jnp.int16))
+        )
+        # The number 2^(10 - at) + code, whose last bit of mantissa is worth 2^-at.
+        number = (words & jnp.int16((2**bits - 1) << at)) | jnp.int16((25 - at) << 10)
+        number = jax.lax.bitcast_convert_type(number, jnp.float16)
+        base, middle = 2 ** (10 - at), (2**bits - 1) / 2
+        if at:
+            t = number - jnp.float16(base + middle)
+        else:
+            # In one step it would not be exact. XLA, which an interpreter uses, would merge two.
+            t = jax.lax.optimization_barrier(number - jnp.float16(base)) - jnp.float16(middle)
+        square, cube = (
+            (c / self.slope for c in self.codebook.coefficients[2:])
+            if len(self.codebook.coefficients) > 2
+            else (0, 0)
+        )
+        if square:
+            return t * (t * (t * jnp.float16(cube) + jnp.float16(square)) + jnp.float16(1))
+        return t * (t * t * jnp.float16(cube) + jnp.float16(1)) if cube else t
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    head_dim: int
+    group: int  # padded to the 8 columns of a tensor core
+    num_tiles: int
+    splits: int
+    key: _Levels
+    value: _Levels
+    key_block: int  # heads that share a scale
+    value_block: int
+    key_zero: bool
+    value_zero: bool
+    soft_cap: float | None
+    interpret: bool
+
+    @property
+    def bits(self) -> int:
+        return self.key.codebook.bits
+
+    @property
+    def fields(self) -> int:
+        return 16 // self.bits
+
+    @property
+    def per_byte(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def field(self) -> int:
+        """Tokens per field of a tile."""
+        return 8 * self.bits
+
+    @property
+    def tiles(self) -> int:
+        """Of a unit."""
+        return ROWS // self.field
+
+    @property
+    def arrays(self) -> int:
+        """Scales and zeros of both sides."""
+        return 2 + self.key_zero + self.value_zero
+
+
+def decode_attention(
+    q: jax.Array,
+    key: TiledCodes,
+    value: TiledCodes,
+    lengths: jax.Array,
+    first: jax.Array,
+    *,
+    soft_cap: float | None = None,
+    interpret=None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `decode_attention.decode_attention`.
+
+    `interpret` are `plgpu.InterpretGPUParams`, for tests.
+    """
+    batch, heads, group, head_dim = q.shape
+    units = -(-key.num_tiles * 8 * key.codebook.bits // ROWS)
+    fill = -(-PROGRAMS // (batch * heads))
+    plan = _Plan(
+        head_dim=head_dim,
+        group=-(-group // 8) * 8,
+        num_tiles=key.num_tiles,
+        splits=max(1, min(fill, units // UNITS_PER_SPLIT)),
+        key=_Levels(key.codebook),
+        value=_Levels(value.codebook),
+        key_block=key.block_size // head_dim,
+        value_block=value.block_size // head_dim,
+        key_zero=key.zero is not None,
+        value_zero=value.zero is not None,
+        soft_cap=soft_cap,
+        interpret=interpret is not None,
+    )
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0))).astype(jnp.float16)
+    sums = jnp.sum(q.astype(jnp.float32), axis=-1)
+    # Free reshapes: head_dim words are a row, and so are the tokens of a field.
+    words = lambda a: a.reshape(*a.shape[:3], plan.field, head_dim)
+    fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)
+    per_token = [fields(a) for s in (key, value) for a in (s.scale, s.zero) if a is not None]
+
+    word_tiles = (plan.tiles * plan.field, head_dim)
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    half = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
+    token_size = (STAGES, plan.fields, plan.tiles, plan.field)
+    copies = 2 * plan.tiles + plan.arrays * plan.fields
+    shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
+    options = {} if interpret is None else dict(interpret=interpret)
+    numerator, denominator, maximum = plgpu.kernel(
+        functools.partial(_kernel, plan=plan),
+        out_type=(shape(head_dim, plan.group), shape(plan.group), shape(plan.group)),
+        scratch_types=[
+            plgpu.SMEM((plan.group, head_dim), jnp.float16, transforms=half),
+            plgpu.SMEM((plan.group,), jnp.float32),
+            plgpu.SMEM((STAGES, *word_tiles), jnp.int16, transforms=swizzled),
+            plgpu.SMEM((STAGES, *word_tiles), jnp.int16, transforms=swizzled),
+            [plgpu.SMEM(token_size, jnp.int16) for _ in per_token],
+            plgpu.SMEM((plan.per_byte, plan.group, ROWS), jnp.float16, transforms=half),
+            plgpu.SMEM((head_dim, plan.group), jnp.float32),
+            [plgpu.SMEM((plan.group,), jnp.float32) for _ in range(2)],
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+        ],
+        kernel_name="decode_attention",
+        grid=(plan.splits, heads, batch),
+        grid_names=("split", "head", "batch"),
+        **options,
+    )(lengths, first, q, sums, words(key.words), words(value.words), *per_token)
+    top = jnp.max(maximum, axis=2, keepdims=True)
+    weight = jnp.exp(maximum - top)
+    denominator = jnp.sum(weight * denominator, axis=2)[..., :group]
+    numerator = jnp.sum(weight[:, :, :, None] * numerator, axis=2)
+    numerator = jnp.swapaxes(numerator, 2, 3)[:, :, :group]
+    return numerator, denominator, jnp.where(denominator == 0, -jnp.inf, top[:, :, 0, :group])
+
+
+def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan: _Plan):
+    token_gmem, refs = refs[: plan.arrays], refs[plan.arrays :]
+    numerator_gmem, denominator_gmem, maximum_gmem, *scratch = refs
+    q_smem, sums_smem, key_smem, value_smem, token_smem = scratch[:5]
+    p_smem, out_smem, row_smem, query_barrier, barrier = scratch[5:]
+    split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
+    unit_tokens = plan.tiles * tiles.TOKENS
+    length, oldest = lengths[batch], first[batch]
+    div = lambda a, b: jax.lax.div(a, jnp.int32(b))
+    begin = div(oldest, unit_tokens)
+    units = jnp.maximum(div(length + (unit_tokens - 1), unit_tokens) - begin, 0)
+    each = div(units + (plan.splits - 1), plan.splits)
+    begin = begin + split * each
+    steps = jnp.clip(units - split * each, 0, each)
+
+    blocks = [plan.key_block] * (1 + plan.key_zero) + [plan.value_block] * (1 + plan.value_zero)
+
+    def first_tile(unit):
+        # The last unit is moved back to fit; what an earlier one has seen is masked out.
+        return jnp.clip(unit * plan.tiles, 0, plan.num_tiles - plan.tiles)
+
+    def fetch(step, slot):
+        tile = first_tile(begin + jnp.minimum(step, jnp.maximum(steps - 1, 0)))
+        done = barrier.at[slot]
+        for n in range(plan.tiles):
+            rows = pl.ds(n * plan.field, plan.field)
+            for source, target in ((key_gmem, key_smem), (value_gmem, value_smem)):
+                plgpu.copy_gmem_to_smem(
+                    source.at[batch, tile + n, head], target.at[slot, rows], done
+                )
+        for source, target, block in zip(token_gmem, token_smem, blocks, strict=True):
+            for k in range(plan.fields):
+                plgpu.copy_gmem_to_smem(
+                    source.at[batch, pl.ds(tile, plan.tiles), div(head, block), k],
+                    target.at[slot, k],
+                    done,
+                )
+
+    plgpu.copy_gmem_to_smem(q_gmem.at[batch, head], q_smem, query_barrier)
+    plgpu.copy_gmem_to_smem(sums_gmem.at[batch, head], sums_smem, query_barrier)
+    for slot in range(STAGES):
+        fetch(jnp.int32(slot), slot)
+    plgpu.barrier_wait(query_barrier)
+
+    square = (ROWS, plan.group)
+    by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
+    by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
+    needs_sums = plan.key_zero or plan.key.ratio != 0
+    sums = by_column(sums_smem[...]) if needs_sums else None
+
+    def per_token(number, slot, k):
+        bits = token_smem[number].at[slot, k]  # [tiles, field]: contiguous
+        bits = bits[...].reshape(ROWS) if plan.interpret else bits.reshape(ROWS)[...]
+        return by_row(jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32))
+
+    value_array = 1 + plan.key_zero
+    needs_constant = plan.value_zero or plan.value.ratio != 0
+
+    def attend(slot, unit, byte, carry):
+        """Merges the fields of one byte of a unit's words."""
+        numerator, denominator, constant, maximum = carry
+        row = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
+        log = plan.field.bit_length() - 1
+        in_field = (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
+        in_field = in_field + first_tile(unit) * tiles.TOKENS
+        oldest_here = jnp.maximum(oldest, unit * unit_tokens)
+        scores = []
+        for n in range(plan.per_byte):
+            k = byte * plan.per_byte + n
+            factor = plan.key.factor(key_smem.at[slot][...], byte, n)
+            s = _matmul(factor, q_smem, square, plan)
+            if plan.key.ratio:
+                s = s + sums * jnp.float32(plan.key.ratio)
+            s = s * (per_token(0, slot, k) * jnp.float32(plan.key.slope))
+            if plan.key_zero:
+                s = s + sums * per_token(1, slot, k)
+            if plan.soft_cap is not None:
+                s = jnp.float32(plan.soft_cap) * jnp.tanh(s * jnp.float32(1 / plan.soft_cap))
+            token = in_field + k * plan.field
+            seen = (token < length) & (token >= oldest_here)
+            scores.append(jnp.where(seen, s, jnp.float32(UNSEEN)))
+        top = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
+        old = jnp.exp(maximum - top)
+        denominator = denominator * by_column(old)
+        constant = constant * by_column(old) if needs_constant else constant
+        for n, s in enumerate(scores):
+            k = byte * plan.per_byte + n
+            p = jnp.exp(s - by_column(top))
+            denominator = denominator + p
+            scaled = p * (per_token(value_array, slot, k) * jnp.float32(plan.value.slope))
+            # What is stored for unseen tokens may be NaN. (A weight that is NaN is not 0.)
+            scaled = jnp.where(p == 0, jnp.float32(0), scaled).astype(jnp.float16)
+            p_smem.at[n].transpose((1, 0))[...] = scaled
+            if plan.value.ratio:
+                constant = constant + scaled.astype(jnp.float32) * jnp.float32(plan.value.ratio)
+            if plan.value_zero:
+                zero = p * per_token(value_array + 1, slot, k)
+                constant = constant + jnp.where(p == 0, jnp.float32(0), zero)
+        plgpu.commit_smem()
+        size = (plan.head_dim, plan.group)
+        numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
+        for n in range(plan.per_byte):
+            factor = plan.value.factor(value_smem.at[slot].transpose((1, 0))[...], byte, n)
+            numerator = numerator + _matmul(factor, p_smem.at[n], size, plan)
+        plgpu.commit_smem()  # these reads come before what is written next
+        return numerator, denominator, constant, top
+
+    def step(i, carry):
+        slot = jax.lax.rem(i, jnp.int32(STAGES))
+        plgpu.barrier_wait(barrier.at[slot])
+        # A loop, not two copies: the compiler would compute all factors of a word at once, and they
+        # do not fit into the registers.
+        carry = jax.lax.fori_loop(0, 2, lambda b, c: attend(slot, begin + i, b, c), carry)
+        fetch(i + STAGES, slot)
+        return carry
+
+    zeros = lambda *s: plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA)
+    floor = plgpu.layout_cast(
+        jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
+    )
+    start = (zeros(plan.head_dim, plan.group), zeros(*square), zeros(*square), floor)
+    numerator, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
+    for slot in range(STAGES):
+        plgpu.barrier_wait(barrier.at[slot])
+    if needs_constant:
+        total = jnp.sum(constant, axis=0)
+        numerator = numerator + jax.lax.broadcast_in_dim(total, numerator.shape, (1,))
+    out_smem[...] = numerator
+    row_smem[0][...] = jnp.sum(denominator, axis=0)
+    row_smem[1][...] = maximum
+    plgpu.commit_smem()
+    place = (batch, head, split)
+    plgpu.copy_smem_to_gmem(out_smem, numerator_gmem.at[place])
+    plgpu.copy_smem_to_gmem(row_smem[0], denominator_gmem.at[place])
+    plgpu.copy_smem_to_gmem(row_smem[1], maximum_gmem.at[place])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _matmul(left: jax.Array, right, shape: tuple[int, int], plan: _Plan) -> jax.Array:
+    """f32 left [M, K] @ right [N, K]^T; `right` is in shared memory."""
+    if plan.interpret:  # which has no products with an operand in registers
+        return jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
+
+    def run(accumulator):
+        plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
