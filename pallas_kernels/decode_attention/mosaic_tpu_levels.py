@@ -190,18 +190,19 @@ def _stepped(words: jax.Array) -> jax.Array:
     ones = every(1)
     positive = _shift(words, 3) & ones
     negative = (_shift(positive, -4) - positive) ^ every(15)  # all bits of a nibble, or none
-    u = words ^ negative  # in the low bits: codes from zero outwards
-    b21 = u & _shift(u, -1)  # these and the next in bit 2 of each nibble
+    u = words ^ negative  # in the low three bits: codes from zero outwards
+    b21 = u & _shift(u, -1) & every(4)
     b210 = b21 & _shift(u, -2)
-    more = (u & _shift(u, 2) & ones) + _shift((b21 & every(4)) + (b210 & every(4)), 1)
-    # 8 + more or 8 - more: no nibble overflows, as there are 5 at most.
-    nibbles = (every(8) + more) - _shift(more & negative, -1)
-    out = []
-    for k in range(4):
-        code, offset = (_shift(x, 4 * k) & _both(15) for x in (words, nibbles))
-        number = (code + code + offset) | _both((127 + 7) << 7)
-        out.append(pltpu.bitcast(number, jnp.bfloat16))
-    return jnp.concatenate(out, axis=0)
+    more = (u & _shift(u, 2) & ones) + _shift(b21 + b210, 1)
+    # 8 + more, or 8 - more: what overflows a nibble on the way comes back.
+    nibbles = ((more ^ negative) + every(8)) - negative
+    # 2 code + nibble of the even and of the odd fields, a byte each.
+    low, twice = _both(0x0F0F), _both(0x1E1E)
+    even = (_shift(words, -1) & twice) + (nibbles & low)
+    odd = (_shift(words, 3) & twice) + (_shift(nibbles, 4) & low)
+    byte, exponent = _both(0xFF), _both((127 + 7) << 7)
+    fields = [(_shift(pair, at) & byte) | exponent for at in (0, 8) for pair in (even, odd)]
+    return jnp.concatenate([pltpu.bitcast(f, jnp.bfloat16) for f in fields], axis=0)
 
 
 def _both(half: int) -> jax.Array:
