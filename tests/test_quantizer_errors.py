@@ -104,9 +104,10 @@ def test_error_of_cubic_codebooks(bits, signed, n):
     assert nmse(block(book, n, scale=scale)) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("n", [64, 256])
-def test_error_of_stepped_levels(n):
+@pytest.mark.parametrize("n, expected", [(64, 0.00782), (256, 0.00911)])
+def test_error_of_stepped_levels(n, expected):
     error = nmse(block(codebooks.stepped_normal(4, n), n))
+    assert error == pytest.approx(expected, rel=0.005)
     assert error == pytest.approx(nmse(block(codebooks.cubic_normal(4, n), n)), rel=0.02)
     assert error < nmse(block(NF4, n))
 
