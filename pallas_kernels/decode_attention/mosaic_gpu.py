@@ -93,14 +93,11 @@ class _Levels:
         else:
             # In one step it would not be exact. XLA, which an interpreter uses, would merge two.
             t = jax.lax.optimization_barrier(number - jnp.float16(base)) - jnp.float16(middle)
-        square, cube = (
-            (c / self.slope for c in self.codebook.coefficients[2:])
-            if len(self.codebook.coefficients) > 2
-            else (0, 0)
-        )
+        _, slope, square, cube = (*self.codebook.coefficients, 0.0, 0.0)[:4]
+        half = lambda c: jnp.float16(c / slope)
         if square:
-            return t * (t * (t * jnp.float16(cube) + jnp.float16(square)) + jnp.float16(1))
-        return t * (t * t * jnp.float16(cube) + jnp.float16(1)) if cube else t
+            return t * (t * (t * half(cube) + half(square)) + jnp.float16(1))
+        return t * (t * t * half(cube) + jnp.float16(1)) if cube else t
 
 
 @dataclasses.dataclass(frozen=True)
