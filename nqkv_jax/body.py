@@ -143,13 +143,10 @@ def _fused(
     first = None
     if window is not None:
         first = query_positions[:, 0] - window + 1 - layer.key.num_sinks
-    # Cut to what both sides hold, as one may have room for more.
-    num_tiles = min(layer.key.num_groups, layer.value.num_groups)
-    side = lambda s: s.quantizer.tiled_codes(jax.tree.map(lambda a: a[:, :num_tiles], s.body))
+    key, value = (side.quantizer.tiled_codes(side.body) for side in (layer.key, layer.value))
     numerator, denominator, maximum = kernels.decode_attention(
-        folded[..., 0, :], side(layer.key), side(layer.value), tokens, first=first,
-        implementation=kernel,
-    )  # fmt: skip
+        folded[..., 0, :], key, value, tokens, first=first, implementation=kernel
+    )
     if shift is not None:
         maximum = maximum + shift[..., 0]
     parts = dict(numerator=numerator, denominator=denominator, maximum=maximum)

@@ -1,7 +1,8 @@
-"""Codes of 1 to 8 bits in arrays of whole words: the one layout of the whole library.
+"""Codes of 1 to 8 bits in arrays of whole words: the one way of packing of the whole library.
 
-The XLA reference, the Pallas kernels and saved files all read what is described here. A row of n
-codes of b bits becomes words of W bits (`uint8` or `uint16`) in W / b *planes* of n * b / W codes:
+Quantizers pack channels or tokens into bytes; the tiles that Pallas kernels read
+(`nqkv_jax.tiles`) are tokens in 16-bit words. Files hold what is in memory. A row of n codes of b
+bits becomes words of W bits (`uint8` or `uint16`) in W / b *planes* of n * b / W codes:
 
     word j holds, at bit offset p * b, the code i = j + p * (n * b / W), for p in 0 .. W / b - 1
 
@@ -13,7 +14,7 @@ shift and one mask per lane, with no shuffle. For example n = 8, b = 2, W = 8 st
     word 1 = code 1 | code 3 << 2 | code 5 << 4 | code 7 << 6
 
 Widths that are no power of two do not divide a word. They are stored as rows of powers of two, one
-after the other along the last axis, the widest first and with the lowest bits: 3 bits are the low
+after the other along that axis, the widest first and with the lowest bits: 3 bits are the low
 two bits of every code (n / (W / 2) words), then the high bit of every code (n / W words); 5 are
 4 + 1, 6 are 4 + 2, 7 are 4 + 2 + 1. So 3-bit codes cost 3.0 bits.
 
@@ -44,52 +45,51 @@ def packed_size(n: int, bits: int, word=jnp.uint8) -> int:
     return n * bits // word_bits
 
 
-def pack(codes: jax.Array, bits: int, word=jnp.uint8) -> jax.Array:
-    """Packs codes along the last axis, in the layout of this module.
+def pack(codes: jax.Array, bits: int, word=jnp.uint8, axis: int = -1) -> jax.Array:
+    """Packs rows of codes along `axis`, in the layout of this module.
 
-    Args:    codes: integers [..., n], each in [0, 2**bits); higher bits are dropped.
+    Args:    codes: integers [..., n, ...], each in [0, 2**bits); higher bits are dropped.
              bits: 1..8.  word: jnp.uint8 or jnp.uint16.
-    Returns: word[..., n * bits / word_bits].
+    Returns: word[..., n * bits / word_bits, ...].
     Raises:  ValueError if `bits`, `word` or n is not supported.
     """
-    n = codes.shape[-1]
-    packed_size(n, bits, word)
+    packed_size(codes.shape[axis], bits, word)
     low = _widest(bits)
     if low < bits:
-        high = pack(codes >> _like(codes, low), bits - low, word)
-        return jnp.concatenate([pack(codes, low, word), high], axis=-1)
+        high = pack(codes >> _like(codes, low), bits - low, word, axis)
+        return jnp.concatenate([pack(codes, low, word, axis), high], axis=axis)
     planes = _word_bits(word) // bits
     codes = (codes & _like(codes, 2**bits - 1)).astype(word)
     packed = None
-    for p, plane in enumerate(jnp.split(codes, planes, axis=-1)):
+    for p, plane in enumerate(jnp.split(codes, planes, axis=axis)):
         shifted = plane << _like(plane, p * bits)
         packed = shifted if packed is None else packed | shifted
     return packed
 
 
-def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
-    """The inverse of `pack`: uint8 codes [..., n] from words [..., n * bits / word_bits].
+def unpack(packed: jax.Array, bits: int, n: int, axis: int = -1) -> jax.Array:
+    """The inverse of `pack`: uint8 codes [..., n, ...] from [..., n * bits / word_bits, ...].
 
     Args:    packed: uint8 or uint16, as `pack` returns it.  bits: as packed.  n: codes per row.
     Raises:  ValueError if the number of words is not what `n` codes take.
     """
     words = packed_size(n, bits, packed.dtype)
-    if packed.shape[-1] != words:
+    if packed.shape[axis] != words:
         raise ValueError(
             f"unpack: {n} codes of {bits} bits take {words} {packed.dtype.name} words; "
             f"got packed.shape={packed.shape}"
         )
     widest = _widest(bits)
     if widest < bits:
-        low, high = jnp.split(packed, [n * widest // _word_bits(packed.dtype)], axis=-1)
-        low, high = unpack(low, widest, n), unpack(high, bits - widest, n)
+        low, high = jnp.split(packed, [n * widest // _word_bits(packed.dtype)], axis=axis)
+        low, high = unpack(low, widest, n, axis), unpack(high, bits - widest, n, axis)
         return low | (high << _like(high, widest))
     planes = _word_bits(packed.dtype) // bits
     mask = _like(packed, 2**bits - 1)
     # Concatenated planes, not a broadcast against a vector of shifts and a reshape: on XLA:CPU the
     # former is 1.6 to 2.2 times as fast, alone or fused into the product that reads the codes.
     codes = [(packed >> _like(packed, p * bits)) & mask for p in range(planes)]
-    return jnp.concatenate([c.astype(jnp.uint8) for c in codes], axis=-1)
+    return jnp.concatenate([c.astype(jnp.uint8) for c in codes], axis=axis)
 
 
 def _widest(bits: int) -> int:

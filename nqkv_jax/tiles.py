@@ -16,6 +16,8 @@ load without padding; on other platforms it is a free reshape.
 import jax
 import jax.numpy as jnp
 
+from nqkv_jax import packing
+
 TOKENS = 128
 LANES = 128
 BITS = (2, 3, 4, 8)
@@ -41,18 +43,16 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
     Raises: ValueError if there is no such tile.
     """
-    tokens, heads, head_dim = codes.shape
+    tokens, _, head_dim = codes.shape
     if tokens != TOKENS:
         raise ValueError(f"tiles: a tile has {TOKENS} tokens; got codes {codes.shape}")
     check(head_dim, bits)
-    codes = jnp.moveaxis(codes, 0, 1).astype(jnp.uint16)  # [heads, tokens, head_dim]
+    codes = jnp.moveaxis(codes, 0, 1)  # [heads, tokens, head_dim]
     if bits == 3:
-        low, high = codes & jnp.uint16(3), codes >> jnp.uint16(2)
-        high = high.reshape(heads, 8, 2, 8, head_dim)  # field, upper or lower rows, row
-        high = _join(jnp.swapaxes(high, 1, 2).reshape(heads, 16, 8, head_dim), 1)
-        words = [_join(low.reshape(heads, 8, 16, head_dim), 2), high]
+        low, high = codes & jnp.uint8(3), codes >> jnp.uint8(2)
+        words = [_words(low, 2), _words(_halves_apart(high), 1)]
     else:
-        words = [_join(codes.reshape(heads, 16 // bits, 8 * bits, head_dim), bits)]
+        words = [_words(codes, bits)]
     rows = jnp.concatenate([_to_rows(w) for w in words], axis=1)
     return jax.lax.bitcast_convert_type(rows, jnp.int16)
 
@@ -60,31 +60,30 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 def unpack(words: jax.Array, bits: int, head_dim: int) -> jax.Array:
     """u8[128, heads, head_dim]: the codes in the words int16[heads, rows, 128] of one tile."""
     words = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    codes_of = lambda rows, bits: packing.unpack(_from_rows(rows, head_dim), bits, TOKENS, axis=1)
     if bits == 3:
         low, high = jnp.split(words, [num_rows(head_dim, 2)], axis=1)
-        codes = _split(_from_rows(low, head_dim), 2)  # [heads, 8, 16, head_dim]
-        high = _split(_from_rows(high, head_dim), 1).reshape(-1, 2, 8, 8, head_dim)
-        high = jnp.swapaxes(high, 1, 2).reshape(codes.shape)
-        codes = codes | (high << jnp.uint16(2))
+        high = _halves_together(codes_of(high, 1))
+        codes = codes_of(low, 2) | (high << jnp.uint8(2))
     else:
-        codes = _split(_from_rows(words, head_dim), bits)
-    codes = codes.reshape(codes.shape[0], TOKENS, head_dim).astype(jnp.uint8)
+        codes = codes_of(words, bits)
     return jnp.moveaxis(codes, 1, 0)
 
 
-def _join(fields: jax.Array, bits: int) -> jax.Array:
-    """Words u16[heads, R, head_dim] of fields [heads, 16 / bits, R, head_dim]."""
-    words = fields[:, 0]
-    for k in range(1, 16 // bits):
-        words = words | (fields[:, k] << jnp.uint16(k * bits))
-    return words
+def _words(codes: jax.Array, bits: int) -> jax.Array:
+    return packing.pack(codes, bits, jnp.uint16, axis=1)
 
 
-def _split(words: jax.Array, bits: int) -> jax.Array:
-    """The inverse of `_join`."""
-    mask = jnp.uint16(2**bits - 1)
-    fields = [(words >> jnp.uint16(k * bits)) & mask for k in range(16 // bits)]
-    return jnp.stack(fields, axis=1)
+def _halves_apart(bits: jax.Array) -> jax.Array:
+    """Tokens of which the low bits are in rows 0..7 of their fields first, then those in 8..15."""
+    fields = bits.reshape(bits.shape[0], 8, 2, 8, -1)  # field, half, row
+    return jnp.swapaxes(fields, 1, 2).reshape(bits.shape)
+
+
+def _halves_together(bits: jax.Array) -> jax.Array:
+    """The inverse of `_halves_apart`."""
+    fields = bits.reshape(bits.shape[0], 2, 8, 8, -1)
+    return jnp.swapaxes(fields, 1, 2).reshape(bits.shape)
 
 
 def _to_rows(words: jax.Array) -> jax.Array:

@@ -83,7 +83,12 @@ GPU_SLOW = [
 GPU_QUICK = ["cubic4", "uniform2-d64", "window"]
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs jax 0.11 or later")
+needs_mosaic_gpu = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernel and its interpreter need jax 0.11"
+)
+
+
+@needs_mosaic_gpu
 @pytest.mark.parametrize("name", [*GPU_QUICK, *(pytest.param(n, marks=SLOW) for n in GPU_SLOW)])
 def test_mosaic_gpu_in_the_interpreter(name, monkeypatch):
     """Products whose operand is in registers are beyond the interpreter: `jnp.dot` stands in."""
@@ -94,9 +99,8 @@ def test_mosaic_gpu_in_the_interpreter(name, monkeypatch):
     check(CASES[name], jnp.bfloat16, 2e-3, num_tiles=4, implementation="mosaic_gpu")
 
 
+@needs_mosaic_gpu
 def test_what_the_gpu_kernel_needs():
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("needs jax 0.11 or later")
     for name, message in (
         ("nf4-across-heads", "levels that are computed"),
         ("cubic3", "keys and values of 2, 4 or 8 bits alike; got 3 and 3"),
@@ -126,6 +130,17 @@ def test_what_is_stored_for_unseen_tokens_does_not_matter(implementation):
     seen = dataclasses.replace(value, scale=value.scale.at[:, 0, 0, 7].set(nan))
     numerator = np.asarray(run(q, key, seen, lengths)[0])
     assert np.isnan(numerator[:, 0]).all() and np.isfinite(numerator[:, 1]).all()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+def test_a_side_with_room_for_more(implementation):
+    q, key, value, lengths, _ = arguments(CASES["cubic4"], (100,), num_tiles=2)
+    roomy = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), value)
+    run = jax.jit(functools.partial(decode_attention, implementation=implementation))
+    jax.tree.map(
+        np.testing.assert_array_equal, run(q, key, value, lengths), run(q, key, roomy, lengths)
+    )
 
 
 def test_parts_merge():

@@ -1,15 +1,16 @@
 """Queries, keys and values of every layer of a model, on a text."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax.evaluation.protocol import LanguageModel
-from nqkv_jax.partial import Partial, attend_new
+from nqkv_jax.evaluation.windows import encode
+from nqkv_jax.partial import attend_new
 from nqkv_jax.rotary import Rotary
+from nqkv_jax.stand_in import StandIn
 
 
 @jax.tree_util.register_dataclass
@@ -52,47 +53,26 @@ def record(lm: LanguageModel, tokens: np.ndarray) -> list[LayerActivations]:
     Raises: ValueError unless there are 2 tokens or more, ids of the vocabulary, and positions for
       all of them.
     """
-    tokens, longest = np.asarray(tokens), lm.config.max_positions
-    integers = np.issubdtype(tokens.dtype, np.integer)
-    if tokens.ndim != 1 or not integers or not 2 <= tokens.size <= longest:
+    tokens, longest = encode("analysis", lm, tokens), lm.config.max_positions
+    if not 2 <= tokens.size <= longest:
         raise ValueError(
             f"analysis: expected 2 to {longest} token ids, as many as {lm.name} can read at once; "
-            f"got {tokens.dtype} of shape {tokens.shape}"
-        )
-    if tokens.min() < 0 or tokens.max() >= lm.config.vocab_size:
-        raise ValueError(
-            f"analysis: token ids must be in [0, {lm.config.vocab_size}), the vocabulary of "
-            f"{lm.name}; got {tokens.min()} to {tokens.max()}"
+            f"got {tokens.size}"
         )
 
     @jax.jit
     def run(params, tokens):
         return lm.apply(params, tokens[None], _Recorder(), last_only=True)[1].layers
 
-    return list(run(lm.params, jnp.asarray(tokens, jnp.int32)))
+    return list(run(lm.params, jnp.asarray(tokens)))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Recorder:
-    """Stands in for a cache."""
-
+class _Recorder(StandIn):
     layers: tuple[LayerActivations, ...] = ()
 
-    def positions(self, num_tokens: int) -> jax.Array:
-        return jnp.arange(num_tokens)[None]
-
-    def attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        unrotated: jax.Array,
-        *,
-        layer: int,
-        rotary: Rotary | None,
-        window: int | None,
-    ) -> tuple[Partial, Any]:
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
         positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
         rotated = k if rotary is None else rotary(k, positions)
         activations = LayerActivations(

@@ -34,7 +34,7 @@ def decode_attention(
     Args:
       q: float[B, Hkv, G, D], rotated and scaled; G query heads share a KV head.
       key, value: the cache. Tokens beyond `lengths` may hold anything.
-      lengths: i32[B], tokens that are there, at most 128 * tiles.
+      lengths: i32[B], tokens that are there: at most 128 * tiles, of the side that has fewer.
       first: i32[B], the first token that is seen (a sliding window); None for 0.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None for no cap.
       implementation: "auto" is the fused kernel where the platform has one and it can serve the
@@ -81,10 +81,10 @@ def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
             f"decode_attention: implementation must be one of {names}; got {implementation!r}"
         )
     key.check("key"), value.check("value")
-    batch, num_tiles, heads = key.words.shape[:3]
-    if value.words.shape[:3] != (batch, num_tiles, heads) or value.head_dim != key.head_dim:
+    batch, heads = key.words.shape[0], key.num_heads
+    if (value.words.shape[0], value.num_heads, value.head_dim) != (batch, heads, key.head_dim):
         raise ValueError(
-            "decode_attention: key and value must agree in batch, tiles, heads and head_dim; got "
+            "decode_attention: key and value must agree in batch, heads and head_dim; got "
             f"words {key.words.shape} of head_dim {key.head_dim} and {value.words.shape} of "
             f"{value.head_dim}"
         )

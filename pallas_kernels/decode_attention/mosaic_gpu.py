@@ -48,8 +48,9 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
         return "scales of whole heads"
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):
         return "scales in float16"
-    if key.num_tiles * 8 * key.codebook.bits < ROWS:
-        return f"at least {ROWS // (8 * bits[0])} tiles; got {key.num_tiles}"
+    num_tiles = min(key.num_tiles, value.num_tiles)
+    if num_tiles * 8 * bits[0] < ROWS:
+        return f"at least {ROWS // (8 * bits[0])} tiles; got {num_tiles}"
     return None
 
 
@@ -158,12 +159,13 @@ def decode_attention(
     `interpret` are `plgpu.InterpretGPUParams`, for tests.
     """
     batch, heads, group, head_dim = q.shape
-    units = -(-key.num_tiles * 8 * key.codebook.bits // ROWS)
+    num_tiles = min(key.num_tiles, value.num_tiles)
+    units = -(-num_tiles * 8 * key.codebook.bits // ROWS)
     fill = -(-PROGRAMS // (batch * heads))
     plan = _Plan(
         head_dim=head_dim,
         group=-(-group // 8) * 8,
-        num_tiles=key.num_tiles,
+        num_tiles=num_tiles,
         splits=max(1, min(fill, units // UNITS_PER_SPLIT)),
         key=_Levels(key.codebook),
         value=_Levels(value.codebook),

@@ -137,7 +137,7 @@ def decode_attention(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, -(-key.num_tiles // plan.step)),
+            grid=(batch, -(-min(key.num_tiles, value.num_tiles) // plan.step)),
             in_specs=[whole(queries), *map(in_steps, codes)],
             out_specs=[whole(o) for o in outputs],
             scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *per_token],
@@ -158,7 +158,8 @@ def _plan(q, key, value, soft_cap) -> _Plan:
     ]
     fold = max(1, tiles.LANES // key.head_dim)
     per_tile = sum(math.prod(side.words.shape[2:]) * 2 for side in (key, value))
-    step = max(1, min(TILES_PER_STEP, STEP_BYTES // per_tile, key.num_tiles) // fold) * fold
+    num_tiles = min(key.num_tiles, value.num_tiles)
+    step = max(1, min(TILES_PER_STEP, STEP_BYTES // per_tile, num_tiles) // fold) * fold
     return _Plan(key.head_dim, -(-q.shape[2] // 8) * 8, step, *sides, soft_cap)
 
 
