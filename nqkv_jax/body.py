@@ -206,6 +206,9 @@ def _walk_body(
         mask = visible(query_positions, positions, valid, window)
         return attend_tokens(folded, decode(key, keys), decode(value, values), mask, shift)
 
+    # Folded values may have another width than the model's.
+    width = jax.eval_shape(lambda: one(0, fetch(key, 0), fetch(value, 0))).numerator.shape[-1]
+
     # The codes of the next tile are fetched while this one is decoded. That keeps XLA from fusing
     # the slice into the decoding, which takes five times as long on a CPU. The first fetch is in
     # the loop too, in a round without decoding: outside it would be fused with the append, and copy
@@ -222,5 +225,5 @@ def _walk_body(
     first = jnp.maximum(oldest, 0) // tile
     last = (jnp.max(tokens) + tile - 1) // tile
     nothing = lambda side: jax.tree.map(jnp.zeros_like, jax.eval_shape(fetch, side, first))
-    carry = (Partial.empty(folded), nothing(key), nothing(value))
+    carry = (Partial.empty(folded, width), nothing(key), nothing(value))
     return jax.lax.fori_loop(first - 1, last, step, carry)[0]

@@ -27,12 +27,11 @@ class Partial:
     maximum: jax.Array
 
     @classmethod
-    def empty(cls, q: jax.Array) -> "Partial":
-        """Over no token, for queries [B, Hkv, G, S, D]."""
+    def empty(cls, q: jax.Array, width: int | None = None) -> "Partial":
+        """Over no token, for queries [B, Hkv, G, S, D] and values of `width` (default: D)."""
         zeros = jnp.zeros(q.shape[:-1], jnp.float32)
-        return cls(
-            numerator=jnp.zeros(q.shape, jnp.float32), denominator=zeros, maximum=zeros - jnp.inf
-        )
+        numerator = jnp.zeros((*q.shape[:-1], width or q.shape[-1]), jnp.float32)
+        return cls(numerator=numerator, denominator=zeros, maximum=zeros - jnp.inf)
 
     def merge(self, other: "Partial") -> "Partial":
         maximum = jnp.maximum(self.maximum, other.maximum)

@@ -400,3 +400,43 @@ def test_bad_calls_are_refused(changes, message):
     q, k = (jnp.zeros(shapes[n], dtype) for n in ("q", "k"))
     with pytest.raises(ValueError, match=message):
         nq.attend(q, k, k, changes.pop("cache", make_cache("nqkv", max_len=8)), **changes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InParts(nq.Quantizer):
+    """Full precision; a folded token is two tokens that add up to it."""
+
+    def quantize(self, x, context):
+        return x
+
+    def dequantize(self, payload, context, dtype=jnp.float32):
+        return payload.astype(dtype)
+
+    def dequantize_folded(self, payload, context, dtype=jnp.float32):
+        x = payload.astype(dtype)
+        return jnp.concatenate([x * 0.25, x * 0.75], axis=-1)
+
+    def fold_queries(self, q, context):
+        return jnp.concatenate([q, q], axis=-1), None
+
+    def unfold_output(self, out, context):
+        return sum(jnp.split(out, 2, axis=-1))
+
+
+@pytest.mark.parametrize("key, value", [(True, True), (True, False), (False, True)])
+def test_folded_tokens_may_have_another_width(key, value):
+    plain = nq.schemes.get("none").layer(nq.schemes.LayerShape(num_kv_heads=1, head_dim=1)).key
+    scheme = nq.schemes.LayerScheme(
+        key=InParts() if key else plain, value=InParts() if value else plain
+    )
+    shape = nq.schemes.LayerShape(num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM)
+    layer = scheme.init(shape, batch=BATCH, max_len=8, dtype=jnp.float32)
+    cache, expected = nq.KVCache(layers=(layer,), scheme="parts"), make_cache("none", max_len=8)
+    q, k, v = make_qkv(8)
+    out, cache = attend(q[:, :5], k[:, :5], v[:, :5], cache)
+    reference, expected = attend(q[:, :5], k[:, :5], v[:, :5], expected)
+    chex.assert_trees_all_close(out, reference, rtol=1e-5, atol=1e-6)
+    out, _ = attend(q[:, 5:], k[:, 5:], v[:, 5:], cache)
+    reference, _ = attend(q[:, 5:], k[:, 5:], v[:, 5:], expected)
+    chex.assert_trees_all_close(out, reference, rtol=1e-5, atol=1e-6)

@@ -89,12 +89,15 @@ class Quantizer:
         raise NotImplementedError
 
     # A linear map that a quantizer applies before coding need not be undone on every cached token:
-    # on keys it moves to the query, on values to the output. The defaults say "nothing to fold".
+    # on keys it moves to the query, on values to the output. A folded token may have more or fewer
+    # channels than head_dim (several products per key, values as weights of a codebook). The
+    # defaults say "nothing to fold".
 
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         """(q', shift) such that <q, key> = <q', folded key> + shift.
 
-        `q` is [..., heads, head_dim] with KV heads; `shift` is [..., heads] or None for zero.
+        `q` is [..., heads, head_dim] with KV heads; q' is [..., heads, channels of a folded key];
+        `shift` is [..., heads] or None for zero.
         """
         return q, None
 
@@ -108,7 +111,8 @@ class Quantizer:
         return None
 
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
-        """Turns a weighted mean of folded values [..., heads, head_dim] into one of values."""
+        """Turns a weighted mean of folded values [..., heads, channels] into one of values
+        [..., heads, head_dim]."""
         return out
 
 
