@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from vector_attention_cases import VECTOR_CASES, VectorCase, vector_arguments, vector_dense
 
 from nqkv_jax import codebooks, tiles
-from nqkv_jax.pallas_kernels.decode_attention import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _cases():
     yield Case("window", cubic(4), window=150, group=2)
 
 
-CASES = {case.name: case for case in _cases()}
+CASES = {case.name: case for case in (*_cases(), *VECTOR_CASES)}
 
 
 def codes(case: Case, codebook, batch: int, num_tiles: int, rng) -> TiledCodes:
@@ -75,8 +76,12 @@ def codes(case: Case, codebook, batch: int, num_tiles: int, rng) -> TiledCodes:
     return TiledCodes(words=words, scale=scale, zero=zero, codebook=codebook)
 
 
-def arguments(case: Case, lengths, num_tiles: int = 4, dtype=jnp.float32, seed: int = 0):
+def arguments(
+    case: Case | VectorCase, lengths, num_tiles: int = 4, dtype=jnp.float32, seed: int = 0
+):
     """(q, key, value, lengths, first) of a ragged batch."""
+    if isinstance(case, VectorCase):
+        return vector_arguments(case, lengths, num_tiles, dtype, seed)
     rng = np.random.default_rng(seed)
     batch = len(lengths)
     shape = (batch, case.heads, case.group, case.head_dim)
@@ -88,8 +93,10 @@ def arguments(case: Case, lengths, num_tiles: int = 4, dtype=jnp.float32, seed: 
     return q, key, value, lengths, first
 
 
-def dense(side: TiledCodes) -> np.ndarray:
+def dense(side: TiledCodes | VectorCodes) -> np.ndarray:
     """f64[B, tokens, Hkv, D], with the layout read off its description, bit by bit."""
+    if isinstance(side, VectorCodes):
+        return vector_dense(side)
     bits, head_dim = side.codebook.bits, side.head_dim
     words = np.asarray(side.words).view(np.uint16)
     batch, num_tiles, heads = words.shape[:3]
@@ -123,7 +130,7 @@ def dense(side: TiledCodes) -> np.ndarray:
 def oracle(q, key, value, lengths, first, soft_cap):
     """The output f64[B, Hkv, G, D] and the log of the sum of exponentials f64[B, Hkv, G]."""
     q, k, v = np.asarray(q, np.float64), dense(key), dense(value)
-    out, total = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+    out, total = np.zeros((*q.shape[:3], v.shape[-1])), np.full(q.shape[:3], -np.inf)
     for b, n in enumerate(np.asarray(lengths)):
         start = 0 if first is None else int(first[b])
         if n <= start:

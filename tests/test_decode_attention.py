@@ -11,9 +11,14 @@ import pytest
 from decode_attention_cases import CASES, arguments, dense, oracle
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from vector_attention_cases import VectorCase
 
 from nqkv_jax import codebooks, tiles
-from nqkv_jax.pallas_kernels.decode_attention import decode_attention, mosaic_gpu
+from nqkv_jax.pallas_kernels.decode_attention import (
+    decode_attention,
+    mosaic_gpu,
+    triton_vectors,
+)
 
 SLOW = pytest.mark.slow
 LENGTHS = (0, 1, 200, 384)
@@ -53,7 +58,7 @@ def test_xla(case):
 
 
 TPU = [c.name for c in CASES.values() if c.head_dim in (64, 128, 256)]
-QUICK = ("cubic4", "uniform3-minmax", "keys2-values4-d64")
+QUICK = ("cubic4", "uniform3-minmax", "keys2-values4-d64", "vector1-d64")
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -63,7 +68,7 @@ def test_mosaic_tpu_in_the_strict_interpreter(name):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", ["nf4-d64", "window"])
+@pytest.mark.parametrize("name", ["nf4-d64", "window", "vector2"])
 def test_mosaic_tpu_in_float32(name):
     check(CASES[name], jnp.float32, 1e-5, implementation="mosaic_tpu")
 
@@ -97,6 +102,20 @@ def test_mosaic_gpu_in_the_interpreter(name, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "decode_attention", kernel)
     # Its products are in float16 whatever the queries are.
     check(CASES[name], jnp.bfloat16, 2e-3, num_tiles=4, implementation="mosaic_gpu")
+
+
+VECTORS = [c.name for c in CASES.values() if isinstance(c, VectorCase)]
+VECTORS_QUICK = ["vector1", "vector2-d64-window"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in VECTORS_QUICK else SLOW) for n in VECTORS]
+)
+def test_triton_in_the_interpreter(name, monkeypatch):
+    kernel = functools.partial(triton_vectors.decode_attention, interpret=True)
+    monkeypatch.setattr(triton_vectors, "decode_attention", kernel)
+    # Its products are in float16 whatever the queries are.
+    check(CASES[name], jnp.bfloat16, 2e-3, num_tiles=9, implementation="triton")
 
 
 @needs_mosaic_gpu
@@ -193,7 +212,33 @@ def test_bad_input():
     q, key, value, lengths, _ = arguments(CASES["cubic4-d80"], (10,), num_tiles=1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs head_dim to divide 128"):
         decode_attention(q, key, value, lengths, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="two TiledCodes; got VectorCodes and VectorCode"):
+        vectors = arguments(CASES["vector2"], (10,), num_tiles=2)[:4]
+        decode_attention(*vectors, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="expected bits to be one of"):
         tiles.pack(jnp.zeros((128, 1, 16), jnp.uint8), 5)
     with pytest.raises(ValueError, match="multiple of 16"):
         tiles.pack(jnp.zeros((128, 1, 24), jnp.uint8), 4)
+
+
+def test_bad_vector_codes():
+    q, key, value, lengths, _ = arguments(CASES["vector2"], (10,), num_tiles=2)
+    for message, changes in (
+        (r"expected key.words int16\[batch", dict(words=key.words.astype(jnp.int32))),
+        ("key.bits must be 1 or 2; got 3", dict(bits=3)),
+        (r"expected key.table \(256, 8\); got \(16, 8\)", dict(table=key.table[:16])),
+        (r"expected key.scale \(1, 2, 2, 128\); got", dict(scale=key.scale[:, :1])),
+        ("key needs both weight and mean", dict(weight=None)),
+        ("3 windows, which do not divide", dict(mean=jnp.zeros((1, 2, 3, 2, 128)))),
+        (r"expected q \[1, 2, query heads per KV head, 128\]", dict(apart=False)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_attention(q, dataclasses.replace(key, **changes), value, lengths)
+    spoil = lambda a: a.at[:, 1:].set(jnp.asarray(np.float16(np.nan).view(np.int16)))
+    spoilt = dataclasses.replace(
+        value, scale=spoil(value.scale), mean=value.mean.at[:, 1:].set(np.nan)
+    )
+    run = jax.jit(functools.partial(decode_attention, implementation="xla"))
+    jax.tree.map(
+        np.testing.assert_array_equal, run(q, key, value, lengths), run(q, key, spoilt, lengths)
+    )

@@ -5,21 +5,35 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, xla
+from nqkv_jax.pallas_kernels.decode_attention import (
+    mosaic_gpu,
+    mosaic_tpu,
+    mosaic_tpu_vectors,
+    triton_vectors,
+    xla,
+)
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention.vectors import VectorCodes
 
-__all__ = ["KERNELS", "PLATFORMS", "TiledCodes", "decode_attention", "unsupported"]
+__all__ = ["KERNELS", "PLATFORMS", "TiledCodes", "VectorCodes", "decode_attention", "unsupported"]
 
-KERNELS = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
-# Those that "auto" takes, by the platform of `jax.lax.platform_dependent`. Not the one for GPUs as
-# long as it has not run on one: what it asks of tensor cores is not in any interpreter.
+Codes = TiledCodes | VectorCodes
+
+# By name, and by what both sides are.
+KERNELS = {
+    "mosaic_tpu": {TiledCodes: mosaic_tpu, VectorCodes: mosaic_tpu_vectors},
+    "mosaic_gpu": {TiledCodes: mosaic_gpu},
+    "triton": {VectorCodes: triton_vectors},
+}
+# Those that "auto" takes, by the platform of `jax.lax.platform_dependent`. Not those for GPUs as
+# long as they have not run on one: what they ask of tensor cores is not in any interpreter.
 PLATFORMS = {"mosaic_tpu": "tpu"}
 
 
 def decode_attention(
     q: jax.Array,
-    key: TiledCodes,
-    value: TiledCodes,
+    key: Codes,
+    value: Codes,
     lengths: jax.Array,
     *,
     first: jax.Array | None = None,
@@ -32,7 +46,8 @@ def decode_attention(
     dtype of `q`, with sums, softmax and scales in float32.
 
     Args:
-      q: float[B, Hkv, G, D], rotated and scaled; G query heads share a KV head.
+      q: float[B, Hkv, G, D], rotated and scaled; G query heads share a KV head. D is head_dim,
+        but twice that if the means of keys are `apart`.
       key, value: the cache. Tokens beyond `lengths` may hold anything.
       lengths: i32[B], tokens that are there: at most 128 * tiles, of the side that has fewer.
       first: i32[B], the first token that is seen (a sliding window); None for 0.
@@ -41,9 +56,9 @@ def decode_attention(
         case (`PLATFORMS`), else "xla". A kernel's name (`KERNELS`) asks for that one.
 
     Returns:
-      numerator f32[B, Hkv, G, D] and denominator f32[B, Hkv, G], relative to exp(maximum), and
-      maximum f32[B, Hkv, G], -inf where no token is seen. The output is numerator / denominator;
-      parts over other tokens merge by their maxima.
+      numerator f32[B, Hkv, G, head_dim] and denominator f32[B, Hkv, G], relative to exp(maximum),
+      and maximum f32[B, Hkv, G], -inf where no token is seen. The output is numerator /
+      denominator; parts over other tokens merge by their maxima.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -54,7 +69,9 @@ def decode_attention(
     first = jnp.zeros_like(lengths) if first is None else jnp.maximum(first.astype(jnp.int32), 0)
     run = functools.partial(xla.decode_attention, soft_cap=soft_cap)
     arguments = (q, key, value, lengths, first)
-    kernel = lambda name: functools.partial(KERNELS[name].decode_attention, soft_cap=soft_cap)
+    kernel = lambda name: functools.partial(
+        KERNELS[name][type(key)].decode_attention, soft_cap=soft_cap
+    )
     if implementation in KERNELS:
         if reason := unsupported(implementation, key, value):
             raise NotImplementedError(f"decode_attention: {implementation} needs {reason}")
@@ -69,9 +86,13 @@ def decode_attention(
     return jax.lax.platform_dependent(*arguments, **by_platform, default=run)
 
 
-def unsupported(implementation: str, key: TiledCodes, value: TiledCodes) -> str | None:
+def unsupported(implementation: str, key: Codes, value: Codes) -> str | None:
     """What a kernel would need to serve the case, or None if it can."""
-    return KERNELS[implementation].unsupported(key, value)
+    kinds = KERNELS[implementation]
+    if type(key) is not type(value) or type(key) not in kinds:
+        served = " or ".join(f"two {kind.__name__}" for kind in kinds)
+        return f"{served}; got {type(key).__name__} and {type(value).__name__}"
+    return kinds[type(key)].unsupported(key, value)
 
 
 def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
@@ -88,10 +109,10 @@ def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
             f"words {key.words.shape} of head_dim {key.head_dim} and {value.words.shape} of "
             f"{value.head_dim}"
         )
-    if q.ndim != 4 or (q.shape[0], q.shape[1], q.shape[3]) != (batch, heads, key.head_dim):
+    if q.ndim != 4 or (q.shape[0], q.shape[1], q.shape[3]) != (batch, heads, key.width):
         raise ValueError(
             f"decode_attention: expected q [{batch}, {heads}, query heads per KV head, "
-            f"{key.head_dim}]; got {q.shape}"
+            f"{key.width}]; got {q.shape}"
         )
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(

@@ -33,6 +33,11 @@ class TiledCodes:
         return self.words.shape[3] * 16 // self.codebook.bits
 
     @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.head_dim
+
+    @property
     def num_heads(self) -> int:
         return self.words.shape[2]
 
@@ -100,14 +105,14 @@ class TiledCodes:
         unpack = lambda words: tiles.unpack(words, self.codebook.bits, self.head_dim)
         x = self.codebook.decode(jax.vmap(unpack)(cut(self.words)))
         blocks = x.reshape(*x.shape[:2], -1, self.block_size)
-        per_token = lambda a: jnp.swapaxes(_as_float32(cut(a)), 1, 2)[..., None]
+        per_token = lambda a: jnp.swapaxes(as_float32(cut(a)), 1, 2)[..., None]
         blocks = blocks * per_token(self.scale)
         if self.zero is not None:
             blocks = blocks + per_token(self.zero)
         return blocks.reshape(x.shape)
 
 
-def _as_float32(x: jax.Array) -> jax.Array:
+def as_float32(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.int16:
         x = jax.lax.bitcast_convert_type(x, jnp.float16)
     return x.astype(jnp.float32)

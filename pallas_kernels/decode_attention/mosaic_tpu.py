@@ -106,17 +106,7 @@ def decode_attention(
     """See `decode_attention.decode_attention`."""
     batch, heads, group, _ = q.shape
     plan = _plan(q, key, value, soft_cap)
-    tokens = plan.step * tiles.TOKENS
-
-    def nearest(b, i, lengths, first):
-        """The step itself if some of its tokens are seen, else the nearest such step."""
-        last = jnp.maximum(jax.lax.div(lengths[b] - 1, jnp.int32(tokens)), 0)
-        return jnp.clip(i, jnp.minimum(jax.lax.div(first[b], jnp.int32(tokens)), last), last)
-
-    def in_steps(a):
-        index = lambda b, i, *prefetched: (b, nearest(b, i, *prefetched)) + (0,) * (a.ndim - 2)
-        return pl.BlockSpec((1, plan.step, *a.shape[2:]), index)
-
+    walked = functools.partial(in_steps, step=plan.step)
     whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, *_: (b, 0, 0, 0))
     queries = _expand(q, plan)
     codes = [
@@ -138,7 +128,7 @@ def decode_attention(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, -(-min(key.num_tiles, value.num_tiles) // plan.step)),
-            in_specs=[whole(queries), *map(in_steps, codes)],
+            in_specs=[whole(queries), *map(walked, codes)],
             out_specs=[whole(o) for o in outputs],
             scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *per_token],
         ),
@@ -147,6 +137,22 @@ def decode_attention(
         name="decode_attention",
     )(lengths, first, queries, *codes)
     return _collect(*results, plan, group)
+
+
+def in_steps(a, step: int) -> pl.BlockSpec:
+    """Of a [B, tiles, ...], `step` tiles at a time, on a grid of (B, steps).
+
+    `lengths` and `first` are prefetched. A step none of whose tokens is seen asks for the nearest
+    one that has some, which is there already.
+    """
+    tokens = step * tiles.TOKENS
+
+    def nearest(b, i, lengths, first):
+        last = jnp.maximum(jax.lax.div(lengths[b] - 1, jnp.int32(tokens)), 0)
+        return jnp.clip(i, jnp.minimum(jax.lax.div(first[b], jnp.int32(tokens)), last), last)
+
+    index = lambda b, i, *prefetched: (b, nearest(b, i, *prefetched)) + (0,) * (a.ndim - 2)
+    return pl.BlockSpec((1, step, *a.shape[2:]), index)
 
 
 def _plan(q, key, value, soft_cap) -> _Plan:
@@ -271,7 +277,7 @@ def _spread(source, target, tokens, factor: float, low, high, plan: _Plan) -> No
     Tokens that are not seen get 0: what is stored for them may be NaN.
     """
     for unit, start in enumerate(_starts(plan)):
-        in_tiles = [_as_float32(source[0, unit * plan.fold + t]) for t in range(plan.fold)]
+        in_tiles = [load_float32(source[0, unit * plan.fold + t]) for t in range(plan.fold)]
         for row, token in enumerate(tokens):
             token = jnp.broadcast_to(token, in_tiles[0].shape)
             spread = in_tiles[0]
@@ -297,7 +303,7 @@ def _gather_lanes(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1)[:rows]
 
 
-def _as_float32(x: jax.Array) -> jax.Array:
+def load_float32(x: jax.Array) -> jax.Array:
     """Numbers as they are stored: i16 are the bits of float16, which Mosaic cannot load."""
     if x.dtype != jnp.int16:
         return x.astype(jnp.float32)

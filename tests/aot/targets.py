@@ -69,9 +69,8 @@ def compile_for(target: str, jitted, *args):
             return a
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
-    if target not in TPUS:
-        return jitted.trace(*jax.tree.map(place, args)).lower().compile()
-    device = AbstractDevice(device_kind=TPUS[target][1], num_cores=1, platform="tpu")
+    kind, platform = (TPUS[target][1], "tpu") if target in TPUS else ("NVIDIA H100", "gpu")
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jitted.trace(*jax.tree.map(place, args)).lower().compile()

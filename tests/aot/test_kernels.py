@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from decode_attention_cases import CASES, arguments
 from targets import compile_for
+from vector_attention_cases import VECTOR_CASES
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention
 
@@ -27,6 +28,14 @@ def test_compiles(case, target, dtype):
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="mosaic_tpu")
     compiled = compile_for(target, jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
     assert "tpu_custom_call" in compiled.as_text()
+
+
+@pytest.mark.parametrize("case", VECTOR_CASES, ids=str)
+def test_triton_compiles(case):
+    *arrays, first = arguments(case, (1, 1), num_tiles=9, dtype=jnp.bfloat16)
+    run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="triton")
+    compiled = compile_for("h100", jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
+    assert "decode_attention_vectors" in compiled.as_text()
 
 
 @pytest.mark.parametrize("num_tiles", [64, 256])

@@ -1,0 +1,171 @@
+"""What decode attention reads of a vector-quantized cache: tiles of 128 tokens."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.decode_attention.codes import as_float32
+from nqkv_jax.rotary import RotaryAngles
+
+CHANNELS = 8  # of a code
+ENTRIES = 256
+BITS = (1, 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VectorCodes:
+    """Keys or values: x = scale * table[code] + weight * mean, eight channels per code.
+
+    With 2 bits the table holds magnitudes, and every channel has a sign. A word (r, t) of token t
+    has, with 1 bit, the codes of channels [8 r, 8 r + 8) in its lower byte and of
+    [head_dim / 2 + 8 r, ... + 8) in the other; with 2 bits, the code of channels [8 r, 8 r + 8) in
+    its lower byte and their signs in the other, bit i for channel 8 r + i, 1 for +.
+
+    Attributes:
+      words: int16[B, tiles, Hkv, head_dim * bits / 16, 128].
+      scale: [B, tiles, Hkv, 128], one per token and head: float32, bfloat16 or int16, the bits of
+        float16.
+      table: f32[256, 8].
+      weight: like scale, and
+      mean: float[B, tiles, windows, Hkv, head_dim] of equal stretches of a tile; None without.
+      apart: whether scale * table[code] and weight * mean are different channels of a token, in
+        this order, to meet two queries, and not added.
+      angles: by how much the mean is still to be rotated, at each place in a window; None for not.
+      bits: 1 or 2.
+    """
+
+    words: jax.Array
+    scale: jax.Array
+    table: jax.Array
+    weight: jax.Array | None = None
+    mean: jax.Array | None = None
+    angles: RotaryAngles | None = None
+    bits: int = dataclasses.field(metadata={"static": True})
+    apart: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def head_dim(self) -> int:
+        """Channels that are coded."""
+        return self.words.shape[3] * 16 // self.bits
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.head_dim * (1 + self.apart)
+
+    @property
+    def num_heads(self) -> int:
+        return self.words.shape[2]
+
+    @property
+    def num_tiles(self) -> int:
+        return self.words.shape[1]
+
+    def check(self, what: str) -> None:
+        """Raises ValueError unless the arrays fit together."""
+        shape = self.words.shape
+        if len(shape) != 5 or shape[4] != tiles.TOKENS or self.words.dtype != jnp.int16:
+            raise ValueError(
+                f"decode_attention: expected {what}.words int16[batch, tiles, heads, rows, 128]; "
+                f"got {self.words.dtype} of {shape}"
+            )
+        if self.bits not in BITS:
+            raise ValueError(f"decode_attention: {what}.bits must be 1 or 2; got {self.bits}")
+        per_token = (*shape[:3], tiles.TOKENS)
+        expected = dict(scale=per_token, table=(ENTRIES, CHANNELS))
+        if (self.mean is None) != (self.weight is None) or (self.apart and self.mean is None):
+            raise ValueError(
+                f"decode_attention: {what} needs both weight and mean, or neither if not apart"
+            )
+        if self.mean is not None:
+            windows = self.mean.shape[2] if self.mean.ndim == 5 else 1
+            expected |= dict(weight=per_token)
+            expected |= dict(mean=(*shape[:2], windows, shape[2], self.head_dim))
+            if tiles.TOKENS % windows:
+                raise ValueError(
+                    f"decode_attention: {what}.mean has {windows} windows, which do not divide a "
+                    f"tile of {tiles.TOKENS} tokens"
+                )
+        for name, size in expected.items():
+            got = getattr(self, name).shape
+            if got != size:
+                raise ValueError(f"decode_attention: expected {what}.{name} {size}; got {got}")
+
+    def codes(self, words: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """i32[..., head_dim / 8, 128] of words[..., rows, 128]: codes, and signs or None."""
+        words = words.astype(jnp.int32)
+        low, high = words & jnp.int32(255), (words >> jnp.int32(8)) & jnp.int32(255)
+        if self.bits == 2:
+            return low, high
+        return jnp.concatenate([low, high], axis=-2), None
+
+    def means(self) -> jax.Array:
+        """f32[B, tiles, Hkv, 128, head_dim]: weight * mean, rotated, of every token."""
+        mean = jnp.moveaxis(self.mean, 2, 3).astype(jnp.float32)  # [B, tiles, Hkv, windows, D]
+        places = tiles.TOKENS // mean.shape[3]
+        mean = jnp.broadcast_to(mean[..., None, :], (*mean.shape[:4], places, mean.shape[4]))
+        shape = (*mean.shape[:3], tiles.TOKENS, mean.shape[5])
+        if self.angles is not None:
+            mean = jax.vmap(self.angles)(mean.reshape(-1, places, 1, mean.shape[5]))
+        mean = mean.reshape(shape)
+        return mean * as_float32(self.weight)[..., None]
+
+    def shift(self, q: jax.Array) -> jax.Array:
+        """f32[B, tiles, Hkv, G, 128]: products of q [B, Hkv, G, head_dim] with weight * mean.
+
+        The mean of a window meets a query channel by channel once; what differs from token to token
+        is in one product with the cosines and sines of the window's places.
+        """
+        product = functools.partial(
+            jnp.einsum, precision="highest", preferred_element_type=jnp.float32
+        )
+        q = q.astype(jnp.float32)[:, None, None]  # [B, 1, 1, Hkv, G, D]
+        mean = self.mean.astype(jnp.float32)[:, :, :, :, None]  # [B, tiles, windows, Hkv, 1, D]
+        places = tiles.TOKENS // mean.shape[2]
+        if self.angles is None:
+            shift = jnp.sum(q * mean, axis=-1, keepdims=True)
+            shift = jnp.broadcast_to(shift, (*shift.shape[:-1], places))
+        else:
+            half, factor = self.angles.cos.shape[-1], self.angles.factor
+            split = lambda a: jnp.split(a, [half, 2 * half], axis=-1)
+            (q1, q2, q3), (m1, m2, m3) = split(q), split(mean)
+            cos, sin = (a[:, 0] * factor for a in (self.angles.cos, self.angles.sin))
+            shift = product("bnwhgd,td->bnwhgt", q1 * m1 + q2 * m2, cos)
+            shift += product("bnwhgd,td->bnwhgt", q2 * m1 - q1 * m2, sin)
+            shift += jnp.sum(q3 * m3, axis=-1, keepdims=True)
+        shift = jnp.moveaxis(shift, 2, 4)  # [B, tiles, Hkv, G, windows, places]
+        shift = shift.reshape(*shift.shape[:4], tiles.TOKENS)
+        return shift * as_float32(self.weight)[:, :, :, None]
+
+    def decode(self, tile: jax.Array) -> jax.Array:
+        """f32[B, 128, Hkv, width]: one tile, i32[]."""
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, tile, 1, axis=1)
+        arrays = (self.words, self.scale, self.weight, self.mean)
+        words, scale, weight, mean = jax.tree.map(cut, arrays)
+        codes, signs = self.codes(words[:, 0])
+        x = jnp.take(self.table, codes, axis=0)  # [B, Hkv, D / 8, 128, 8]
+        if signs is not None:
+            bit = jnp.expand_dims(jnp.int32(1) << jnp.arange(CHANNELS), range(signs.ndim))
+            x = jnp.where((signs[..., None] & bit) != 0, x, -x)
+        x = jnp.moveaxis(x, 3, 1)
+        x = x.reshape(*x.shape[:3], self.head_dim)
+        x = x * jnp.moveaxis(as_float32(scale[:, 0]), 2, 1)[..., None]
+        if mean is None:
+            return x
+        means = dataclasses.replace(self, weight=weight, mean=mean).means()[:, 0]
+        means = jnp.moveaxis(means, 2, 1)
+        return jnp.concatenate([x, means], axis=-1) if self.apart else x + means
+
+
+def pack(codes: jax.Array, signs: jax.Array | None) -> jax.Array:
+    """int16[heads, rows, 128], the words of u8[heads, head_dim / 8, 128] codes, and signs."""
+    if signs is None:
+        low, high = jnp.split(codes, 2, axis=1)
+    else:
+        low, high = codes, signs
+    words = low.astype(jnp.uint16) | (high.astype(jnp.uint16) << jnp.uint16(8))
+    return jax.lax.bitcast_convert_type(words, jnp.int16)
