@@ -234,6 +234,9 @@ def test_bad_vector_codes():
     ):
         with pytest.raises(ValueError, match=message):
             decode_attention(q, dataclasses.replace(key, **changes), value, lengths)
+    for other in (dataclasses.replace(value, apart=True), arguments(CASES["cubic4"], (10,))[2]):
+        with pytest.raises(ValueError, match="key and value of one kind, and means of values not"):
+            decode_attention(q, key, other, lengths)
     spoil = lambda a: a.at[:, 1:].set(jnp.asarray(np.float16(np.nan).view(np.int16)))
     spoilt = dataclasses.replace(
         value, scale=spoil(value.scale), mean=value.mean.at[:, 1:].set(np.nan)

@@ -11,6 +11,7 @@ from nqkv_jax.pallas_kernels.decode_attention import (
     mosaic_tpu_vectors,
     triton_vectors,
     xla,
+    xla_vectors,
 )
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.vectors import VectorCodes
@@ -67,7 +68,8 @@ def decode_attention(
     _check(q, key, value, lengths, first, soft_cap, implementation)
     lengths = lengths.astype(jnp.int32)
     first = jnp.zeros_like(lengths) if first is None else jnp.maximum(first.astype(jnp.int32), 0)
-    run = functools.partial(xla.decode_attention, soft_cap=soft_cap)
+    reference = xla_vectors if isinstance(key, VectorCodes) else xla
+    run = functools.partial(reference.decode_attention, soft_cap=soft_cap)
     arguments = (q, key, value, lengths, first)
     kernel = lambda name: functools.partial(
         KERNELS[name][type(key)].decode_attention, soft_cap=soft_cap
@@ -102,6 +104,11 @@ def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
             f"decode_attention: implementation must be one of {names}; got {implementation!r}"
         )
     key.check("key"), value.check("value")
+    if type(key) is not type(value) or value.width != value.head_dim:
+        raise ValueError(
+            "decode_attention: expected key and value of one kind, and means of values not apart; "
+            f"got {type(key).__name__} and {type(value).__name__} of {value.width} channels"
+        )
     batch, heads = key.words.shape[0], key.num_heads
     if (value.words.shape[0], value.num_heads, value.head_dim) != (batch, heads, key.head_dim):
         raise ValueError(

@@ -39,8 +39,6 @@ def unsupported(key: VectorCodes, value: VectorCodes) -> str | None:
         return f"head_dim to be a multiple of 32; got {key.head_dim}"
     if key.mean is not None and not key.apart:
         return "means of keys as channels of their own"
-    if value.apart:
-        return "values whose means are not apart"
     return None
 
 

@@ -103,16 +103,12 @@ class VectorCodes:
             return low, high
         return jnp.concatenate([low, high], axis=-2), None
 
-    def means(self) -> jax.Array:
-        """f32[B, tiles, Hkv, 128, head_dim]: weight * mean, rotated, of every token."""
-        mean = jnp.moveaxis(self.mean, 2, 3).astype(jnp.float32)  # [B, tiles, Hkv, windows, D]
-        places = tiles.TOKENS // mean.shape[3]
-        mean = jnp.broadcast_to(mean[..., None, :], (*mean.shape[:4], places, mean.shape[4]))
-        shape = (*mean.shape[:3], tiles.TOKENS, mean.shape[5])
-        if self.angles is not None:
-            mean = jax.vmap(self.angles)(mean.reshape(-1, places, 1, mean.shape[5]))
-        mean = mean.reshape(shape)
-        return mean * as_float32(self.weight)[..., None]
+    def cut(self, begin: jax.Array, size: int) -> "VectorCodes":
+        """`size` tiles from `begin` i32[] on."""
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size, axis=1)
+        arrays = (self.words, self.scale, self.weight, self.mean)
+        words, scale, weight, mean = jax.tree.map(cut, arrays)
+        return dataclasses.replace(self, words=words, scale=scale, weight=weight, mean=mean)
 
     def shift(self, q: jax.Array) -> jax.Array:
         """f32[B, tiles, Hkv, G, 128]: products of q [B, Hkv, G, head_dim] with weight * mean.
@@ -140,25 +136,6 @@ class VectorCodes:
         shift = jnp.moveaxis(shift, 2, 4)  # [B, tiles, Hkv, G, windows, places]
         shift = shift.reshape(*shift.shape[:4], tiles.TOKENS)
         return shift * as_float32(self.weight)[:, :, :, None]
-
-    def decode(self, tile: jax.Array) -> jax.Array:
-        """f32[B, 128, Hkv, width]: one tile, i32[]."""
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, tile, 1, axis=1)
-        arrays = (self.words, self.scale, self.weight, self.mean)
-        words, scale, weight, mean = jax.tree.map(cut, arrays)
-        codes, signs = self.codes(words[:, 0])
-        x = jnp.take(self.table, codes, axis=0)  # [B, Hkv, D / 8, 128, 8]
-        if signs is not None:
-            bit = jnp.expand_dims(jnp.int32(1) << jnp.arange(CHANNELS), range(signs.ndim))
-            x = jnp.where((signs[..., None] & bit) != 0, x, -x)
-        x = jnp.moveaxis(x, 3, 1)
-        x = x.reshape(*x.shape[:3], self.head_dim)
-        x = x * jnp.moveaxis(as_float32(scale[:, 0]), 2, 1)[..., None]
-        if mean is None:
-            return x
-        means = dataclasses.replace(self, weight=weight, mean=mean).means()[:, 0]
-        means = jnp.moveaxis(means, 2, 1)
-        return jnp.concatenate([x, means], axis=-1) if self.apart else x + means
 
 
 def pack(codes: jax.Array, signs: jax.Array | None) -> jax.Array:

@@ -5,19 +5,18 @@ import jax.numpy as jnp
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
-from nqkv_jax.pallas_kernels.decode_attention.vectors import VectorCodes
 
 
 def decode_attention(
     q: jax.Array,
-    key: TiledCodes | VectorCodes,
-    value: TiledCodes | VectorCodes,
+    key: TiledCodes,
+    value: TiledCodes,
     lengths: jax.Array,
     first: jax.Array,
     soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention.decode_attention`; one tile at a time, in float32."""
-    batch, heads, group, _ = q.shape
+    batch, heads, group, head_dim = q.shape
     product = lambda formula, *operands: jnp.einsum(
         formula, *operands, precision="highest", preferred_element_type=jnp.float32
     )
@@ -39,6 +38,6 @@ def decode_attention(
         return numerator, denominator * old + jnp.sum(weights, axis=-1), top
 
     nothing = jnp.zeros((batch, heads, group), jnp.float32)
-    start = (jnp.zeros((batch, heads, group, value.width), jnp.float32), nothing, nothing - jnp.inf)
+    start = (jnp.zeros((batch, heads, group, head_dim), jnp.float32), nothing, nothing - jnp.inf)
     last = (jnp.max(lengths) + tiles.TOKENS - 1) // tiles.TOKENS
     return jax.lax.fori_loop(jnp.min(first) // tiles.TOKENS, last, step, start)
