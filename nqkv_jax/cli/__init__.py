@@ -14,6 +14,7 @@ from nqkv_jax.cli import (
     analyze,
     bench,
     calibrate,
+    codebook,
     demo,
     evaluate,
     generate,
@@ -22,7 +23,9 @@ from nqkv_jax.cli import (
     schemes,
 )
 
-COMMANDS = (generate, evaluate, leaderboard, calibrate, analyze, bench, demo, plan, schemes)
+COMMANDS = (
+    generate, evaluate, leaderboard, calibrate, codebook, analyze, bench, demo, plan, schemes,
+)  # fmt: skip
 
 # What a user can mend. Anything else is a fault of ours, and is reported as such.
 _EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, MemoryError, FloatingPointError)
