@@ -45,7 +45,7 @@ VARIANTS = (
     "kvquant:bits=3,outliers=0.0,datatype=uniform,calibration={kvquant}",
     "kvq", "kvq:k_bits=2,v_bits=4", "kvq:allocation={kvq}",
     "nqkv-plus:bits=2", "int2", "kivi", "squat", "ott", "quanto:bits=2", "hqq:bits=2",
-    "turboquant:bits=2", "kvquant:bits=2,calibration={kvquant}",
+    "turboquant:bits=2", "kvquant:bits=2,calibration={kvquant}", "nsnquant", "nsnquant:bits=1",
 )  # fmt: skip
 
 _STEPS = 8  # tokens per timed repeat

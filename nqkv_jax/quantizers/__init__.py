@@ -11,6 +11,8 @@ from nqkv_jax.quantizers.float8 import Float8Payload as Float8Payload
 from nqkv_jax.quantizers.float8 import Float8Quantizer as Float8Quantizer
 from nqkv_jax.quantizers.full_precision import FullPrecision as FullPrecision
 from nqkv_jax.quantizers.hqq import HQQQuantizer as HQQQuantizer
+from nqkv_jax.quantizers.nsn import NSNKeys as NSNKeys
+from nqkv_jax.quantizers.nsn import NSNQuantizer as NSNQuantizer
 from nqkv_jax.quantizers.outlier_tokens import OutlierTokens as OutlierTokens
 from nqkv_jax.quantizers.ranked import RankedQuantizer as RankedQuantizer
 from nqkv_jax.quantizers.ranked import widths_by_rank as widths_by_rank

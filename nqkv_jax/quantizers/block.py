@@ -124,7 +124,7 @@ class BlockQuantizer(Quantizer):
         else:
             scale = jnp.maximum(high, -low)
             if self.scale == "rms":
-                scale = _rms(blocks, scale, axis)
+                scale = rms(blocks, scale, axis)
 
         finite = jnp.all(jnp.isfinite(blocks), axis=axis, keepdims=True)
         scale = store(scale, finite, self.scale_dtype)
@@ -250,7 +250,7 @@ def pairwise_sum(x: jax.Array, axis: int) -> jax.Array:
     return x
 
 
-def _rms(blocks: jax.Array, absmax: jax.Array, axis: int) -> jax.Array:
+def rms(blocks: jax.Array, absmax: jax.Array, axis: int) -> jax.Array:
     """Root mean square, by way of the largest magnitude: squares neither overflow nor underflow."""
     squares = rounded(jnp.square(divide_or_zero(blocks, absmax)))
     mean = divide(pairwise_sum(squares, axis), np.float32(blocks.shape[axis]))
