@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import linalg, stats
 from tiny_language_model import ByteTokenizer, TinyLM
 
 import nqkv_jax as nq
@@ -20,7 +20,13 @@ from nqkv_jax.analysis import Magnitudes, magnitudes, normality, plots, report, 
 from nqkv_jax.analysis.activations import record
 from nqkv_jax.analysis.errors import ROUNDING, LayerError, SchemeErrors
 from nqkv_jax.analysis.magnitudes import check_layers
-from nqkv_jax.analysis.normality import VIEWS, block_statistics, expected_order, views
+from nqkv_jax.analysis.normality import (
+    VIEWS,
+    block_statistics,
+    expected_order,
+    normalise_shift_normalise,
+    views,
+)
 from nqkv_jax.analysis.spectra import LayerSpectra, Spectrum
 from nqkv_jax.cli import main
 from nqkv_jax.models import LanguageModel, families
@@ -91,11 +97,44 @@ def test_views_cut_where_they_say():
     assert found["tokens"].passing < 0.2 and found["tokens"].excess_kurtosis > 1
     assert found["standardised"].passing > 0.9 and found["channels"].passing > 0.9
     assert {v: (s.blocks, s.block_size) for v, s in found.items()} == dict(
-        tokens=(600, 48), standardised=(600, 48), channels=(288, 100)
-    )
+        tokens=(600, 48), standardised=(600, 48), channels=(288, 100), nsn=(600, 48),
+        nsn_hadamard=(600, 48),
+    )  # fmt: skip
     # And the other way round: tokens of different scales.
     turned = views(RNG.standard_normal((96, 96)) * scales[:, None], block_size=96, stretch=96)
     assert turned["tokens"].passing > 0.85 and turned["channels"].passing < 0.2
+
+
+def test_what_nsnquant_makes_normal():
+    """Means of channels and norms of tokens go; scales of channels only by the rotation."""
+    tokens, scales = np.exp(RNG.standard_normal((250, 1))), np.exp(0.8 * RNG.standard_normal(96))
+    x = tokens * (RNG.standard_normal((250, 96)) * scales + 5 * RNG.standard_normal(96) ** 3)
+    found = views(x, block_size=48, stretch=50, head_dim=32)
+    assert found["tokens"].passing < 0.1 and found["nsn"].passing < 0.5
+    assert found["nsn_hadamard"].passing > 0.85
+    even = views(x / scales, block_size=96, stretch=50, head_dim=32)
+    assert even["tokens"].passing < 0.1 and even["nsn"].passing > 0.9
+    # RoPE comes before the Hadamard transform: it sees heads that are normalised.
+    seen = []
+    views(x, block_size=48, stretch=100, head_dim=32, rotate=lambda x: seen.append(x) or x)
+    (heads,) = seen
+    assert heads.shape == (200, 3, 32)
+    np.testing.assert_allclose(np.mean(heads**2, axis=-1), 1)
+
+
+def test_nsn_in_one_line_per_step():
+    x = RNG.standard_normal((2, 40, 3, 32)) + 2
+    x[1, 7, 2] = 0
+    found = normalise_shift_normalise(x)
+    for window in range(2):
+        for head in range(3):
+            rows = x[window, :, head].copy()
+            for step in range(2):
+                for row in rows:
+                    row /= np.linalg.norm(row) / np.sqrt(32) or 1
+                if not step:
+                    rows -= rows.mean(axis=0)
+            np.testing.assert_allclose(found[window, :, head], rows, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes, message", [
@@ -386,6 +425,15 @@ def test_normality_and_magnitudes_of_a_model():
     layers = normality(LM, TOKENS, block_size=32, stretch=24, progress=False)
     assert len(layers) == 2 and list(layers[0]) == ["keys", "rotated_keys", "values"]
     assert tuple(layers[0]["keys"]) == VIEWS and layers[0]["keys"]["tokens"].blocks == 2 * 48
+    # What NSNQuant codes of keys: rotated at their positions, then transformed.
+    layer = record(LM, TOKENS)[0]
+    keys = normalise_shift_normalise(np.float64(layer.keys).reshape(2, 24, 2, 32)).reshape(
+        48, 2, 32
+    )
+    coded = np.asarray(layer.rotary(jnp.asarray(keys, jnp.float32), jnp.arange(48)))
+    coded = coded @ linalg.hadamard(32)
+    expected = block_statistics(coded.reshape(-1, 32))
+    assert layers[0]["keys"]["nsn_hadamard"].passing == expected.passing
     found = magnitudes(LM, TOKENS)[1]
     # RoPE turns pairs of channels: the norm of a token stays.
     np.testing.assert_allclose(found["keys"].norms, found["rotated_keys"].norms, rtol=1e-5)

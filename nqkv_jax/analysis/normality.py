@@ -6,29 +6,40 @@ Three ways to cut a text's keys or values [tokens, channels] into blocks:
     standardised   the same, after every channel has lost its mean and standard deviation
     channels       `stretch` neighbouring tokens of one channel: what per-channel schemes scale
 
+and the blocks of the first after what NSNQuant does to make them normal, without its rounding of
+norms and means to 4 bits:
+
+    nsn            each head of a token divided by its root mean square, less the mean over a window
+                   of `stretch` tokens, and divided by its root mean square again
+    nsn_hadamard   then RoPE, if these are keys before it, and a Hadamard transform of each head
+
 The test of D'Agostino and Pearson does not change under affine maps of a block, so standardising
-channels would change nothing in the last one. Of normal blocks 95 % pass at a level of 5 %; and the
+channels would change nothing along a channel. Of normal blocks 95 % pass at a level of 5 %; and the
 longer a block, the smaller the deviations that are found.
 
 Source: D'Agostino and Pearson (1973), Biometrika 60, 613; as applied to OPT by Cai et al. (2025),
-NQKV, arXiv 2505.16210.
+NQKV, arXiv 2505.16210. Last two: Son et al. (2025), NSNQuant, arXiv 2505.18231.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 import tqdm
 from scipy import stats
 
 from nqkv_jax.analysis import plots
-from nqkv_jax.analysis.activations import record
+from nqkv_jax.analysis.activations import LayerActivations, record
 from nqkv_jax.evaluation.protocol import LanguageModel
+from nqkv_jax.quantizers.transforms import largest_power_of_two
 from nqkv_jax.schemes.base import largest_divisor
 
 LEVEL = 0.05  # of the test
 STRETCH = 64
-VIEWS = ("tokens", "standardised", "channels")
+VIEWS = ("tokens", "standardised", "channels", "nsn", "nsn_hadamard")
 # Below 20 the approximation behind the test for kurtosis does not hold (Anscombe and Glynn, 1983).
 SHORTEST = 20
 
@@ -88,10 +99,22 @@ def block_statistics(blocks: np.ndarray) -> BlockStatistics:
     )
 
 
-def views(x: np.ndarray, *, block_size: int, stretch: int = STRETCH) -> dict[str, BlockStatistics]:
-    """The three views (see above) of `x` [tokens, channels].
+def views(
+    x: np.ndarray,
+    *,
+    block_size: int,
+    stretch: int = STRETCH,
+    head_dim: int | None = None,
+    rotate: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, BlockStatistics]:
+    """The five views (see above) of `x` [tokens, channels].
 
-    Tokens that do not fill a stretch are left out of that view.
+    Tokens that do not fill a stretch are left out of the last three.
+
+    Args:
+      head_dim: channels that are normalised together; default: `block_size`. If it is no power of
+        two, the Hadamard transform is of its largest parts that are.
+      rotate: RoPE, [tokens, heads, head_dim] from the first token on; None for none.
 
     Raises: ValueError unless `block_size` divides the channels and a stretch fits into the tokens.
     """
@@ -111,11 +134,32 @@ def views(x: np.ndarray, *, block_size: int, stretch: int = STRETCH) -> dict[str
     # A channel that never changes becomes 0, and is no reason for a division by zero.
     standardised = (x - x.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
     stretches = x[: tokens // stretch * stretch].reshape(-1, stretch, channels)
+    heads = stretches.reshape(*stretches.shape[:2], -1, head_dim or block_size)
+    normal = normalise_shift_normalise(heads).reshape(-1, *heads.shape[2:])
+    turned = _hadamard(normal if rotate is None else rotate(normal))
     return dict(
         tokens=block_statistics(x.reshape(-1, block_size)),
         standardised=block_statistics(standardised.reshape(-1, block_size)),
         channels=block_statistics(stretches.transpose(0, 2, 1).reshape(-1, stretch)),
+        nsn=block_statistics(normal.reshape(-1, block_size)),
+        nsn_hadamard=block_statistics(turned.reshape(-1, block_size)),
     )
+
+
+def normalise_shift_normalise(x: np.ndarray) -> np.ndarray:
+    """Of f64[windows, tokens, heads, head_dim]; a head of zeros stays as it is."""
+
+    def normalise(x):
+        size = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
+        return x / np.where(size > 0, size, 1)
+
+    x = normalise(x)
+    return normalise(x - x.mean(axis=1, keepdims=True))
+
+
+def _hadamard(x: np.ndarray) -> np.ndarray:
+    size = largest_power_of_two(x.shape[-1])
+    return (x.reshape(-1, size) @ scipy.linalg.hadamard(size)).reshape(x.shape) / np.sqrt(size)
 
 
 def normality(
@@ -133,7 +177,7 @@ def normality(
     Args:
       block_size: channels of a block; default: what NQKV would take, the largest divisor of a
         token's channels up to 256.
-      stretch: tokens of a block in the view "channels".
+      stretch: tokens of a block in the view "channels", and of a window in the last two.
       progress: a bar on stderr; None: if that is a terminal.
 
     Raises: ValueError if the text is too short or too long, or a size does not fit.
@@ -141,13 +185,26 @@ def normality(
     channels = lm.config.num_kv_heads * lm.config.head_dim
     size = largest_divisor(channels, 256) if block_size is None else block_size
     # Before the model reads the text, which takes longer.
-    views(np.zeros((len(tokens), channels)), block_size=size, stretch=stretch)
+    sizes = dict(block_size=size, stretch=stretch, head_dim=lm.config.head_dim)
+    views(np.zeros((len(tokens), channels)), **sizes)
     layers = record(lm, tokens)
     disable = None if progress is None else not progress
     return [
-        {side: views(x, block_size=size, stretch=stretch) for side, x in layer.sides.items()}
+        {
+            side: views(x, rotate=_rotation(layer) if side == "keys" else None, **sizes)
+            for side, x in layer.sides.items()
+        }
         for layer in tqdm.tqdm(layers, desc="normality", disable=disable)
     ]
+
+
+def _rotation(layer: LayerActivations) -> Callable[[np.ndarray], np.ndarray] | None:
+    """RoPE as the layer does it."""
+    if layer.rotary is None:
+        return None
+    return lambda x: np.asarray(
+        layer.rotary(jnp.asarray(x, jnp.float32), jnp.arange(len(x))), np.float64
+    )
 
 
 def expected_order(size: int) -> np.ndarray:
@@ -160,8 +217,11 @@ def draw(layers: list[dict[str, dict[str, BlockStatistics]]], title: str) -> tup
 
     Arrays are named side.view.what, such as "keys.tokens.passing" f64[layers].
     """
-    colors = dict(tokens=plots.VERMILION, standardised=plots.BLUE, channels=plots.GREEN)
-    markers = dict(tokens="o", standardised="s", channels="^")
+    colors = dict(
+        tokens=plots.VERMILION, standardised=plots.BLUE, channels=plots.GREEN, nsn=plots.SKY,
+        nsn_hadamard=plots.PURPLE,
+    )  # fmt: skip
+    markers = dict(tokens="o", standardised="s", channels="^", nsn="v", nsn_hadamard="D")
     sides = list(layers[0])
     figure = plots.new_figure(3.6 * len(sides), 6.4)
     grid = figure.subplots(2, len(sides), sharey="row", squeeze=False)
@@ -175,6 +235,8 @@ def draw(layers: list[dict[str, dict[str, BlockStatistics]]], title: str) -> tup
                 tokens=f"{size} channels of a token",
                 standardised=f"{size} channels, standardised",
                 channels=f"{size} tokens of a channel",
+                nsn=f"{size} channels, normalised, shifted, normalised (NSN)",
+                nsn_hadamard=f"{size} channels, NSN and Hadamard",
             )[view]
             passing = np.array([s.passing for s in found])
             ordered = np.stack([s.ordered for s in found])

@@ -10,7 +10,9 @@ def add(subcommands) -> None:
         "nqkv analyze normality --model smollm2-135m --text README.md --plot normality.png",
         "D'Agostino and Pearson's test at 5 %, on blocks of neighbouring channels of a token\n"
         "(what NQKV gives one scale), on the same after every channel was standardised over the\n"
-        "text, and on neighbouring tokens of a channel. Of normal blocks 95 % would pass.",
+        "text, on neighbouring tokens of a channel, and on what NSNQuant makes of the first:\n"
+        "tokens normalised, shifted and normalised (NSN), and then rotated. Of normal blocks 95 %\n"
+        "would pass.",
     )  # fmt: skip
     analyze_input.add_arguments(parser)
     parser.add_argument(
@@ -18,8 +20,9 @@ def add(subcommands) -> None:
         help="of a token (default: what nqkv takes, the largest divisor up to 256)",
     )  # fmt: skip
     parser.add_argument(
-        "--stretch", type=int, default=64, metavar="TOKENS", help="of a channel (default: 64)"
-    )
+        "--stretch", type=int, default=64, metavar="TOKENS",
+        help="of a channel, and of a window of NSNQuant (default: 64)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -64,6 +67,8 @@ def run(args) -> None:
             f"{first['tokens'].block_size} channels of a token",
             "standardised",
             f"{first['channels'].block_size} tokens of a channel",
+            "NSN",
+            "NSN, Hadamard",
         )
         print(terminal.table(header, rows) + "\n")
     print("Skewness and kurtosis are medians over blocks. Of normal blocks 95 % would pass.")
