@@ -44,8 +44,7 @@ SCHEMES = [
     "nqkv-plus:bits=2,group_size=8,recent=0,sinks=0,keys=rotated,hadamard=False",
     "squat:block=8",
     "squat:group_size=16,residual=48,subspace=6,keys=unrotated",
-    "nsnquant:window=16,residual=16",
-    "nsnquant:bits=1,window=16,residual=32,hadamard=False",
+    "nsnquant:window=16,residual=32",
 ]
 
 BATCH, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 6, 2, 32

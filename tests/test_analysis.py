@@ -274,7 +274,9 @@ def test_words_on_normality_follow_the_numbers():
     assert "a scale per channel meets nearly normal numbers" in values
     laplace = RNG.laplace(size=(200, 64)) ** 3
     said = " ".join(report.describe_normality([dict(keys=cut(laplace), values=cut(normal))]))
-    assert "not normal over time either" in said.split("**Values**")[0]
+    keys, values = said.split("**Values**")
+    assert "not normal over time either" in keys
+    assert "not what its codebook supposes" in keys and "codebook for normal numbers" in values
 
 
 def test_words_on_magnitudes_follow_the_numbers():

@@ -53,7 +53,8 @@ HELP = [("", "plan"), ("generate", "--top-p"), ("eval ppl", "--resume"), ("eval"
         ("bench cache", "--lengths"), ("demo", "--scheme"), ("plan", "--memory"),
         ("schemes", "--head-dim"), ("bench", "cache"), ("analyze", "normality"),
         ("analyze normality", "--stretch"), ("analyze heatmap", "--layers"),
-        ("analyze error", "--scheme"), ("analyze report", "--out")]  # fmt: skip
+        ("analyze error", "--scheme"), ("analyze report", "--out"),
+        ("codebook", "--seed")]  # fmt: skip
 
 
 @pytest.mark.parametrize("command, needs", HELP)

@@ -144,6 +144,15 @@ def describe_normality(layers: list[dict[str, dict[str, BlockStatistics]]]) -> l
                 else ", so channels are not normal over time either."
             )
         )
+        said.append(
+            f"Normalised, shifted and normalised as NSNQuant does it, {shown('nsn')} of the blocks "
+            f"within a token pass, and {shown('nsn_hadamard')} after its Hadamard transform"
+            + (
+                ": one codebook for normal numbers fits."
+                if share("nsn_hadamard") >= HOLDS
+                else ": not what its codebook supposes."
+            )
+        )
     return said
 
 
