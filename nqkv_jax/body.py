@@ -96,28 +96,43 @@ def attend_body(
         _walk_body, rotary=rotary, window=window, capacity=capacity, group=group
     )
     arguments = (folded, shift, layer, tokens, query_positions)
-    fused = functools.partial(_fused, window=window)
+    codes = jax.eval_shape(lambda: _tiled_codes(layer, rotary))
+    unsupported = functools.partial(_unsupported, layer=layer, codes=codes, queries=q.shape[3])
+    fused = functools.partial(_fused, rotary=rotary, window=window)
+    default = walk
+    if q.shape[3] == 1 and all(isinstance(side, kernels.VectorCodes) for side in codes):
+        default = functools.partial(fused, "xla")  # decodes nothing, or less
     if implementation in kernels.KERNELS:
-        if reason := _unsupported(implementation, layer, q.shape[3]):
+        if reason := unsupported(implementation):
             raise NotImplementedError(f"attend: {implementation} needs {reason}")
         partial = fused(implementation, *arguments)
     elif implementation == "auto":
         by_platform = {
             platform: functools.partial(fused, name)
             for name, platform in kernels.PLATFORMS.items()
-            if _unsupported(name, layer, q.shape[3]) is None
+            if unsupported(name) is None
         }
-        partial = jax.lax.platform_dependent(*arguments, **by_platform, default=walk)
+        partial = jax.lax.platform_dependent(*arguments, **by_platform, default=default)
     else:
-        partial = walk(*arguments)
+        partial = default(*arguments)
     out = jax.vmap(unfold)(partial.output(), value.state)
     return dataclasses.replace(partial, numerator=out * partial.denominator[..., None])
 
 
-def _unsupported(kernel: str, layer: LayerCache, queries: int) -> str | None:
-    """What a kernel would need to serve this body, or None if it can."""
-    key = layer.key.quantizer.tiled_codes(layer.key.body)
-    value = layer.value.quantizer.tiled_codes(layer.value.body)
+def _tiled_codes(layer: LayerCache, rotary: Rotary | None) -> list:
+    """Keys and values as kernels read them; None for what is not in tiles."""
+
+    def of(side, rotary):
+        positions = side.num_sinks + jnp.arange(side.capacity)
+        context = Context(positions=positions, rotary=rotary)
+        return side.quantizer.tiled_codes(side.body, context)
+
+    return [of(layer.key, rotary), of(layer.value, None)]
+
+
+def _unsupported(kernel: str, layer: LayerCache, codes: list, queries: int) -> str | None:
+    """What a kernel would need to serve this body, whose codes are given, or None if it can."""
+    key, value = codes
     if key is None or value is None:
         return (
             "keys and values in tiles: encoded per token, 128 at a time (for example "
@@ -137,13 +152,14 @@ def _fused(
     tokens: jax.Array,
     query_positions: jax.Array,
     *,
+    rotary: Rotary | None,
     window: int | None,
 ) -> Partial:
     """Like `_walk_body`, by a kernel."""
     first = None
     if window is not None:
         first = query_positions[:, 0] - window + 1 - layer.key.num_sinks
-    key, value = (side.quantizer.tiled_codes(side.body) for side in (layer.key, layer.value))
+    key, value = _tiled_codes(layer, rotary)
     numerator, denominator, maximum = kernels.decode_attention(
         folded[..., 0, :], key, value, tokens, first=first, implementation=kernel
     )

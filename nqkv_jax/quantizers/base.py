@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes
 from nqkv_jax.rotary import Rotary, RotaryAngles
 
 Payload = Any  # a pytree of arrays: all that is stored for one group
@@ -105,9 +105,10 @@ class Quantizer:
         """Like `dequantize`, without the map that `fold_queries` or `unfold_output` takes over."""
         return self.dequantize(payload, context, dtype)
 
-    def tiled_codes(self, body: Payload) -> TiledCodes | None:
+    def tiled_codes(self, body: Payload, context: Context) -> TiledCodes | VectorCodes | None:
         """What a fused kernel reads of a body, leaves [batch, groups, ...], in place of calling
-        `dequantize_folded`; None if the payload is not in tiles."""
+        `dequantize_folded`; None if the payload is not in tiles. `context` has the positions of the
+        body's tokens and the model's rotary."""
         return None
 
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:

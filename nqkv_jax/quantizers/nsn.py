@@ -49,6 +49,12 @@ class FourBits:
     step: jax.Array  # f16[...]
     low: jax.Array  # f16[...]
 
+    def decode(self) -> jax.Array:
+        """f32[..., n]. The products are exact, so that it is the same in every program."""
+        codes = packing.unpack(self.codes, 4, 2 * self.codes.shape[-1]).astype(jnp.float32)
+        step, low = (a.astype(jnp.float32)[..., None] for a in (self.step, self.low))
+        return codes * step + low
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,20 +240,14 @@ def _round_to_four_bits(x: jax.Array, finite: jax.Array) -> FourBits:
     return FourBits(codes=packing.pack(codes, 4), step=step, low=low)
 
 
-def _from_four_bits(row: FourBits) -> jax.Array:
-    """f32[..., n]. The products are exact, so that it is the same in every program."""
-    codes = packing.unpack(row.codes, 4, 2 * row.codes.shape[-1]).astype(jnp.float32)
-    return codes * row.step.astype(jnp.float32)[..., None] + row.low.astype(jnp.float32)[..., None]
-
-
 def _tokens_first(norms: FourBits) -> jax.Array:
     """s1, f32[window, heads, 1]."""
-    return _from_four_bits(norms).T[..., None]
+    return norms.decode().T[..., None]
 
 
 def _channels_last(mean: FourBits) -> jax.Array:
     """o, f32[1, heads, head_dim]."""
-    rows = _from_four_bits(mean)
+    rows = mean.decode()
     return rows.reshape(1, len(rows), -1)
 
 

@@ -9,7 +9,10 @@ from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer, check_group
+from nqkv_jax.quantizers.nsn import NSNQuantizer
+from nqkv_jax.quantizers.tiled_vectors import TiledNSN
 from nqkv_jax.quantizers.transforms import Transformed
+from nqkv_jax.vector_codebooks import LENGTH
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +54,7 @@ class TiledQuantizer(Quantizer):
         zero = None if payload.zero is None else self._load(payload.zero)
         return self.inner.decode(codes, self._load(payload.scale), zero, dtype)
 
-    def tiled_codes(self, body: Payload) -> TiledCodes:
+    def tiled_codes(self, body: Payload, context: Context) -> TiledCodes:
         return TiledCodes(
             words=body.words, scale=body.scale, zero=body.zero, codebook=self.inner.codebook
         )
@@ -76,6 +79,11 @@ def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Qu
     if isinstance(quantizer, Transformed):
         inner = in_tiles(quantizer.inner, tokens, heads, head_dim)
         return dataclasses.replace(quantizer, inner=inner)
+    if tokens % tiles.TOKENS:
+        return quantizer
+    if isinstance(quantizer, NSNQuantizer):
+        fits = tiles.TOKENS % quantizer.window == 0 and head_dim >= 2 * LENGTH
+        return TiledNSN(quantizer) if fits else quantizer
     if type(quantizer) is not BlockQuantizer or quantizer.axis != "hidden":
         return quantizer
     whole = quantizer.block_size % head_dim == 0 or head_dim % quantizer.block_size == 0
@@ -83,4 +91,4 @@ def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Qu
         tiles.check(head_dim, quantizer.codebook.bits)
     except ValueError:
         return quantizer
-    return TiledQuantizer(quantizer) if whole and tokens % tiles.TOKENS == 0 else quantizer
+    return TiledQuantizer(quantizer) if whole else quantizer

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State, Wrapper
 from nqkv_jax.quantizers.block import (
     divide,
@@ -295,8 +295,8 @@ class Transformed(Wrapper):
         inner = dataclasses.replace(context, state=self._inner_state(context))
         return self.inner.dequantize_folded(payload, inner, dtype)
 
-    def tiled_codes(self, body: Payload) -> TiledCodes | None:
-        return self.inner.tiled_codes(body)
+    def tiled_codes(self, body: Payload, context: Context) -> TiledCodes | VectorCodes | None:
+        return self.inner.tiled_codes(body, context)
 
     def unfold_output(self, out: jax.Array, context: Context) -> jax.Array:
         inner = dataclasses.replace(context, state=self._inner_state(context))

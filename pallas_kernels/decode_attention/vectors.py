@@ -95,14 +95,6 @@ class VectorCodes:
             if got != size:
                 raise ValueError(f"decode_attention: expected {what}.{name} {size}; got {got}")
 
-    def codes(self, words: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """i32[..., head_dim / 8, 128] of words[..., rows, 128]: codes, and signs or None."""
-        words = words.astype(jnp.int32)
-        low, high = words & jnp.int32(255), (words >> jnp.int32(8)) & jnp.int32(255)
-        if self.bits == 2:
-            return low, high
-        return jnp.concatenate([low, high], axis=-2), None
-
     def cut(self, begin: jax.Array, size: int) -> "VectorCodes":
         """`size` tiles from `begin` i32[] on."""
         cut = lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size, axis=1)
@@ -146,3 +138,10 @@ def pack(codes: jax.Array, signs: jax.Array | None) -> jax.Array:
         low, high = codes, signs
     words = low.astype(jnp.uint16) | (high.astype(jnp.uint16) << jnp.uint16(8))
     return jax.lax.bitcast_convert_type(words, jnp.int16)
+
+
+def unpack(words: jax.Array, bits: int) -> tuple[jax.Array, jax.Array | None]:
+    """u8[..., head_dim / 8, 128] codes, and signs or None, of int16[..., rows, 128] words."""
+    words = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    low, high = words.astype(jnp.uint8), (words >> jnp.uint16(8)).astype(jnp.uint8)
+    return (low, high) if bits == 2 else (jnp.concatenate([low, high], axis=-2), None)

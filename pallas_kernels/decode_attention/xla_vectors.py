@@ -11,7 +11,12 @@ import jax.numpy as jnp
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import as_float32
-from nqkv_jax.pallas_kernels.decode_attention.vectors import CHANNELS, ENTRIES, VectorCodes
+from nqkv_jax.pallas_kernels.decode_attention.vectors import (
+    CHANNELS,
+    ENTRIES,
+    VectorCodes,
+    unpack,
+)
 
 TILES_PER_STEP = 8
 
@@ -72,8 +77,8 @@ def _products(q: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _codes(side: VectorCodes) -> tuple[jax.Array, jax.Array | None]:
-    """i32[B, Hkv, head_dim / 8, tokens] codes, and signs or None."""
-    return jax.tree.map(_in_line, side.codes(side.words))
+    """u8[B, Hkv, head_dim / 8, tokens] codes, and signs or None."""
+    return jax.tree.map(_in_line, unpack(side.words, side.bits))
 
 
 def _in_line(a: jax.Array) -> jax.Array:
@@ -114,7 +119,7 @@ def _entries(side: VectorCodes) -> jax.Array:
     x = side.table.at[codes].get(mode="promise_in_bounds")
     if signs is None:
         return x
-    bit = jnp.expand_dims(jnp.int32(1) << jnp.arange(CHANNELS), range(signs.ndim))
+    bit = jnp.expand_dims(jnp.uint8(1) << jnp.arange(CHANNELS, dtype=jnp.uint8), range(signs.ndim))
     return jnp.where((signs[..., None] & bit) != 0, x, -x)
 
 
