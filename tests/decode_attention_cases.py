@@ -41,6 +41,8 @@ def _cases():
     yield Case("integer4", codebooks.integer(4), group=4)
     yield Case("integer8", codebooks.integer(8), group=8)
     yield Case("nf4-across-heads", codebooks.normal_float(4), block=2.0)
+    yield Case("nf2", codebooks.normal_float(2), group=4)
+    yield Case("nf3-d64", codebooks.normal_float(3), head_dim=64)
     yield Case("lloyd2", codebooks.lloyd_max_normal(2), group=16)
     yield Case("uniform2-minmax-parts", codebooks.uniform(2), block=0.5, zero=True)
     yield Case("cubic3", cubic(3), group=4)
