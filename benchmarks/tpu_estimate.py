@@ -15,7 +15,9 @@ import pathlib
 TOKENS, HEADS = 1024, 8  # of a grid step
 # Bytes per second, and cycles per second (v6e's is assumed).
 CHIPS = {"v5e": (819e9, 1.5e9), "v6e": (1640e9, 1.75e9)}
-# Case, and bits per element of codes and of scales and zeros, at head_dim 128.
+# Case, and bits per element of codes and of all that is read beside them, at head_dim 128. With
+# vectors that is float32: a scale per token; of keys a number per query and token; of values a
+# weight per token, and the means.
 CASES = {
     "integer4": (4, 16 / 128),
     "uniform4-minmax": (4, 32 / 128),
@@ -25,6 +27,10 @@ CASES = {
     "cubic3": (3, 16 / 128),
     "uniform3-minmax": (3, 32 / 128),
     "lloyd2": (2, 16 / 128),
+    "nf2": (2, 16 / 128),
+    "vector2": (2, (32 * 2 + 32 * 2 + 32 * 2) / 128 / 2),
+    "vector1": (1, (32 * 4 + 32 * 2 + 32 * 2) / 128 / 2),
+    "vector1-decoded": (1, (32 * 9 + 32 * 2 + 32) / 128 / 2),
     "integer8": (8, 16 / 128),
 }
 
