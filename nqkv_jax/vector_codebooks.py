@@ -27,7 +27,7 @@ BITS = (1, 2)
 def normal(bits: int) -> np.ndarray:
     """The words f32[256, 8] for N(0, I) at 1 bit per number, for its magnitudes at 2.
 
-    Token cosine (`calibration.codebook.cosine`) at 128 numbers: 0.824 and 0.952.
+    Token cosine (`calibration.codebook.cosine`) at 128 numbers: 0.8257 and 0.9523.
     """
     if bits not in BITS:
         raise ValueError(f"vector_codebooks.normal: bits must be 1 or 2; got {bits}")
