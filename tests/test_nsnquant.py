@@ -108,13 +108,12 @@ folded = jax.jit(lambda quantizer, payload, context: quantizer.dequantize_folded
 
 round_trip = jax.jit(lambda quantizer, x: nq.dequantize(nq.quantize(x, quantizer)))
 
-OPTIONS = [dict(bits=1), dict(bits=2), dict(bits=2, rotary=None),
-           dict(bits=1, normalise=False, hadamard=False, adjust=False)]  # fmt: skip
+# Without RoPE: `test_without_rope_and_with_one_query_head_per_key`, and below.
+OPTIONS = [dict(bits=1), dict(bits=2), dict(bits=1, normalise=False, hadamard=False, adjust=False)]
 
 
 def spec_of(options):
     given = dict(window=WINDOW, residual=WINDOW) | options
-    given.pop("rotary", None)
     return "nsnquant:" + ",".join(f"{k}={v}" for k, v in given.items())
 
 
@@ -124,7 +123,7 @@ def test_against_the_algorithm_in_float64(options):
     scheme, x = layer(spec_of(options)), sample()
     for keys in (True, False):
         quantizer = scheme.key if keys else scheme.value
-        where = context(options.get("rotary", ROTARY))
+        where = context()
         payload = quantize(quantizer, x, where)
         found = np.float64(dequantize(quantizer, payload, where))
         for head in range(HEADS):
@@ -382,6 +381,7 @@ def test_distortion_of_normal_tokens(bits, least, mse, adjusted):
         assert np.mean((x - decoded) ** 2) == pytest.approx(expected * 63 / 64, rel=0.02)
 
 
+@pytest.mark.slow
 def test_every_step_buys_something():
     """On tokens with norms of their own, and channels with means and scales of their own."""
     rng = np.random.default_rng(6)
@@ -398,6 +398,7 @@ def test_every_step_buys_something():
     assert full < 0.9 * error(normalise=False) and full < 0.9 * error(hadamard=False)
 
 
+@pytest.mark.slow
 def test_windows_of_128():
     """Encoded by whole windows; the rest waits, keys before RoPE."""
     _q, k, v = make_qkv(140, batch=1)
