@@ -1,0 +1,162 @@
+"""Tables and the roofline of a run's records."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+
+from gpu.check import KERNEL
+from gpu.sweep import BFLOAT16
+from nqkv_jax.analysis import plots
+from nqkv_jax.plan import format_size
+
+HOPPER_FLOPS = 989e12  # bfloat16 products per second of an H100 SXM, dense; NVIDIA's data sheet
+
+
+def write(folder: pathlib.Path, machine: dict, records: list[dict], left: dict[str, int]) -> None:
+    """gpu_decode.json, .md and .png.
+
+    Args: left: units of each part that were not reached.
+    """
+    out = dict(machine=machine, not_reached=left, records=[machine | r for r in records])
+    (folder / "gpu_decode.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+    text = markdown(machine, records, left)
+    (folder / "gpu_decode.md").write_text(text, encoding="utf-8")
+    print(text)
+    try:
+        figure = roofline(machine, records)
+    except ImportError as error:
+        print(f"no figure: {error}")
+        return
+    figure.savefig(folder / "gpu_decode.png", dpi=110)
+
+
+def markdown(machine: dict, records: list[dict], left: dict[str, int]) -> str:
+    of = lambda part: [r for r in records if r["part"] == part]
+    lines = [f"{machine['device']}, jax {machine['jax']}, {machine['date']}", ""]
+    missing = [f"{count} of {part}" for part, count in left.items() if count]
+    if missing:
+        lines += [f"Not reached in the time that was given: {', '.join(missing)}.", ""]
+    sections = (_check, _bandwidth, _sweep, _end_to_end)
+    for part, section in zip(("check", "bandwidth", "sweep", "end-to-end"), sections, strict=True):
+        if of(part):
+            lines += [*section(of(part)), ""]
+    return "\n".join(lines)
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+
+
+def _check(records: list[dict]) -> list[str]:
+    rows = []
+    for r in records:
+        verdict = {True: "yes", False: "**NO**", None: "not run"}[r["passed"]]
+        error = f"{r['error']:.1e}" if "error" in r else ""
+        log_sum = f"{r['log_sum_error']:.1e}" if "error" in r else ""
+        why = r.get("failure") or r.get("skipped") or ""
+        rows.append([r["spec"], r["implementation"], verdict, error, log_sum, why])
+    header = ["case", "implementation", "within tolerance", "largest error", "of log-sums", ""]
+    return ["### Against the float64 oracle", "", *_table(header, rows)]
+
+
+def _bandwidth(records: list[dict]) -> list[str]:
+    rows = [
+        [r["implementation"], f"{r['bytes_per_s'] / 1e12:.3f} TB/s", f"{r['spread']:.1%}"]
+        for r in records
+    ]
+    header = ["a pass over a large array", "bytes per second", "spread"]
+    return ["### Bandwidth", "", *_table(header, rows)]
+
+
+def _sweep(records: list[dict]) -> list[str]:
+    """A row per shape: the best bfloat16, and each implementation's speed-up over it."""
+    columns = list(dict.fromkeys(
+        (r["implementation"], r["codebook"]) for r in records if r["implementation"] not in BFLOAT16
+    ))  # fmt: skip
+    rows = []
+    for spec in dict.fromkeys(r["spec"] for r in records):
+        here = [r for r in records if r["spec"] == spec]
+        timed = [r for r in here if r["implementation"] in BFLOAT16 and r["median_us"]]
+        best = min(timed, key=lambda r: r["median_us"], default=None)
+        row = [spec, _cell(best) + f" {best['implementation']}" if best else ""]
+        for column in columns:
+            found = [r for r in here if (r["implementation"], r["codebook"]) == column]
+            row.append(_cell(found[0]) if found else "")
+        rows.append(row)
+    header = ["shape", "best bfloat16", *(f"{name} {codebook}" for name, codebook in columns)]
+    skipped = dict.fromkeys(
+        f"{r['implementation']} {r['codebook']}: {r.get('failure') or r.get('skipped')}"
+        for r in records if not r["median_us"]
+    )  # fmt: skip
+    notes = ["", "Not timed:", "", *(f"- {line}" for line in skipped)] if skipped else []
+    return [
+        "### One token's attention",
+        "",
+        "Microseconds; the speed-up over the best bfloat16 of the same run; the bytes that must be "
+        "read per second, as a part of what a copy moves. Losses are below 1x.",
+        "",
+        *_table(header, rows),
+        *notes,
+    ]
+
+
+def _cell(record: dict) -> str:
+    if not record["median_us"]:
+        return ""
+    ratio = record["ratio_to_best_bf16"]
+    parts = [f"{record['median_us']:.1f} us", f"{record['copy_fraction']:.0%}"]
+    if ratio is not None and record["implementation"] not in BFLOAT16:
+        parts.insert(1, f"**{ratio:.2f}x**")
+    return ", ".join(parts)
+
+
+def _end_to_end(records: list[dict]) -> list[str]:
+    rows = []
+    for r in records:
+        fixed = [r["spec"], f"{r['implementation']} {r['codebook']}", str(r["batch"]),
+                 f"{r['context']:,}"]  # fmt: skip
+        if not r["median_us"]:
+            rows.append([*fixed, "", "", "", r.get("failure") or r.get("skipped")])
+            continue
+        peak = r.get("process_peak_bytes")
+        speedup = r.get("speedup_over_no_cache")
+        rows.append([
+            *fixed, f"{r['tokens_per_second']:,.0f}", format_size(r["cache_bytes"]),
+            format_size(peak) if peak else "",
+            f"{speedup:.1f}x no cache" if speedup else f"spread {r['spread']:.1%}",
+        ])  # fmt: skip
+    header = ["model", "cache", "batch", "context", "tokens/s", "cache bytes",
+              "the process's peak so far", ""]  # fmt: skip
+    return ["### Whole decoders, random weights in bfloat16", "", *_table(header, rows)]
+
+
+def roofline(machine: dict, records: list[dict]):
+    """Operations per second over operations per byte read, of every timed row of the sweep."""
+    figure = plots.new_figure(7.6, 4.6)
+    axes = figure.subplots()
+    kinds = {
+        "bfloat16": ([r for r in records if r["implementation"] in BFLOAT16], plots.BLUE, "o"),
+        "codes, plain XLA": ([r for r in records if r["implementation"] == "xla"], "0.6", "v"),
+        f"codes, {KERNEL}": (
+            [r for r in records if r["implementation"] == KERNEL], plots.VERMILION, "s"
+        ),
+    }  # fmt: skip
+    intensities = [1.0]
+    for label, (rows, color, marker) in kinds.items():
+        rows = [r for r in rows if r["part"] == "sweep" and r["median_us"]]
+        x = [r["flops"] / r["bytes_read"] for r in rows]
+        y = [r["flops"] / r["median_us"] * 1e6 for r in rows]
+        intensities += x
+        axes.plot(x, y, marker, color=color, label=f"{label} ({len(rows)})", markersize=5)
+    ends = [min(intensities) / 2, max(intensities) * 2]
+    for r in records:
+        if r["part"] == "bandwidth":
+            roof = [min(end * r["bytes_per_s"], HOPPER_FLOPS) for end in ends]
+            style = "-" if r["implementation"] == "copy" else ":"
+            axes.plot(ends, roof, style, color=plots.BLACK, label=f"memory, {r['implementation']}")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte of the cache",
+             ylabel="operations per second")  # fmt: skip
+    axes.legend(fontsize=8)
+    plots.tidy(axes)
+    figure.suptitle(f"One token's attention on {machine['device']}", fontsize=11)
+    return figure

@@ -1,0 +1,121 @@
+"""Caches of many shapes and formats, with random contents."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from nqkv_jax import codebooks, tiles
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    batch: int
+    context: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+
+    @property
+    def name(self) -> str:
+        return (
+            f"b{self.batch}-t{self.context}-h{self.num_heads}/{self.num_kv_heads}x{self.head_dim}"
+        )
+
+    @property
+    def elements(self) -> int:
+        """Of one side of the cache."""
+        return self.batch * self.context * self.num_kv_heads * self.head_dim
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a cache holds; a codebook of None is bfloat16."""
+
+    codebook: codebooks.Codebook | None = None
+    zero: bool = False
+
+    @property
+    def bits(self) -> int:
+        return 16 if self.codebook is None else self.codebook.bits
+
+    @property
+    def name(self) -> str:
+        return "bf16" if self.codebook is None else self.codebook.name + "+zero" * self.zero
+
+    def nbytes(self, shape: Shape) -> int:
+        """Of keys and values, with their scales."""
+        scales = 0 if self.codebook is None else 2 * (1 + self.zero)  # bytes per token and head
+        tokens = shape.batch * shape.context * shape.num_kv_heads
+        return 2 * (shape.elements * self.bits // 8 + tokens * scales)
+
+
+def formats() -> list[Format]:
+    """Those with codes; of each width the first is also run in plain XLA."""
+    return [
+        Format(codebook=codebooks.cubic_normal(4, 128)),
+        Format(codebook=codebooks.integer(4)),
+        Format(codebook=codebooks.uniform(4), zero=True),
+        Format(codebook=codebooks.lloyd_max_normal(2)),
+        Format(codebook=codebooks.uniform(2), zero=True),
+        Format(codebook=codebooks.integer(8)),
+    ]
+
+
+TINY = (Shape(batch=2, context=256, num_heads=4, num_kv_heads=2),)
+
+
+def shapes() -> list[Shape]:
+    """Llama-3-8B's heads, and as many KV heads; the most telling first."""
+    grid = [
+        Shape(batch=batch, context=context, num_heads=32, num_kv_heads=heads)
+        for batch in (1, 8, 32)
+        for context in (2048, 8192, 32768, 131072)
+        for heads in (8, 32)
+    ]
+    middle = lambda s: abs(math.log2(s.batch / 8)) + abs(math.log2(s.context / 32768))
+    return sorted(grid, key=lambda s: middle(s) + math.log2(s.num_kv_heads / 8))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def bfloat16_caches(key, shape: Shape, copies: int) -> list[tuple[jax.Array, jax.Array]]:
+    """(k, v) of [B, T, Hkv, D]."""
+    size = (shape.context, shape.num_kv_heads, shape.head_dim)
+    # One sequence at a time, as the random bits would take as much again.
+    one = lambda key: jax.random.normal(key, size, jnp.bfloat16)
+    draw = lambda key: jax.lax.map(one, jax.random.split(key, shape.batch))
+    return [tuple(map(draw, pair)) for pair in jax.random.split(key, (copies, 2))]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def coded_caches(key, shape: Shape, bits: int, copies: int) -> list[tuple[dict, dict]]:
+    """Words, scales and zeros that any codebook of this width can take."""
+    place = (shape.context // tiles.TOKENS, shape.num_kv_heads)
+    rows = tiles.num_rows(shape.head_dim, bits)
+
+    def sequence(key):
+        words, scale, zero = jax.random.split(key, 3)
+        size = (*place, tiles.TOKENS)
+        half = lambda a: jax.lax.bitcast_convert_type(a.astype(jnp.float16), jnp.int16)
+        words = jax.random.bits(words, (*place, rows, tiles.LANES), jnp.uint16)
+        return dict(
+            words=jax.lax.bitcast_convert_type(words, jnp.int16),
+            scale=half(jax.random.uniform(scale, size, minval=0.5, maxval=1.0)),
+            zero=half(jax.random.uniform(zero, size, minval=-1.0, maxval=0.0)),
+        )
+
+    side = lambda key: jax.lax.map(sequence, jax.random.split(key, shape.batch))
+    return [tuple(map(side, pair)) for pair in jax.random.split(key, (copies, 2))]
+
+
+def tiled(given: dict, form: Format) -> TiledCodes:
+    """A side of `coded_caches`, read as a format."""
+    given = given if form.zero else given | dict(zero=None)
+    return TiledCodes(**given, codebook=form.codebook)
