@@ -147,6 +147,7 @@ def _units(part: str, journal: Journal, dry_run: bool) -> list[Unit]:
 
     chosen = end_to_end.tiny() if dry_run else end_to_end.settings()
     steps, repeats = (2, 1) if dry_run else (16, 5)
+    memory = 2**22 if dry_run else memory
     return end_to_end.units(chosen, steps=steps, repeats=repeats, memory=memory)
 
 

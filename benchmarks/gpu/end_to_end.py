@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ from gpu.check import KERNEL
 from gpu.dense_cache import DenseCache
 from gpu.journal import Unit, reason_of
 from nqkv_jax import schemes
-from nqkv_jax.evaluation.throughput import NO_CACHE, cache_timings
+from nqkv_jax.evaluation.throughput import NO_CACHE
 from nqkv_jax.models import families
 from nqkv_jax.models.config import ModelConfig
-from nqkv_jax.models.loading import LanguageModel, apply
+from nqkv_jax.models.loading import apply
 from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.plan import cache_sizes, largest
 
@@ -38,7 +38,7 @@ class Setting:
     config: ModelConfig
     batch: int
     context: int
-    no_cache: tuple[int, int]  # batch, tokens
+    small: tuple[int, int]  # batch and tokens, where no cache is compared with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,10 @@ def settings() -> list[Setting]:
     return [
         Setting(
             name="llama-3-8b", config=presets["llama-3-8b"], batch=32, context=7936,
-            no_cache=(4, 512),
+            small=(4, 512),
         ),
         Setting(
-            name="opt-6.7b", config=presets["opt-6.7b"], batch=32, context=1920, no_cache=(4, 512)
+            name="opt-6.7b", config=presets["opt-6.7b"], batch=32, context=1920, small=(4, 512)
         ),
     ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def tiny() -> list[Setting]:
         families.presets["llama-3-8b"], vocab_size=64, hidden_size=64, num_layers=2, num_heads=2,
         num_kv_heads=1, head_dim=32, ffn_size=64,
     )  # fmt: skip
-    return [Setting(name="tiny", config=small, batch=2, context=256, no_cache=(1, 8))]
+    return [Setting(name="tiny", config=small, batch=2, context=256, small=(1, 8))]
 
 
 def variants() -> list[Variant]:
@@ -163,12 +163,18 @@ def filled_cache(config: ModelConfig, variant: Variant, batch: int, context: int
 
 
 class Program:
-    """The decoding loop of one variant: `steps` greedy tokens per call, compiled but not run."""
+    """The decoding loop of one variant: `steps` greedy tokens per call.
+
+    Args:
+      model: as `random_params` returns it.
+      calls: that there will be of a program, beside the first.
+    """
 
     def __init__(self, setting: Setting, variant: Variant, model, batch: int, steps: int, calls):
         self.setting, self.variant, self.batch, self.steps = setting, variant, batch, steps
         graphdef, self._params = model
         self.max_len = setting.context + steps * (calls + 1)
+        self._calls, self._program = calls, None
 
         def decode(params, token, cache):
             def step(_, carry):
@@ -179,37 +185,170 @@ class Program:
             return jax.lax.fori_loop(0, steps, step, (token, cache))
 
         shapes = abstract_cache(setting.config, variant, batch, self.max_len)
-        token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-        automatic = variant.implementation == KERNEL
-        with kernel_is_automatic() if automatic else contextlib.nullcontext():
-            lowered = jax.jit(decode, donate_argnums=2).lower(self._params, token, shapes)
-        if automatic and jax.default_backend() == "gpu" and KERNEL not in lowered.as_text():
-            raise RuntimeError("expected the kernel in the program; it is not there")
-        self._program = lowered.compile()
         self.cache_bytes = shapes.nbytes
-        memory = self._program.memory_analysis()
-        self.temporary_bytes = memory.temp_size_in_bytes
+        token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+        kernel = variant.implementation == KERNEL
+        with kernel_is_automatic() if kernel else contextlib.nullcontext():
+            self._lowered = jax.jit(decode, donate_argnums=2).lower(self._params, token, shapes)
+        if kernel and KERNEL not in self._lowered.as_text():
+            raise RuntimeError("expected the kernel in the program, which has none")
 
-    def record(self, repeats: int) -> dict:
+    def compile(self) -> "Program":
+        self._program, self._lowered = self._lowered.compile(), None
+        return self
+
+    @property
+    def temporary_bytes(self) -> int:
+        return self._program.memory_analysis().temp_size_in_bytes
+
+    def record(self) -> dict:
         """Fills a cache and decodes; each repeat goes on where the last one stopped."""
         cache = filled_cache(
             self.setting.config, self.variant, self.batch, self.setting.context, self.max_len
         )
         token, times = jnp.zeros((self.batch, 1), jnp.int32), []
-        for _ in range(repeats + 1):  # the first run is slower
+        for _ in range(self._calls + 1):  # the first run is slower
             began = time.perf_counter()
             token, cache = jax.block_until_ready(self._program(self._params, token, cache))
-            times.append(time.perf_counter() - began)
-        times = np.array(times[1:]) / self.steps
+            times.append((time.perf_counter() - began) / self.steps)
         stats = jax.local_devices()[0].memory_stats() or {}
-        return timing.summary(list(times)) | dict(
-            tokens_per_second=self.batch / float(np.median(times)),
+        return timing.summary(times[1:]) | dict(
+            tokens_per_second=self.batch / float(np.median(times[1:])),
             process_peak_bytes=stats.get("peak_bytes_in_use"),
             cache_bytes=self.cache_bytes, temporary_bytes=self.temporary_bytes,
         )  # fmt: skip
 
 
+def seconds_without_cache(model, batch: int, length: int, repeats: int) -> list[float]:
+    """Of one token of each sequence, for which the whole text is read again."""
+    graphdef, params = model
+    run = jax.jit(lambda params, text: apply(graphdef, params, text, last_only=True)[0])
+    text = jnp.asarray(np.random.default_rng(0).integers(0, 32, (batch, length)), jnp.int32)
+    run(params, text).block_until_ready()
+    return [timing.seconds(lambda: run(params, text)) for _ in range(repeats)]
+
+
+class Measurements:
+    """What is measured of the models, one of which is in memory at a time.
+
+    Args:
+      steps: tokens per call.
+      repeats: calls that are timed.
+      memory: bytes that the process may take on the device.
+    """
+
+    def __init__(self, *, steps: int, repeats: int, memory: int):
+        self._steps, self._repeats, self._memory = steps, repeats, memory
+        self._name, self._model = None, None
+        self._temporary: dict[tuple, float] = {}  # bytes per sequence
+
+    def _model_of(self, setting: Setting):
+        if self._name != setting.name:
+            self._model = None
+            self._name, self._model = setting.name, random_params(setting.config)
+        return self._model
+
+    def _programs(self, setting: Setting, batches: dict[Variant, int]) -> dict[Variant, Any]:
+        """Compiled programs, or exceptions."""
+        model, lowered = self._model_of(setting), {}
+        for variant, batch in batches.items():
+            try:
+                program = Program(setting, variant, model, batch, self._steps, self._repeats)
+                lowered[variant] = program.compile
+            except Exception as error:
+                lowered[variant] = functools.partial(_raise, error)
+        made = timing.side_by_side(lowered)
+        for variant, program in made.items():
+            if isinstance(program, Program):
+                key = setting.name, variant
+                self._temporary[key] = program.temporary_bytes / batches[variant]
+        return made
+
+    def equal_batch(self, setting: Setting, note, fatal) -> list[dict]:
+        batches = {v: setting.batch for v in variants() if not fatal.get(str(v)) and not why_not(v)}
+        programs = self._programs(setting, batches)
+        base = functools.partial(fields, setting, measure="equal batch")
+        return [
+            base(variant) | self._run(variant, programs.pop(variant, None), note, fatal)
+            for variant in variants()
+        ]
+
+    def largest_batch(self, setting: Setting, note, fatal) -> list[dict]:
+        """By the bytes of weights, cache and temporaries; fewer where that does not fit after all.
+
+        Of the two best: bfloat16 by cuDNN, and the kernel.
+        """
+        base = functools.partial(fields, setting, measure="largest batch")
+        chosen = [v for v in variants()[:2] if not fatal.get(str(v)) and not why_not(v)]
+        unknown = {v: setting.batch for v in chosen if (setting.name, v) not in self._temporary}
+        self._programs(setting, unknown)
+        batches = {v: self._fitting(setting, v) for v in chosen}
+        programs, records = self._programs(setting, batches), []
+        for variant in variants()[:2]:
+            found = self._run(variant, programs.pop(variant, None), note, fatal)
+            for _ in range(3):
+                if "RESOURCE_EXHAUSTED" not in found.get("skipped", ""):
+                    break
+                batches[variant] = batches[variant] * 9 // 10
+                again = self._programs(setting, {variant: batches[variant]})
+                found = self._run(variant, again.pop(variant), note, fatal)
+            records.append(base(variant) | dict(batch=batches.get(variant)) | found)
+        return records
+
+    def _fitting(self, setting: Setting, variant: Variant) -> int:
+        params = 2 * families.num_params(setting.config)
+        temporary = self._temporary[setting.name, variant]
+        max_len = setting.context + self._steps * (self._repeats + 1)
+        budget = ROOM * self._memory - params
+
+        def needed(batch: int) -> int:
+            cache = abstract_cache(setting.config, variant, batch, max_len).nbytes
+            return cache + math.ceil(batch * temporary)
+
+        return largest(lambda batch: needed(batch) <= budget, guess=int(budget / needed(1)))
+
+    def no_cache(self, setting: Setting, note, fatal) -> list[dict]:
+        """Against reading the whole text again for every token, as the paper's 9.3x is."""
+        small = dataclasses.replace(setting, batch=setting.small[0], context=setting.small[1])
+        base = functools.partial(fields, small, measure="no cache")
+        chosen = [v for v in variants()[:2] if not fatal.get(str(v)) and not why_not(v)]
+        programs = self._programs(small, dict.fromkeys(chosen, small.batch))
+        note(NO_CACHE)
+        times = seconds_without_cache(self._model, *setting.small, self._repeats)
+        nothing = Variant(implementation=NO_CACHE, scheme="none")
+        found = [base(nothing) | timing.summary(times) | dict(
+            tokens_per_second=small.batch / float(np.median(times)), cache_bytes=0
+        )]  # fmt: skip
+        for variant in variants()[:2]:
+            row = base(variant) | self._run(variant, programs.pop(variant, None), note, fatal)
+            if row["median_us"]:
+                row["speedup_over_no_cache"] = found[0]["median_us"] / row["median_us"]
+            found.append(row)
+        return found
+
+    def _run(self, variant: Variant, program, note, fatal) -> dict:
+        """The rest of a record."""
+        if reason := why_not(variant):
+            return dict(skipped=reason)
+        if reason := fatal.get(str(variant)):
+            return dict(failure=reason)
+        note(str(variant))
+        try:
+            if isinstance(program, Exception):
+                raise program
+            return program.record()
+        except Exception as error:
+            timing.examine(error)
+            reason = reason_of(error)
+            return {"skipped" if "RESOURCE_EXHAUSTED" in reason else "failure": reason}
+
+
+def _raise(error: Exception):
+    raise error
+
+
 def fields(setting: Setting, variant: Variant, measure: str) -> dict:
+    """What a record says whatever comes of it."""
     config = setting.config
     return dict(
         part="end-to-end", spec=f"{setting.name}/{measure}", measure=measure,
@@ -220,19 +359,6 @@ def fields(setting: Setting, variant: Variant, measure: str) -> dict:
     )  # fmt: skip
 
 
-class _Models:
-    """The model that was asked for last, so that only one is in memory."""
-
-    def __init__(self):
-        self._name, self._model = None, None
-
-    def __call__(self, setting: Setting):
-        if self._name != setting.name:
-            self._model = None
-            self._name, self._model = setting.name, random_params(setting.config)
-        return self._model
-
-
 def why_not(variant: Variant) -> str | None:
     if variant.implementation == KERNEL and jax.default_backend() != "gpu":
         return f"needs a Hopper GPU; this is {jax.default_backend()}"
@@ -240,88 +366,14 @@ def why_not(variant: Variant) -> str | None:
 
 
 def units(chosen: Sequence[Setting], *, steps: int, repeats: int, memory: int) -> list[Unit]:
-    """Of each model: every variant in a batch of one size, then of the largest, then no cache.
-
-    Args: memory: bytes that a process may take on the device.
-    """
-    models, found = _Models(), []
+    """Of each model: every variant in a batch of one size, the largest batches, and no cache."""
+    measurements, found = Measurements(steps=steps, repeats=repeats, memory=memory), []
     for setting in chosen:
-        for measure, batch_of in (("equal batch", None), ("largest batch", _largest_batch)):
-            for variant in variants()[: 4 if batch_of is None else 2]:
-                found.append(
-                    _decoding(setting, variant, measure, batch_of, models, steps, repeats, memory)
-                )
-        found.append(_against_no_cache(setting, models, steps, repeats))
+        for measure in ("equal batch", "largest batch", "no cache"):
+            method = getattr(measurements, measure.replace(" ", "_"))
+            run = functools.partial(method, setting)
+            failed = lambda reason, setting=setting, measure=measure: [
+                fields(setting, variant, measure) | dict(failure=reason) for variant in variants()
+            ]
+            found.append(Unit(f"end-to-end/{setting.name}/{measure}", run, failed))
     return found
-
-
-def _decoding(setting, variant, measure, batch_of, models, steps, repeats, memory) -> Unit:
-    base = fields(setting, variant, measure)
-
-    def run(note, fatal) -> list[dict]:
-        if reason := why_not(variant):
-            return [base | dict(skipped=reason)]
-        program = lambda batch: Program(setting, variant, models(setting), batch, steps, repeats)
-        tried = setting.batch if batch_of is None else batch_of(setting, variant, program, memory)
-        for _ in range(4):
-            try:
-                measured = program(tried).record(repeats)
-                return [base | dict(batch=tried) | measured]
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                reason = reason_of(error)
-            if batch_of is None:
-                break
-            tried = tried * 9 // 10
-        return [base | dict(batch=tried, skipped=reason)]
-
-    failed = lambda reason: [base | dict(failure=reason)]
-    return Unit(f"end-to-end/{base['spec']}/{variant.implementation} {variant.scheme}", run, failed)
-
-
-def _largest_batch(setting: Setting, variant: Variant, program: Callable, memory: int) -> int:
-    """By the bytes of weights and cache, with temporaries as a small batch's program has them."""
-    small = program(setting.batch)
-    params = families.num_params(setting.config) * 2
-    per_sequence = small.temporary_bytes / setting.batch
-
-    def fits(batch: int) -> bool:
-        cache = abstract_cache(setting.config, variant, batch, small.max_len).nbytes
-        return params + cache + math.ceil(per_sequence * batch) <= ROOM * memory
-
-    each = small.cache_bytes / setting.batch
-    return largest(fits, guess=int((ROOM * memory - params) / each))
-
-
-def _against_no_cache(setting: Setting, models: _Models, steps: int, repeats: int) -> Unit:
-    """Reading the whole text again for every token, as the paper's 9.3x does; by the library."""
-    batch, length = setting.no_cache
-    kernel = jax.default_backend() == "gpu"
-    quantized = Variant(implementation=KERNEL if kernel else "xla", scheme=TILED)
-    base = lambda variant: fields(setting, variant, "no cache") | dict(batch=batch, context=length)
-    none = Variant(implementation=NO_CACHE, scheme="none")
-
-    def run(note, fatal) -> list[dict]:
-        graphdef, params = models(setting)
-        lm = LanguageModel(
-            model=nnx.merge(graphdef, params), config=setting.config, tokenizer=None,
-            name=setting.name, dtype=np.dtype(jnp.bfloat16),
-        )  # fmt: skip
-        automatic = kernel_is_automatic() if kernel else contextlib.nullcontext()
-        with automatic:
-            timings = cache_timings(
-                lm, [("none", jnp.bfloat16), (TILED, jnp.bfloat16)], lengths=[length],
-                batch=batch, steps=steps, repeats=repeats, progress=False,
-            )  # fmt: skip
-        rows = (none, Variant(implementation="xla", scheme="none"), quantized)
-        return [
-            base(variant) | timing.summary(list(t.seconds)) | dict(
-                tokens_per_second=batch / t.median, cache_bytes=t.cache_bytes,
-                speedup_over_no_cache=timings[0].median / t.median,
-            )
-            for variant, t in zip(rows, timings, strict=True)
-        ]  # fmt: skip
-
-    failed: Callable[[str], Any] = lambda reason: [base(quantized) | dict(failure=reason)]
-    return Unit(f"end-to-end/{setting.name}/no cache", run, failed)

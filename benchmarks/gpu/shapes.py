@@ -84,10 +84,13 @@ def shapes() -> list[Shape]:
     return sorted(grid, key=lambda s: middle(s) + math.log2(s.num_kv_heads / 8))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def bfloat16_caches(key, shape: Shape, copies: int) -> list[tuple[jax.Array, jax.Array]]:
-    """(k, v) of [B, T, Hkv, D]."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def bfloat16_caches(
+    key, shape: Shape, copies: int, tokens_last: bool
+) -> list[tuple[jax.Array, jax.Array]]:
+    """(k, v) of [B, T, Hkv, D], or [B, Hkv, D, T]."""
     size = (shape.context, shape.num_kv_heads, shape.head_dim)
+    size = (*size[1:], size[0]) if tokens_last else size
     # One sequence at a time, as the random bits would take as much again.
     one = lambda key: jax.random.normal(key, size, jnp.bfloat16)
     draw = lambda key: jax.lax.map(one, jax.random.split(key, shape.batch))

@@ -37,8 +37,12 @@ def _attend(q, cache, form: Format, shape: Shape, implementation: str):
 
 
 def _dense(q, cache, implementation: str):
-    k, v = cache
+    k, v = (jnp.moveaxis(a, 3, 1) for a in cache) if implementation == "xla" else cache
     return jax.nn.dot_product_attention(q[:, None], k, v, implementation=implementation)[:, 0]
+
+
+def _compile(jitted, *arguments):
+    return jitted.lower(*arguments).compile()
 
 
 @dataclasses.dataclass
@@ -57,6 +61,14 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.implementation} {self.form.name}"
+
+    @property
+    def store(self) -> str:
+        """Rows of one store share their arrays."""
+        # XLA moves tokens last before it multiplies. As this could be done once for all tokens, it
+        # is done beforehand.
+        tokens_last = self.implementation == "jax.nn xla"
+        return f"{self.form.bits} bits" + ", tokens last" * tokens_last
 
 
 def rows_of(shape: Shape, wanted: Sequence[Format], most_copies: int) -> list[Row]:
@@ -97,27 +109,26 @@ class Measurement:
         key = jax.random.key(0)
         q = jax.random.normal(key, (shape.batch, shape.num_heads, shape.head_dim), jnp.bfloat16)
         self.q = jax.block_until_ready(q)
-        self._caches = {
-            bits: jax.block_until_ready(self._new_caches(bits))
-            for bits in dict.fromkeys(row.form.bits for row in self._live)
-        }
+        self._caches = {}
+        for row in self._live:
+            if row.store not in self._caches:
+                self._caches[row.store] = jax.block_until_ready(self._new_caches(row))
 
     @property
     def _live(self) -> list[Row]:
         return [row for row in self.rows if row.skipped is None and row.failure is None]
 
-    def _copies(self, bits: int) -> int:
-        """Formats of one width share their arrays."""
-        return max(row.copies for row in self.rows if row.form.bits == bits)
+    def _copies(self, row: Row) -> int:
+        return max(other.copies for other in self.rows if other.store == row.store)
 
-    def _new_caches(self, bits: int):
-        key, copies = jax.random.key(bits), self._copies(bits)
-        if bits == 16:
-            return bfloat16_caches(key, self.shape, copies)
-        return coded_caches(key, self.shape, bits, copies)
+    def _new_caches(self, row: Row):
+        key, copies = jax.random.key(row.form.bits), self._copies(row)
+        if row.form.codebook is None:
+            return bfloat16_caches(key, self.shape, copies, "tokens last" in row.store)
+        return coded_caches(key, self.shape, row.form.bits, copies)
 
     def _leave_out(self, no_torch: str | None, room: int) -> None:
-        taken: dict[int, int] = {}
+        taken: dict[str, int] = {}
         cuda = jax.default_backend() == "gpu"
         for row in self._live:
             if row.implementation == "torch":
@@ -126,13 +137,13 @@ class Measurement:
                 row.skipped = f"needs a GPU; this is {jax.default_backend()}"
             elif row.implementation == KERNEL:
                 row.skipped = why_not(KERNEL, *self._abstract(row.form))
-            if row.skipped is None and row.form.bits not in taken:
+            if row.skipped is None and row.store not in taken:
                 with_zeros = dataclasses.replace(row.form, zero=True)
-                size = self._copies(row.form.bits) * with_zeros.nbytes(self.shape)
+                size = self._copies(row) * with_zeros.nbytes(self.shape)
                 if sum(taken.values()) + size > room:
                     row.skipped = f"{size:,} bytes do not fit beside those of this shape's others"
                 else:
-                    taken[row.form.bits] = size
+                    taken[row.store] = size
 
     def _abstract(self, form: Format) -> list[TiledCodes]:
         codes = functools.partial(coded_caches, shape=self.shape, bits=form.bits, copies=1)
@@ -146,18 +157,20 @@ class Measurement:
             run = functools.partial(
                 _attend, form=row.form, shape=self.shape, implementation=row.implementation
             )
-        return timing.chained(run, row.steps), self.q, self._caches[row.form.bits][: row.copies]
+        return timing.chained(run, row.steps), self.q, self._caches[row.store][: row.copies]
 
     def prepare(self) -> None:
         """Compiles side by side, then runs everything once."""
         jitted = [row for row in self._live if row.implementation != "torch"]
         programs = {row.name: self._program(row) for row in jitted}
-        compiled = timing.compile_all(programs)
+        compiled = timing.side_by_side(
+            {name: functools.partial(_compile, *program) for name, program in programs.items()}
+        )
         for row in self._live:
             self._note(row.name)
             try:
                 if row.implementation == "torch":
-                    caches = self._caches[16][: row.copies]
+                    caches = self._caches[row.store][: row.copies]
                     row.seconds = torch_sdpa.Program(self.q, caches, row.steps).seconds
                     row.seconds()
                     continue

@@ -53,18 +53,17 @@ def copies_for(nbytes: int, most: int) -> int:
     return min(most, -(-2 * L2_BYTES // nbytes))
 
 
-def compile_all(programs: Mapping[str, tuple]) -> dict[str, Any]:
-    """{name: (jitted, *arguments)} -> {name: compiled, or the exception}; side by side."""
+def side_by_side(makers: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """{name: what its function returns, or the exception}; for compiling, which takes one core."""
 
-    def one(program):
-        function, *arguments = program
+    def one(make):
         try:
-            return function.lower(*arguments).compile()
+            return make()
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(programs, pool.map(one, programs.values()), strict=True))
+        return dict(zip(makers, pool.map(one, makers.values()), strict=True))
 
 
 def seconds(run: Callable[[], Any]) -> float:
