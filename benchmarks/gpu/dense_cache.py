@@ -46,10 +46,11 @@ class DenseCache(StandIn):
         stored = self.keys[layer].dtype
         keys = write(self.keys[layer], k.astype(stored), self.lengths)
         values = write(self.values[layer], v.astype(stored), self.lengths)
-        out = jax.nn.dot_product_attention(
-            query.astype(stored), keys, values, key_value_seq_lengths=self.lengths + 1,
-            implementation=self.implementation,
-        )  # fmt: skip
+        with jax.numpy_dtype_promotion("standard"):  # which jax.nn counts on
+            out = jax.nn.dot_product_attention(
+                query.astype(stored), keys, values, key_value_seq_lengths=self.lengths + 1,
+                implementation=self.implementation,
+            )  # fmt: skip
         out = out.reshape(batch, heads, group, 1, head_dim).astype(jnp.float32)
         ones = jnp.ones(out.shape[:-1], jnp.float32)
         put = lambda arrays, a: (*arrays[:layer], a, *arrays[layer + 1 :])

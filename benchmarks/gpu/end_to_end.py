@@ -69,14 +69,15 @@ def settings() -> list[Setting]:
 def tiny() -> list[Setting]:
     """To try the script."""
     small = dataclasses.replace(
-        families.presets["llama-3-8b"], vocab_size=64, hidden_size=64, num_layers=2, num_heads=2,
+        families.presets["llama-3-8b"], vocab_size=64, hidden_size=64, num_layers=1, num_heads=2,
         num_kv_heads=1, head_dim=32, ffn_size=64,
     )  # fmt: skip
     return [Setting(name="tiny", config=small, batch=2, context=256, small=(1, 8))]
 
 
-def variants() -> list[Variant]:
-    cuda = jax.default_backend() == "gpu"
+def variants(cuda: bool | None = None) -> list[Variant]:
+    """The best of bfloat16 and of codes, then others; for GPUs or not (None: as the machine is)."""
+    cuda = jax.default_backend() == "gpu" if cuda is None else cuda
     return [
         Variant(implementation="cudnn" if cuda else "xla", scheme=None),
         Variant(implementation=KERNEL, scheme=TILED),
@@ -162,6 +163,20 @@ def filled_cache(config: ModelConfig, variant: Variant, batch: int, context: int
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
+def decode_loop(graphdef, steps: int):
+    """(params, token, cache) -> (token, cache) after so many greedy tokens; jitted."""
+
+    def decode(params, token, cache):
+        def step(_, carry):
+            token, cache = carry
+            logits, cache = apply(graphdef, params, token, cache, last_only=True)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
+
+        return jax.lax.fori_loop(0, steps, step, (token, cache))
+
+    return jax.jit(decode, donate_argnums=2)
+
+
 class Program:
     """The decoding loop of one variant: `steps` greedy tokens per call.
 
@@ -176,20 +191,13 @@ class Program:
         self.max_len = setting.context + steps * (calls + 1)
         self._calls, self._program = calls, None
 
-        def decode(params, token, cache):
-            def step(_, carry):
-                token, cache = carry
-                logits, cache = apply(graphdef, params, token, cache, last_only=True)
-                return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
-
-            return jax.lax.fori_loop(0, steps, step, (token, cache))
-
         shapes = abstract_cache(setting.config, variant, batch, self.max_len)
         self.cache_bytes = shapes.nbytes
         token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
         kernel = variant.implementation == KERNEL
         with kernel_is_automatic() if kernel else contextlib.nullcontext():
-            self._lowered = jax.jit(decode, donate_argnums=2).lower(self._params, token, shapes)
+            loop = decode_loop(graphdef, steps)
+            self._lowered = loop.lower(self._params, token, shapes)
         if kernel and KERNEL not in self._lowered.as_text():
             raise RuntimeError("expected the kernel in the program, which has none")
 
@@ -281,9 +289,10 @@ class Measurements:
         base = functools.partial(fields, setting, measure="largest batch")
         chosen = [v for v in variants()[:2] if not fatal.get(str(v)) and not why_not(v)]
         unknown = {v: setting.batch for v in chosen if (setting.name, v) not in self._temporary}
-        self._programs(setting, unknown)
-        batches = {v: self._fitting(setting, v) for v in chosen}
-        programs, records = self._programs(setting, batches), []
+        small = self._programs(setting, unknown)
+        known = [v for v in chosen if (setting.name, v) in self._temporary]
+        batches = {v: self._fitting(setting, v) for v in known}
+        programs, records = small | self._programs(setting, batches), []
         for variant in variants()[:2]:
             found = self._run(variant, programs.pop(variant, None), note, fatal)
             for _ in range(3):

@@ -13,7 +13,7 @@ HOPPER_FLOPS = 989e12  # bfloat16 products per second of an H100 SXM, dense; NVI
 
 
 def write(folder: pathlib.Path, machine: dict, records: list[dict], left: dict[str, int]) -> None:
-    """gpu_decode.json, .md and .png.
+    """gpu_decode.json, .md and, if shapes were timed, .png.
 
     Args: left: units of each part that were not reached.
     """
@@ -22,6 +22,8 @@ def write(folder: pathlib.Path, machine: dict, records: list[dict], left: dict[s
     text = markdown(machine, records, left)
     (folder / "gpu_decode.md").write_text(text, encoding="utf-8")
     print(text)
+    if not any(r["part"] == "sweep" and r["median_us"] for r in records):
+        return
     try:
         figure = roofline(machine, records)
     except ImportError as error:

@@ -38,7 +38,8 @@ def _attend(q, cache, form: Format, shape: Shape, implementation: str):
 
 def _dense(q, cache, implementation: str):
     k, v = (jnp.moveaxis(a, 3, 1) for a in cache) if implementation == "xla" else cache
-    return jax.nn.dot_product_attention(q[:, None], k, v, implementation=implementation)[:, 0]
+    with jax.numpy_dtype_promotion("standard"):  # which jax.nn counts on
+        return jax.nn.dot_product_attention(q[:, None], k, v, implementation=implementation)[:, 0]
 
 
 def _compile(jitted, *arguments):

@@ -21,6 +21,7 @@ def chained(run: Callable, steps: int) -> Callable:
     `out` has the shape of `q`, and goes into the next query, so that no launch can be left out or
     overlap with another.
     """
+    run = jax.jit(run)  # traced and lowered once for all caches
 
     def many(q, caches):
         def step(_, carry):

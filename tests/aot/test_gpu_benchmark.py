@@ -1,0 +1,60 @@
+"""What benchmarks/gpu_decode.py times is what it says: programs compiled for an H100."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from gpu import end_to_end, sweep, timing
+from gpu.check import KERNEL
+from gpu.shapes import Shape, bfloat16_caches, coded_caches, formats
+from targets import compile_for
+
+from nqkv_jax.models import families
+
+SHAPE = Shape(batch=2, context=4096, num_heads=32, num_kv_heads=8)
+ROWS = [r for r in sweep.rows_of(SHAPE, formats(), 3) if r.implementation != "torch"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_loop_reads_every_cache_in_every_round(row):
+    """Nothing is decoded, transposed or copied beforehand: there is no room for it."""
+    if row.form.codebook is None:
+        run = functools.partial(sweep._dense, implementation=row.implementation.split()[1])
+        make = lambda key: bfloat16_caches(key, SHAPE, row.copies, "tokens last" in row.store)
+    else:
+        run = functools.partial(
+            sweep._attend, form=row.form, shape=SHAPE, implementation=row.implementation
+        )
+        make = lambda key: coded_caches(key, SHAPE, row.form.bits, row.copies)
+    q = jax.ShapeDtypeStruct((SHAPE.batch, SHAPE.num_heads, SHAPE.head_dim), jnp.bfloat16)
+    caches = jax.eval_shape(make, jax.random.key(0))
+    compiled = compile_for("h100", timing.chained(run, row.steps), q, caches)
+    # Scores in float32 are the largest of what else there is.
+    scores = 4 * SHAPE.batch * SHAPE.num_heads * SHAPE.context
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 2 * scores < row.form.nbytes(SHAPE) / 2
+    calls = {KERNEL: "mosaic_gpu", "jax.nn cudnn": "__cudnn$fmha"}.get(row.implementation)
+    if calls:
+        assert compiled.as_text().count(f'custom_call_target="{calls}') == row.copies
+
+
+@pytest.mark.parametrize("variant", end_to_end.variants(cuda=True)[:2], ids=str)
+@pytest.mark.parametrize("name", ["llama-3-8b", "opt-6.7b"])
+def test_decoders_attend_by_what_is_said(name, variant):
+    config = dataclasses.replace(families.presets[name], num_layers=2)
+    model = nnx.split(families.abstract(config, dtype=jnp.bfloat16))
+    cache = end_to_end.abstract_cache(config, variant, 4, 2048)
+    token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+    kernel = variant.implementation == KERNEL
+    with end_to_end.kernel_is_automatic() if kernel else contextlib.nullcontext():
+        loop = end_to_end.decode_loop(model[0], steps=4)
+        compiled = compile_for("h100", loop, model[1], token, cache)
+    calls = "mosaic_gpu" if kernel else "__cudnn$fmha"
+    assert compiled.as_text().count(f'custom_call_target="{calls}') == config.num_layers
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.nbytes
+    assert memory.temp_size_in_bytes < cache.nbytes / 4

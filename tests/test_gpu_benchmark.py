@@ -1,0 +1,249 @@
+"""benchmarks/gpu_decode.py, whole, in tiny shapes on a CPU; and when things go wrong."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import gpu_decode
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_attention_cases import CASES, arguments, dense, oracle
+from flax import nnx
+from gpu import check, sweep
+from gpu.dense_cache import DenseCache
+from gpu.journal import Journal, supervise
+from gpu.shapes import Format, Shape, coded_caches, formats, shapes, tiled
+
+from nqkv_jax import schemes
+from nqkv_jax.models import families
+from nqkv_jax.models.loading import apply
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+RECORD = {
+    "spec", "implementation", "device", "jax", "median_us", "spread", "n", "bytes_read",
+    "copy_fraction", "bits", "batch", "num_kv_heads", "context", "ratio_to_best_bf16",
+}  # fmt: skip
+
+
+def worker(folder, *parts):
+    arguments = ["--worker", "--dry-run", "--out", str(folder), "--parts", *parts]
+    return gpu_decode.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a whole dry run leaves."""
+    folder = tmp_path_factory.mktemp("results")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert worker(folder, *gpu_decode.PARTS) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert gpu_decode.report(folder) == 0
+    return folder
+
+
+def rows(folder, part):
+    records = json.loads((folder / "gpu_decode.json").read_text())["records"]
+    return [r for r in records if r["part"] == part]
+
+
+def test_every_row_is_timed_or_says_why_not(folder):
+    for part in ("sweep", "end-to-end"):
+        for r in rows(folder, part):
+            assert (r["median_us"] is None) == bool(r.get("skipped")), r
+            if r["implementation"] == "mosaic_gpu":
+                assert r["skipped"] == "needs a Hopper GPU; this is cpu"
+    timed = [r for r in rows(folder, "sweep") if r["median_us"]]
+    assert {r["implementation"] for r in timed} == {"jax.nn xla", "xla"}
+    (copied,) = [r for r in rows(folder, "bandwidth") if r["implementation"] == "copy"]
+    for r in timed:
+        assert set(r) >= RECORD
+        best = timed[0]["median_us"]  # on a CPU the one bfloat16
+        assert r["ratio_to_best_bf16"] == pytest.approx(best / r["median_us"])
+        seconds = r["median_us"] / 1e6
+        fraction = r["bytes_read"] / seconds / copied["bytes_per_s"]
+        assert r["copy_fraction"] == pytest.approx(fraction)
+
+
+def test_cases_are_checked_against_the_oracle(folder):
+    found = {(r["spec"], r["implementation"]): r for r in rows(folder, "check")}
+    assert found["cubic4/short", "xla"]["passed"] and found["cubic4/short", "xla"]["error"] < 1e-5
+    assert found["cubic4/long", "mosaic_gpu"]["passed"] is None
+
+
+def test_whole_decoders(folder):
+    found = {(r["measure"], r["implementation"], r["codebook"]): r
+             for r in rows(folder, "end-to-end")}  # fmt: skip
+    equal, large = (found[m, "xla", "bf16"] for m in ("equal batch", "largest batch"))
+    assert large["batch"] > equal["batch"] and large["cache_bytes"] < 2**22
+    assert found["no cache", "xla", "bf16"]["speedup_over_no_cache"] > 0
+    for r in found.values():
+        if r["median_us"]:
+            assert r["tokens_per_second"] == pytest.approx(r["batch"] / r["median_us"] * 1e6)
+
+
+def test_the_table_and_the_figure(folder):
+    text = (folder / "gpu_decode.md").read_text()
+    assert "| b2-t256-h4/2x128 |" in text and "mosaic_gpu cubic4@128: needs a Hopper GPU" in text
+    # A row per shape, with as many cells as the header.
+    header, _, row = text[text.index("| shape |") :].splitlines()[:3]
+    assert header.count("|") == row.count("|")
+    if not (folder / "gpu_decode.png").exists():
+        pytest.importorskip("matplotlib")
+    assert (folder / "gpu_decode.png").stat().st_size > 10_000
+
+
+def test_a_run_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
+    lines = (folder / "gpu_decode.jsonl").read_text().splitlines(keepends=True)
+    (cut,) = [i for i, line in enumerate(lines) if '"done", "unit": "bandwidth"' in line]
+    (tmp_path / "gpu_decode.jsonl").write_text("".join(lines[:cut]) + lines[cut][:50])
+    monkeypatch.setattr(check, "errors", None)  # would fail if a case ran again
+    assert worker(tmp_path, "check", "bandwidth") == 0
+    after = Journal(tmp_path / "gpu_decode.jsonl")
+    assert sum(r["part"] == "bandwidth" for r in after.records) == 2
+    assert [r for r in after.records if r["part"] == "check"] == [
+        r for r in Journal(folder / "gpu_decode.jsonl").records if r["part"] == "check"
+    ]
+
+
+def test_time_that_is_up(tmp_path):
+    arguments = ["--worker", "--dry-run", "--out", str(tmp_path), "--parts", "check"]
+    assert gpu_decode.main([*arguments, "--deadline", "0"]) == 0
+    assert Journal(tmp_path / "gpu_decode.jsonl").left == {"check": 6}
+    assert gpu_decode.report(tmp_path) == 0
+    assert (
+        "Not reached in the time that was given: 6 of check"
+        in (tmp_path / "gpu_decode.md").read_text()
+    )
+
+
+def test_results_of_another_machine_are_not_gone_on_with(tmp_path):
+    Journal(tmp_path / "gpu_decode.jsonl").measured_on(
+        device="H100", jax=jax.__version__, dry_run=True, date="2026-01-01"
+    )
+    with pytest.raises(SystemExit, match=r"begun with device 'H100', and this is 'cpu': .*--fresh"):
+        worker(tmp_path, "check")
+
+
+# Stands for a process that the device ends: of the steps it is told to leave one out.
+PROCESS = """
+import os, sys, pathlib, time
+sys.path.insert(0, sys.argv[2])
+from gpu.journal import Journal, Unit, work
+journal = Journal(pathlib.Path(sys.argv[1]))
+def run(note, fatal):
+    note("good")
+    if "bad" not in fatal:
+        note("bad")
+        os.abort() if sys.argv[3] == "dies" else time.sleep(60)
+    return [dict(left_out=fatal)]
+failed = lambda reason: [dict(failure=reason)]
+examine = lambda error: None
+work(journal, [Unit("first", run, failed), Unit("second", run, failed)], float("inf"), examine)
+"""
+
+
+@pytest.mark.parametrize("how, reason", [("dies", "died of signal 6"), ("hangs", "nothing hap")])
+def test_a_process_that_ends_is_replaced_by_one_that_leaves_out_why(how, reason, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    command = [sys.executable, "-c", PROCESS, str(path), str(BENCHMARKS), how]
+    assert supervise(command, path, patience=2.0, tries=3) == 0
+    found = [r["left_out"] for r in Journal(path).records]
+    assert len(found) == 2 and all(reason in left_out["bad"] for left_out in found)
+
+
+def test_a_unit_that_cannot_be_run_is_given_up():
+    """After the process ended before any step that could be left out."""
+    command = [sys.executable, "-c", "import os; os.abort()"]
+    path = pathlib.Path("/nonexistent/journal.jsonl")
+    assert supervise(command, path, patience=5.0, tries=2) < 0
+
+
+def test_wrong_output_is_found():
+    given = arguments(CASES["cubic4"], (200, 0), num_tiles=2)
+    out, total = oracle(*given, None)
+    good = (out, np.exp(np.where(np.isinf(total), -np.inf, 0)), np.where(np.isinf(total), 0, total))
+    assert max(check.errors(given, good, None).values()) < 1e-12
+    off = (out + 0.1 * np.abs(dense(given[2])).max(), *good[1:])
+    assert check.errors(given, off, None)["error"] == pytest.approx(0.1)
+    nan = (np.where(out == out.max(), np.nan, out), *good[1:])
+    assert not check.errors(given, nan, None)["error"] <= 1
+    with pytest.raises(ValueError, match="sums above 0 where tokens are seen"):
+        check.errors(given, (out, np.ones_like(total), total), None)
+
+
+def test_caches_take_the_bytes_that_are_reported():
+    for form in formats():
+        for shape in (Shape(batch=2, context=256, num_heads=4, num_kv_heads=2), shapes()[-1]):
+            cache = jax.eval_shape(
+                lambda key, s=shape, b=form.bits: coded_caches(key, s, b, 3), jax.random.key(0)
+            )
+            assert len(cache) == 3
+            arrays = jax.tree.leaves([tiled(side, form) for side in cache[0]])
+            assert sum(a.size * a.dtype.itemsize for a in arrays) == form.nbytes(shape)
+    assert Format().nbytes(shapes()[0]) == 4 * shapes()[0].elements
+    assert shapes()[0].name == "b8-t32768-h32/8x128" and len({s.name for s in shapes()}) == 24
+
+
+def test_small_caches_take_turns():
+    small, large = (
+        sweep.rows_of(Shape(batch=1, context=n, num_heads=32, num_kv_heads=8), formats(), 16)
+        for n in (2048, 131072)
+    )
+    assert all(row.copies == 16 or row.copies * row.form.nbytes(
+        Shape(batch=1, context=2048, num_heads=32, num_kv_heads=8)) >= 100 * 2**20
+        for row in small)  # fmt: skip
+    assert all(row.copies == 1 for row in large if row.form.bits > 2)
+
+
+def test_the_dense_cache_decodes_like_a_cache_in_full_precision():
+    config = dataclasses.replace(
+        families.presets["llama-3-8b"], vocab_size=32, hidden_size=32, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=16, ffn_size=32,
+    )  # fmt: skip
+    graphdef, params = nnx.split(families.build(config))
+    sizes = dict(num_layers=2, num_kv_heads=2, head_dim=16, batch=2, max_len=8)
+    other = schemes.get("none").init(**sizes, dtype=jnp.float32)
+    side = (jnp.zeros((2, 8, 2, 16), jnp.float32),) * 2
+    cache = DenseCache(keys=side, values=side, lengths=jnp.zeros(2, jnp.int32),
+                       implementation="xla")  # fmt: skip
+    step = jax.jit(lambda tokens, cache: apply(graphdef, params, tokens, cache, last_only=True))
+    for token in ([3, 9], [27, 1], [5, 5], [8, 30]):
+        tokens = jnp.asarray(token, jnp.int32)[:, None]
+        logits, cache = step(tokens, cache)
+        expected, other = step(tokens, other)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert cache.lengths.tolist() == [4, 4]
+
+
+def test_nothing_has_to_be_installed():
+    """The folders of the checkout are found without an installation's map of them."""
+    code = f"""
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in str(f).lower()]
+sys.path[:0] = [{str(BENCHMARKS)!r}]
+import gpu_decode, gpu.end_to_end
+from nqkv_jax.models import families
+from nqkv_jax.models.checkpoint import open_checkpoint
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu
+print(families.__file__, mosaic_gpu.__file__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    root = BENCHMARKS.parent
+    files = [root / "models/families.py", root / "pallas_kernels/decode_attention/mosaic_gpu.py"]
+    assert done.stdout.split() == [str(f) for f in files], done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong, message", [(["--minutes", "0"], "expected minutes > 0; got 0"),
+                       (["--parts", "sleep"], "invalid choice: 'sleep'")],
+)  # fmt: skip
+def test_bad_input(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        gpu_decode.main(wrong)
+    assert message in capsys.readouterr().err
