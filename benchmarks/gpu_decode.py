@@ -20,10 +20,12 @@ from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
 
 PARTS = ("check", "bandwidth", "sweep", "end-to-end")
 # By when a part must have begun its last unit, as a share of the time. What is left is the next's.
-SHARES = {"check": 0.25, "bandwidth": 0.3, "sweep": 0.62, "end-to-end": 0.92}
+SHARES = {"check": 0.25, "bandwidth": 0.3, "sweep": 0.6, "end-to-end": 0.9}
+LAST = 0.97  # when what still runs is ended, so that there is time for the report
 # Of the device's memory. torch, in the process of the sweep, needs some of its own.
 MEMORY = {"sweep": "0.85", "end-to-end": "0.93"}
-PATIENCE = 150  # seconds without a line in the journal, before a process is taken to hang
+# Seconds without a line in the journal, before a process is taken to hang: compiling takes time.
+PATIENCE = {"check": 90, "bandwidth": 90, "sweep": 120, "end-to-end": 240}
 TRIES = 8  # processes for a part, each of which ended before it was done
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -47,8 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
         # Taken at once, so that what is freed is one piece again.
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY[part]} if part in MEMORY else {}
         status |= supervise(
-            command, path, patience=PATIENCE, tries=TRIES, environment=memory | dict(os.environ)
-        )
+            command, path, patience=PATIENCE[part], tries=TRIES,
+            until=began + 60 * args.minutes * LAST, environment=memory | dict(os.environ),
+        )  # fmt: skip
     return 1 if status else report(args.out)
 
 
@@ -108,6 +111,7 @@ def _work(args: argparse.Namespace, path: pathlib.Path) -> int:
     )  # fmt: skip
     for part in args.parts:
         units = _units(part, journal, args.dry_run)
+        journal.reached(part, sum(not journal.is_done(unit.name) for unit in units))
         try:
             journal.reached(part, work(journal, units, args.deadline, timing.examine))
         except DeviceLost as error:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import gpu_decode
 import jax
@@ -15,7 +16,7 @@ from decode_attention_cases import CASES, arguments, dense, oracle
 from flax import nnx
 from gpu import check, sweep
 from gpu.dense_cache import DenseCache
-from gpu.journal import Journal, supervise
+from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
 from gpu.shapes import Format, Shape, coded_caches, formats, shapes, tiled
 
 from nqkv_jax import schemes
@@ -157,11 +158,42 @@ def test_a_process_that_ends_is_replaced_by_one_that_leaves_out_why(how, reason,
     assert len(found) == 2 and all(reason in left_out["bad"] for left_out in found)
 
 
-def test_a_unit_that_cannot_be_run_is_given_up():
-    """After the process ended before any step that could be left out."""
+def test_processes_that_do_not_begin_are_given_up(tmp_path):
     command = [sys.executable, "-c", "import os; os.abort()"]
-    path = pathlib.Path("/nonexistent/journal.jsonl")
-    assert supervise(command, path, patience=5.0, tries=2) < 0
+    assert supervise(command, tmp_path / "none.jsonl", patience=5.0, tries=2) < 0
+
+
+def test_a_process_is_ended_when_time_is_up(tmp_path):
+    """What it was doing counts neither as done nor as the reason of the end."""
+    path = tmp_path / "journal.jsonl"
+    Journal(path).started("unit")
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert supervise(command, path, patience=50.0, tries=2, until=time.time() + 0.5) == 0
+    assert not Journal(path).is_done("unit") and not Journal(path).fatal("unit")
+
+
+def test_after_a_lost_device_a_new_process_goes_on(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    count = f"open({str(tmp_path / 'count')!r}, 'a')"
+    code = f"import sys; f = {count}; f.write('x'); f.flush(); sys.exit({LOST} * (f.tell() < 2))"
+    assert supervise([sys.executable, "-c", code], path, patience=50.0, tries=3) == 0
+    assert (tmp_path / "count").read_text() == "xx"
+
+
+def test_an_error_that_loses_the_device_is_told_from_others(tmp_path):
+    def fail(note, fatal):
+        raise RuntimeError("illegal address")
+
+    def examine(error):
+        raise DeviceLost(str(error))
+
+    journal = Journal(tmp_path / "journal.jsonl")
+    unit = Unit("unit", fail, lambda reason: [dict(failure=reason)])
+    with pytest.raises(DeviceLost, match="illegal address"):
+        work(journal, [unit], float("inf"), examine)
+    journal.ended("the device failed")
+    assert work(Journal(journal.path), [unit], float("inf"), examine) == 0
+    assert Journal(journal.path).records == [dict(failure="the device failed")]
 
 
 def test_wrong_output_is_found():

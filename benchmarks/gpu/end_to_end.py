@@ -26,7 +26,7 @@ from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.plan import cache_sizes, largest
 
 TILED = "nqkv:residual=128,codebook=cubic"  # what the kernel serves
-CHUNK = 256  # tokens that are appended at a time to fill a cache
+CHUNK = 128  # tokens that are appended at a time to fill a cache
 ROOM = 0.95  # of the memory that the allocator has, as blocks do not fit together without gaps
 
 

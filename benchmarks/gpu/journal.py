@@ -146,13 +146,15 @@ def supervise(
     *,
     patience: float,
     tries: int,
+    until: float = float("inf"),
     environment: Mapping[str, str] | None = None,
 ) -> int:
     """Runs a command that writes a journal; again if it dies, or writes nothing for too long.
 
-    A command that has lost its device says so by the status `LOST`.
+    A command that has lost its device says so by the status `LOST`. At the time `until` (of
+    `time.time`) it is ended, and what it was doing stays undone.
 
-    Returns: the exit status of the last one; below 0 if it was ended.
+    Returns: the exit status of the last one; below 0 if it died, 0 if its time was up.
     """
     status = 1
     for _ in range(tries):
@@ -162,10 +164,13 @@ def supervise(
             size = path.stat().st_size if path.exists() else 0
             if size != seen:
                 seen, since = size, time.monotonic()
-            if time.monotonic() - since > patience:
+            late = time.time() > until
+            if late or time.monotonic() - since > patience:
                 reason = f"nothing happened for {patience:.0f} s, and the process was ended"
                 process.kill()
                 process.wait()
+                if late:
+                    return 0
                 break
             time.sleep(0.2)
         status = process.returncode

@@ -24,6 +24,12 @@ DIFFERENCE = 1e-2  # of outputs in bfloat16, relative to the largest
 MEMORY = 0.8  # of the device, that caches of one shape may take together
 
 
+def abstract(shape: Shape, form: Format) -> list[TiledCodes]:
+    """Shapes of keys and values."""
+    make = lambda key: coded_caches(key, shape, form.bits, 1)[0]
+    return [tiled(side, form) for side in jax.eval_shape(make, jax.random.key(0))]
+
+
 def _attend(q, cache, form: Format, shape: Shape, implementation: str):
     """Like `dot_product_attention`, from codes: q and the result are [B, Hq, D]."""
     key, value = (tiled(side, form) for side in cache)
@@ -137,7 +143,7 @@ class Measurement:
             elif row.implementation == "jax.nn cudnn" and not cuda:
                 row.skipped = f"needs a GPU; this is {jax.default_backend()}"
             elif row.implementation == KERNEL:
-                row.skipped = why_not(KERNEL, *self._abstract(row.form))
+                row.skipped = why_not(KERNEL, *abstract(self.shape, row.form))
             if row.skipped is None and row.store not in taken:
                 with_zeros = dataclasses.replace(row.form, zero=True)
                 size = self._copies(row) * with_zeros.nbytes(self.shape)
@@ -145,11 +151,6 @@ class Measurement:
                     row.skipped = f"{size:,} bytes do not fit beside those of this shape's others"
                 else:
                     taken[row.store] = size
-
-    def _abstract(self, form: Format) -> list[TiledCodes]:
-        codes = functools.partial(coded_caches, shape=self.shape, bits=form.bits, copies=1)
-        cache = jax.eval_shape(lambda key: codes(key)[0], jax.random.key(0))
-        return [tiled(side, form) for side in cache]
 
     def _program(self, row: Row) -> tuple:
         if row.form.codebook is None:

@@ -14,6 +14,7 @@ from gpu.shapes import Shape, bfloat16_caches, coded_caches, formats
 from targets import compile_for
 
 from nqkv_jax.models import families
+from nqkv_jax.pallas_kernels import decode_attention
 
 SHAPE = Shape(batch=2, context=4096, num_heads=32, num_kv_heads=8)
 ROWS = [r for r in sweep.rows_of(SHAPE, formats(), 3) if r.implementation != "torch"]
@@ -37,6 +38,8 @@ def test_the_loop_reads_every_cache_in_every_round(row):
     scores = 4 * SHAPE.batch * SHAPE.num_heads * SHAPE.context
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 2 * scores < row.form.nbytes(SHAPE) / 2
+    if row.implementation == KERNEL:
+        assert decode_attention.unsupported(KERNEL, *sweep.abstract(SHAPE, row.form)) is None
     calls = {KERNEL: "mosaic_gpu", "jax.nn cudnn": "__cudnn$fmha"}.get(row.implementation)
     if calls:
         assert compiled.as_text().count(f'custom_call_target="{calls}') == row.copies
