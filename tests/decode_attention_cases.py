@@ -53,6 +53,7 @@ def _cases():
     yield Case("cubic3-d64-parts", cubic(3), head_dim=64, block=0.5)
     yield Case("integer8-d64", codebooks.integer(8), head_dim=64)
     yield Case("cubic4-d256", cubic(4), head_dim=256, group=4)
+    yield Case("uniform4-d256", codebooks.uniform(4), head_dim=256, group=4, zero=True)
     yield Case("cubic3-d256", cubic(3), head_dim=256)
     yield Case("cubic4-d80", cubic(4), head_dim=80, group=1)
     yield Case("cubic4-d96", cubic(4), head_dim=96, group=4)

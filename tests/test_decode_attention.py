@@ -83,7 +83,7 @@ def test_mosaic_tpu(name, dtype, tolerance):
 
 GPU_SLOW = [
     "cubic4-signed", "uniform4-minmax", "integer4", "integer8", "lloyd2", "cubic4-d64",
-    "integer8-d64", "soft-cap",
+    "integer8-d64", "soft-cap", "cubic4-d256", "uniform4-d256",
 ]  # fmt: skip
 GPU_QUICK = ["cubic4", "uniform2-d64", "window"]
 
@@ -124,7 +124,7 @@ def test_what_the_gpu_kernel_needs():
         ("nf4-across-heads", "levels that are computed"),
         ("cubic3", "keys and values of 2, 4 or 8 bits alike; got 3 and 3"),
         ("keys4-values2", "alike; got 4 and 2"),
-        ("cubic4-d96", "head_dim 64 or 128; got 96"),
+        ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),
         ("uniform2-minmax-parts", "scales of whole heads"),
     ):
         q, key, value, lengths, _ = arguments(CASES[name], (10,))

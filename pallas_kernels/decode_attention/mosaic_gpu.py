@@ -12,6 +12,7 @@ float16, two at a time; scales multiply scores and weights, never elements.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 
 ROWS = 64  # of a tensor core's operand
 STAGES = 2  # units on their way from memory
-PROGRAMS = 3 * 132  # that an H100 can run at a time: 3 on each multiprocessor
+MULTIPROCESSORS = 132  # of an H100
 UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
@@ -36,8 +37,9 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
         return f"jax 0.11 or later; got {jax.__version__}"
     if capability := _other_capability():
         return f"a Hopper GPU (compute capability 9.0); got {capability}"
-    if key.head_dim not in (64, 128):
-        return f"head_dim 64 or 128; got {key.head_dim}"
+    if key.head_dim not in (64, 128, 256):
+        # Channels of values are rows of a tensor core's operand, 64 at a time.
+        return f"head_dim 64, 128 or 256; got {key.head_dim}"
     bits = key.codebook.bits, value.codebook.bits
     if bits[0] != bits[1] or bits[0] == 3:
         return f"keys and values of 2, 4 or 8 bits alike; got {bits[0]} and {bits[1]}"
@@ -134,6 +136,15 @@ class _Plan:
         return 8 * self.bits
 
     @property
+    def width(self) -> int:
+        """Channels of a column: a tile's words are stored in columns of 128 channels."""
+        return min(self.head_dim, tiles.LANES)
+
+    @property
+    def columns(self) -> int:
+        return self.head_dim // self.width
+
+    @property
     def tiles(self) -> int:
         """Of a unit."""
         return ROWS // self.field
@@ -161,7 +172,10 @@ def decode_attention(
     batch, heads, group, head_dim = q.shape
     num_tiles = min(key.num_tiles, value.num_tiles)
     units = -(-num_tiles * 8 * key.codebook.bits // ROWS)
-    fill = -(-PROGRAMS // (batch * heads))
+    # As many programs as run at a time: what is on its way takes 64 KiB of each, of 227 KiB, and
+    # twice as much if there are two columns.
+    programs = MULTIPROCESSORS * (3 if head_dim <= tiles.LANES else 1)
+    fill = -(-programs // (batch * heads))
     plan = _Plan(
         head_dim=head_dim,
         group=-(-group // 8) * 8,
@@ -178,16 +192,16 @@ def decode_attention(
     )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0))).astype(jnp.float16)
     sums = jnp.sum(q.astype(jnp.float32), axis=-1)
-    # Free reshapes: head_dim words are a row, and so are the tokens of a field.
-    words = lambda a: a.reshape(*a.shape[:3], plan.field, head_dim)
+    # Free reshapes: the words of a token in a column are a row, and so are the tokens of a field.
+    words = lambda a: a.reshape(*a.shape[:3], plan.columns, plan.field, plan.width)
     fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)
     per_token = [fields(a) for s in (key, value) for a in (s.scale, s.zero) if a is not None]
 
-    word_tiles = (plan.tiles * plan.field, head_dim)
+    word_tiles = (plan.columns, plan.tiles * plan.field, plan.width)
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     half = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
     token_size = (STAGES, plan.fields, plan.tiles, plan.field)
-    copies = 2 * plan.tiles + plan.arrays * plan.fields
+    copies = 2 * plan.columns * plan.tiles + plan.arrays * plan.fields
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
@@ -242,11 +256,11 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     def fetch(step, slot):
         tile = first_tile(begin + jnp.minimum(step, jnp.maximum(steps - 1, 0)))
         done = barrier.at[slot]
-        for n in range(plan.tiles):
+        for n, c in itertools.product(range(plan.tiles), range(plan.columns)):
             rows = pl.ds(n * plan.field, plan.field)
             for source, target in ((key_gmem, key_smem), (value_gmem, value_smem)):
                 plgpu.copy_gmem_to_smem(
-                    source.at[batch, tile + n, head], target.at[slot, rows], done
+                    source.at[batch, tile + n, head, c], target.at[slot, c, rows], done
                 )
         for source, target, block in zip(token_gmem, token_smem, blocks, strict=True):
             for k in range(plan.fields):
@@ -278,7 +292,7 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
 
     def attend(slot, unit, byte, carry):
         """Merges the fields of one byte of a unit's words."""
-        numerator, denominator, constant, maximum = carry
+        numerators, denominator, constant, maximum = carry
         row = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
         log = plan.field.bit_length() - 1
         in_field = (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
@@ -287,8 +301,12 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         scores = []
         for n in range(plan.per_byte):
             k = byte * plan.per_byte + n
-            factor = plan.key.factor(key_smem.at[slot][...], byte, n)
-            s = _matmul(factor, q_smem, square, plan)
+            s = None
+            for c in range(plan.columns):
+                factor = plan.key.factor(key_smem.at[slot, c][...], byte, n)
+                q = q_smem if plan.columns == 1 else q_smem.at[:, pl.ds(c * plan.width, plan.width)]
+                part = _matmul(factor, q, square, plan)
+                s = part if s is None else s + part
             if plan.key.ratio:
                 s = s + sums * jnp.float32(plan.key.ratio)
             s = s * (per_token(0, slot, k) * jnp.float32(plan.key.slope))
@@ -317,13 +335,15 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
                 zero = p * per_token(value_array + 1, slot, k)
                 constant = constant + jnp.where(p == 0, jnp.float32(0), zero)
         plgpu.commit_smem()
-        size = (plan.head_dim, plan.group)
-        numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
-        for n in range(plan.per_byte):
-            factor = plan.value.factor(value_smem.at[slot].transpose((1, 0))[...], byte, n)
-            numerator = numerator + _matmul(factor, p_smem.at[n], size, plan)
+        size, merged = (plan.width, plan.group), []
+        for c, numerator in enumerate(numerators):
+            numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
+            for n in range(plan.per_byte):
+                factor = plan.value.factor(value_smem.at[slot, c].transpose((1, 0))[...], byte, n)
+                numerator = numerator + _matmul(factor, p_smem.at[n], size, plan)
+            merged.append(numerator)
         plgpu.commit_smem()  # these reads come before what is written next
-        return numerator, denominator, constant, top
+        return tuple(merged), denominator, constant, top
 
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(STAGES))
@@ -338,14 +358,17 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     floor = plgpu.layout_cast(
         jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
     )
-    start = (zeros(plan.head_dim, plan.group), zeros(*square), zeros(*square), floor)
-    numerator, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
+    numerators = tuple(zeros(plan.width, plan.group) for _ in range(plan.columns))
+    start = (numerators, zeros(*square), zeros(*square), floor)
+    numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
     for slot in range(STAGES):
         plgpu.barrier_wait(barrier.at[slot])
-    if needs_constant:
-        total = jnp.sum(constant, axis=0)
-        numerator = numerator + jax.lax.broadcast_in_dim(total, numerator.shape, (1,))
-    out_smem[...] = numerator
+    total = jnp.sum(constant, axis=0) if needs_constant else None
+    for c, numerator in enumerate(numerators):
+        if needs_constant:
+            numerator = numerator + jax.lax.broadcast_in_dim(total, numerator.shape, (1,))
+        rows = pl.ds(c * plan.width, plan.width)
+        (out_smem if plan.columns == 1 else out_smem.at[rows])[...] = numerator
     row_smem[0][...] = jnp.sum(denominator, axis=0)
     row_smem[1][...] = maximum
     plgpu.commit_smem()
