@@ -84,8 +84,9 @@ def test_mosaic_tpu(name, dtype, tolerance):
 GPU_SLOW = [
     "cubic4-signed", "uniform4-minmax", "integer4", "integer8", "lloyd2", "cubic4-d64",
     "integer8-d64", "soft-cap", "cubic4-d256", "uniform4-d256",
+    "nf4-across-heads",
 ]  # fmt: skip
-GPU_QUICK = ["cubic4", "uniform2-d64", "window"]
+GPU_QUICK = ["cubic4", "uniform2-d64", "window", "nf4-d64"]
 
 
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -118,10 +119,38 @@ def test_triton_in_the_interpreter(name, monkeypatch):
     check(CASES[name], jnp.bfloat16, 2e-3, num_tiles=9, implementation="triton")
 
 
+COMPUTED = (
+    codebooks.cubic_normal(4, 128), codebooks.cubic_normal(4, 128, signed=True),
+    codebooks.lloyd_max_normal(2), codebooks.integer(8), codebooks.uniform(2),
+    codebooks.normal_float(4), codebooks.normal_float(2), codebooks.normal_float(4, offset=0.99),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("codebook", COMPUTED, ids=lambda c: c.name)
+def test_levels_that_the_gpu_kernel_computes(codebook):
+    """Of every code, in every field of a word, as good as products in float16."""
+    bits, levels = codebook.bits, mosaic_gpu._Levels(codebook)
+    assert levels.computed
+    codes = np.random.default_rng(0).integers(0, 2**bits, (16 // bits, 999))
+    codes[:, : 2**bits] = np.arange(2**bits)
+    words = sum(c << bits * k for k, c in enumerate(codes)).astype(np.uint16).view(np.int16)
+    for k, expected in enumerate(np.asarray(codebook.levels)[codes]):
+        byte, field = divmod(k, 8 // bits)
+        found = levels.factor(jnp.asarray(words), jnp.int32(byte), field)
+        assert found.dtype == jnp.float16
+        found = (np.asarray(found, np.float64) + levels.ratio) * levels.slope
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+def test_levels_that_the_gpu_kernel_would_have_to_look_up():
+    for codebook in (codebooks.stepped_normal(4, 64), codebooks.lloyd_max_normal(4)):
+        assert not mosaic_gpu._Levels(codebook).computed
+
+
 @needs_mosaic_gpu
 def test_what_the_gpu_kernel_needs():
     for name, message in (
-        ("nf4-across-heads", "levels that are computed"),
+        ("stepped4", "levels that are computed"),
         ("cubic3", "keys and values of 2, 4 or 8 bits alike; got 3 and 3"),
         ("keys4-values2", "alike; got 4 and 2"),
         ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),

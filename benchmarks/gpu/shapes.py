@@ -62,6 +62,7 @@ def formats() -> list[Format]:
     return [
         Format(codebook=codebooks.cubic_normal(4, 128)),
         Format(codebook=codebooks.integer(4)),
+        Format(codebook=codebooks.normal_float(4)),
         Format(codebook=codebooks.uniform(4), zero=True),
         Format(codebook=codebooks.lloyd_max_normal(2)),
         Format(codebook=codebooks.uniform(2), zero=True),

@@ -16,6 +16,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -23,6 +24,9 @@ from nqkv_jax import tiles
 from nqkv_jax.codebooks import Codebook
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 
+FIT = (
+    1e-3  # of levels that are computed instead of looked up; float16's products are off by as much
+)
 ROWS = 64  # of a tensor core's operand
 STAGES = 2  # units on their way from memory
 MULTIPROCESSORS = 132  # of an H100
@@ -43,9 +47,9 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
     bits = key.codebook.bits, value.codebook.bits
     if bits[0] != bits[1] or bits[0] == 3:
         return f"keys and values of 2, 4 or 8 bits alike; got {bits[0]} and {bits[1]}"
-    if any(side.codebook.coefficients is None for side in (key, value)):
+    if any(not _Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
-        return f"levels that are computed (uniform, integer, cubic); got {' and '.join(names)}"
+        return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
     if key.blocks_per_head > 1 or value.blocks_per_head > 1:
         return "scales of whole heads"
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):
@@ -65,19 +69,48 @@ def _other_capability() -> str | None:
     return None if capability.startswith("9.") else capability
 
 
+@functools.lru_cache
+def _quantile_fit(codebook: Codebook) -> tuple[float, ...] | None:
+    """Coefficients of x, x^3 ... x^9 that give the levels of NormalFloat, or None.
+
+    With u = code - (2^(b-1) - 1), counted from the level at 0, both halves of these levels are one
+    odd function, the quantile function of the normal distribution, of x = u / 2^(b-1) above 0 and
+    of x = u / (2^(b-1) - 1) below (Dettmers et al., 2023, appendix E). A table of 16 would be
+    selected by 15 operations on each pair of codes; this takes 9.
+    """
+    half = 2 ** (codebook.bits - 1)
+    u = np.arange(2 * half) - (half - 1)
+    x = np.minimum(u / half, u / max(half - 1, 1))
+    powers = x[:, None] ** np.arange(1, 10, 2)
+    levels = np.asarray(codebook.levels)
+    fit = np.linalg.lstsq(powers, levels, rcond=None)[0]
+    close = np.abs(powers @ fit - levels).max() <= FIT * np.abs(levels).max()
+    return tuple(fit.tolist()) if close else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Levels:
-    """level = slope * factor + offset, with factor = t + square t^2 + cube t^3."""
+    """level = slope * factor + offset.
+
+    The factor is t + square t^2 + cube t^3, for a codebook with coefficients, or as in
+    `_quantile_fit`.
+    """
 
     codebook: Codebook
 
     @property
+    def computed(self) -> bool:
+        return self.codebook.coefficients is not None or _quantile_fit(self.codebook) is not None
+
+    @property
     def slope(self) -> float:
-        return self.codebook.coefficients[1]
+        return 1.0 if self.codebook.coefficients is None else self.codebook.coefficients[1]
 
     @property
     def ratio(self) -> float:
         """offset / slope"""
+        if self.codebook.coefficients is None:
+            return 0.0
         return self.codebook.coefficients[0] / self.slope
 
     def factor(self, words: jax.Array, byte: jax.Array, field: int) -> jax.Array:
@@ -91,6 +124,8 @@ class _Levels:
         number = (words & jnp.int16((2**bits - 1) << at)) | jnp.int16((25 - at) << 10)
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
         base, middle = 2 ** (10 - at), (2**bits - 1) / 2
+        if self.codebook.coefficients is None:
+            return self._quantile(number - jnp.float16(base + 2 ** (bits - 1) - 1))
         if at:
             t = number - jnp.float16(base + middle)
         else:
@@ -101,6 +136,14 @@ class _Levels:
         if square:
             return t * (t * (t * half(cube) + half(square)) + jnp.float16(1))
         return t * (t * t * half(cube) + jnp.float16(1)) if cube else t
+
+    def _quantile(self, u: jax.Array) -> jax.Array:
+        half = 2 ** (self.codebook.bits - 1)
+        x = jnp.minimum(u * jnp.float16(1 / half), u * jnp.float16(1 / max(half - 1, 1)))
+        *odd, value = (jnp.float16(c) for c in _quantile_fit(self.codebook))
+        for c in reversed(odd):
+            value = value * (x * x) + c
+        return value * x
 
 
 @dataclasses.dataclass(frozen=True)
