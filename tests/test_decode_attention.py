@@ -122,7 +122,7 @@ def test_triton_in_the_interpreter(name, monkeypatch):
 COMPUTED = (
     codebooks.cubic_normal(4, 128), codebooks.cubic_normal(4, 128, signed=True),
     codebooks.lloyd_max_normal(2), codebooks.integer(8), codebooks.uniform(2),
-    codebooks.normal_float(4), codebooks.normal_float(2), codebooks.normal_float(4, offset=0.99),
+    codebooks.normal_float(4), codebooks.normal_float(2),
 )  # fmt: skip
 
 
@@ -143,7 +143,8 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
 
 
 def test_levels_that_the_gpu_kernel_would_have_to_look_up():
-    for codebook in (codebooks.stepped_normal(4, 64), codebooks.lloyd_max_normal(4)):
+    stretched = codebooks.normal_float(4, offset=0.99)  # with longer tails than x^9 follows
+    for codebook in (codebooks.stepped_normal(4, 64), codebooks.lloyd_max_normal(4), stretched):
         assert not mosaic_gpu._Levels(codebook).computed
 
 

@@ -24,9 +24,7 @@ from nqkv_jax import tiles
 from nqkv_jax.codebooks import Codebook
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 
-FIT = (
-    1e-3  # of levels that are computed instead of looked up; float16's products are off by as much
-)
+FIT = 1e-3  # error of levels that are computed instead of looked up, of the largest
 ROWS = 64  # of a tensor core's operand
 STAGES = 2  # units on their way from memory
 MULTIPROCESSORS = 132  # of an H100
@@ -75,8 +73,9 @@ def _quantile_fit(codebook: Codebook) -> tuple[float, ...] | None:
 
     With u = code - (2^(b-1) - 1), counted from the level at 0, both halves of these levels are one
     odd function, the quantile function of the normal distribution, of x = u / 2^(b-1) above 0 and
-    of x = u / (2^(b-1) - 1) below (Dettmers et al., 2023, appendix E). A table of 16 would be
-    selected by 15 operations on each pair of codes; this takes 9.
+    of x = u / (2^(b-1) - 1) below (Dettmers et al., 2023, appendix E). That takes ten operations on
+    two codes at once, where selecting from a table takes 15 on each, and more registers than there
+    are.
     """
     half = 2 ** (codebook.bits - 1)
     u = np.arange(2 * half) - (half - 1)

@@ -1,28 +1,69 @@
-"""What the GPU's assembler makes of decode attention: registers and spilled bytes per thread.
+"""What the GPU's assembler makes of decode attention.
 
-python tests/aot/registers.py > tests/aot/registers.jsonl
+    python tests/aot/registers.py > tests/aot/registers.jsonl
+
+Registers and spilled bytes per thread, and instructions per element of the cache: those of the
+innermost loop with tensor core products, times 128 threads, by the elements of keys and values that
+the loop reads. A count is static: what instructions wait for is not in it.
 """
 
 import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 
 DUMP = pathlib.Path(tempfile.mkdtemp())
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # Read when a kernel is compiled.
-os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1")
+os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_PTX="1")
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import nvidia
 from decode_attention_cases import CASES, arguments
 from targets import compile_for
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
+
+
+def tool(name: str) -> str:
+    """Of the CUDA compiler that is installed as Python packages."""
+    for folder in nvidia.__path__:
+        for path in pathlib.Path(folder).rglob(name):
+            if path.parent.name == "bin":
+                return str(path)
+    raise RuntimeError(f"expected {name} in the packages nvidia-cuda-nvcc and -nvdisasm")
+
+
+def loop_length(sass: str) -> int:
+    """Instructions of the shortest loop that has a product on the tensor core."""
+    labels, products, count, found = {}, [], 0, []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line):
+            products += [count] * ("HGMMA" in line)
+            target = re.search(r"BRA.*`\((\.L\w+)\)", line)
+            begin = labels.get(target[1]) if target else None  # known if it jumps back
+            if begin is not None and any(begin <= p <= count for p in products):
+                found.append(count - begin + 1)
+            count += 1
+    return min(found)
+
+
+def instructions_per_element(ptx: pathlib.Path, case) -> float:
+    cubin = DUMP / "kernel.cubin"
+    subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
+    command = [tool("nvdisasm"), "-c", str(cubin)]
+    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # Of 64 rows of 16-bit words, keys and values, the codes of one byte.
+    elements = 2 * 64 * 8 // case.codebook.bits * case.head_dim
+    return 128 * loop_length(sass) / elements
 
 
 def measure(case) -> dict:
@@ -32,12 +73,14 @@ def measure(case) -> dict:
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="mosaic_gpu")
     compile_for("h100", jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
     (report,) = DUMP.glob("decode_attention*.ptxas")
+    (ptx,) = DUMP.glob("decode_attention*.ptx")
     text = report.read_text()
     spilled = re.findall(r"(\d+) bytes spill stores", text)
     return dict(
         case=case.name,
         registers=int(re.search(r"Used (\d+) registers", text)[1]),
         spilled_bytes=max(map(int, spilled)),
+        instructions_per_element=round(instructions_per_element(ptx, case), 2),
     )
 
 
