@@ -27,6 +27,11 @@ class Case:
     def __str__(self):
         return self.name
 
+    @property
+    def bits(self) -> int:
+        """Of keys."""
+        return self.codebook.bits
+
 
 def cubic(bits):
     return codebooks.cubic_normal(bits, 128)

@@ -14,25 +14,26 @@ from gpu.journal import Unit
 
 sys.path.insert(0, str(ROOT / "tests"))
 from decode_attention_cases import CASES, arguments, dense, oracle
+from vector_attention_cases import VectorCase
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
 
-KERNEL = "mosaic_gpu"
+KERNEL, VECTOR_KERNEL = "mosaic_gpu", "triton"
 AHEAD = 8  # cases that are compiled at a time
-# Of the largest value, and of the largest log-sum. The kernel's products are in float16; those of
+# Of the largest value, and of the largest log-sum. Products of kernels are in float16; those of
 # XLA in float32.
-TOLERANCE = {KERNEL: 2e-3, "xla": 1e-4}
+TOLERANCE = {KERNEL: 2e-3, VECTOR_KERNEL: 2e-3, "xla": 1e-4}
 # Valid tokens and tiles: as in the tests, and long enough for many splits, with all ends odd.
 SIZES = {"short": ((0, 1, 200, 384), 4), "long": ((8192, 5001, 129), 64)}
 
 
 def why_not(implementation: str, key, value) -> str | None:
     """Why an implementation cannot run here."""
-    if implementation != KERNEL:
+    if implementation == "xla":
         return None
     if jax.default_backend() != "gpu":
         return f"needs a Hopper GPU; this is {jax.default_backend()}"
-    reason = unsupported(KERNEL, key, value)
+    reason = unsupported(implementation, key, value)
     return reason and f"needs {reason}"
 
 
@@ -83,8 +84,10 @@ def errors(given: tuple, found: tuple, soft_cap: float | None) -> dict:
 
 def units(cases: Sequence[str] = tuple(CASES)) -> list[Unit]:
     """One for each case, implementation and size."""
-    kinds = ((KERNEL, "short"), (KERNEL, "long"), ("xla", "short"))
-    jobs = [(CASES[name], *kind) for name in cases for kind in kinds]
+    jobs = []
+    for case in (CASES[name] for name in cases):
+        kernel = VECTOR_KERNEL if isinstance(case, VectorCase) else KERNEL
+        jobs += [(case, kernel, "short"), (case, kernel, "long"), (case, "xla", "short")]
     programs = _Programs(jobs)
     return [_unit(i, *job, programs) for i, job in enumerate(jobs)]
 
@@ -92,7 +95,7 @@ def units(cases: Sequence[str] = tuple(CASES)) -> list[Unit]:
 def _unit(index: int, case, implementation: str, size: str, programs: _Programs) -> Unit:
     fields = dict(
         part="check", spec=f"{case.name}/{size}", implementation=implementation,
-        bits=case.codebook.bits, num_kv_heads=case.heads, context=max(SIZES[size][0]),
+        bits=case.bits, num_kv_heads=case.heads, context=max(SIZES[size][0]),
         batch=len(SIZES[size][0]),
     )  # fmt: skip
 
