@@ -1,6 +1,6 @@
 """`nqkv calibrate`: what some schemes must learn about a model first."""
 
-from nqkv_jax.cli import calibrate_kvq, options, terminal
+from nqkv_jax.cli import calibrate_commvq, calibrate_kvq, options, terminal
 
 WEIGHTS = ("scaled_fisher", "fisher", "none")
 
@@ -15,6 +15,7 @@ def add(commands) -> None:
     subcommands = group.add_subparsers(title="schemes", metavar="SCHEME", required=True)
     add_kvquant(subcommands)
     calibrate_kvq.add(subcommands)
+    calibrate_commvq.add(subcommands)
 
 
 def add_kvquant(subcommands) -> None:

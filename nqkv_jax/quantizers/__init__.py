@@ -4,6 +4,8 @@ from nqkv_jax.quantizers.base import Context as Context
 from nqkv_jax.quantizers.base import Quantizer as Quantizer
 from nqkv_jax.quantizers.block import BlockPayload as BlockPayload
 from nqkv_jax.quantizers.block import BlockQuantizer as BlockQuantizer
+from nqkv_jax.quantizers.commvq import CommVQKeys as CommVQKeys
+from nqkv_jax.quantizers.commvq import CommVQValues as CommVQValues
 from nqkv_jax.quantizers.dense_sparse import DenseSparseChannels as DenseSparseChannels
 from nqkv_jax.quantizers.dense_sparse import DenseSparsePayload as DenseSparsePayload
 from nqkv_jax.quantizers.dense_sparse import DenseSparseTokens as DenseSparseTokens

@@ -1,0 +1,71 @@
+"""`nqkv calibrate commvq`: codebooks of every layer's keys and values."""
+
+from nqkv_jax.cli import options, terminal
+
+
+def add(subcommands) -> None:
+    parser = options.subparser(
+        subcommands, "commvq", "codebooks of keys, and codebooks and encoders of values",
+        "nqkv calibrate commvq --model smollm2-135m --text README.md --bits 2 --samples 2 "
+        "--value-steps 20 --out commvq.safetensors",
+        "Layer after layer: expectation maximisation for keys, a small network for values. The\n"
+        "layers that are done are kept in FILE.partial: after an interruption the same command\n"
+        "goes on from there. Use the result as --scheme commvq:bits=BITS,calibration=FILE.",
+    )  # fmt: skip
+    options.add_model(parser, required=True)
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - for stdin")
+    parser.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument(
+        "--bits", type=int, choices=(1, 2), default=2, help="per number (default: 2)"
+    )
+    parser.add_argument(
+        "--levels", type=int, metavar="N",
+        help="of the keys' codebooks, 12 bits per head each (default: as many as stay within the "
+        "bits; for head_dim 128 as in the paper, 11 and 21)",
+    )  # fmt: skip
+
+    def number(name, kind, default, text):
+        metavar = "N" if kind is int else "X"
+        parser.add_argument(
+            name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})"
+        )
+
+    number("--samples", int, 16, "windows, spread over the text")
+    number("--seqlen", int, 512, "tokens of a window")
+    number("--key-steps", int, 10, "of expectation maximisation per level; the paper: 100")
+    number("--temperature", float, 1e-3, "of its first weights, for tokens of length 1")
+    number("--value-steps", int, 300, "of training; the paper: 100,000 and more")
+    number("--batch", int, 512, "tokens of a training step; the paper: 8,192")
+    number("--learning-rate", float, 3e-4, "the paper: 1e-3")
+    number("--weight-decay", float, 0.1, "as in the paper")
+    number("--seed", int, 0, "of all that is drawn")
+    parser.set_defaults(run=run)
+
+
+def run(args) -> None:
+    import pathlib
+    import time
+
+    from nqkv_jax.calibration.commvq import calibrate
+
+    text = options.read_text(args.text)
+    lm = options.load(args)
+    begin = time.perf_counter()
+    names = ("bits", "levels", "samples", "seqlen", "key_steps", "temperature", "value_steps",
+             "batch", "learning_rate", "weight_decay", "seed", "progress")  # fmt: skip
+    found = calibrate(lm, text, out=args.out, **{name: getattr(args, name) for name in names})
+    took = time.perf_counter() - begin
+    key_error, value_error = map(float, found["errors"].mean(axis=0))
+    size = pathlib.Path(args.out).expanduser().stat().st_size
+    scheme = f"commvq:bits={args.bits},calibration={args.out}"
+    if args.json:
+        terminal.print_json(
+            dict(model=lm.name, out=args.out, bytes=size, scheme=scheme, seconds=took,
+                 key_error=key_error, value_error=value_error)
+        )  # fmt: skip
+        return
+    print(
+        f"{lm.name}: {args.samples} windows of {args.seqlen:,} tokens in {terminal.seconds(took)}; "
+        f"wrote {args.out} ({size:,} bytes)\nerror of this text, relative to its energy: keys "
+        f"{key_error:.4f}, values {value_error:.4f}\n\nuse it as --scheme {scheme}"
+    )
