@@ -74,11 +74,15 @@ def attend_tokens(
 def mix(weights: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """sum_t weights * v, f32[B, Hkv, G, S, D], for v [B, T, Hkv, D] and mask [B, S, T].
 
+    With v [B, T, 1, D] all heads share what a token has.
+
     Tokens outside the mask have weight 0, but could be NaN, and 0 * NaN is not 0: a NaN or infinite
     value reaches those queries that see it, and no others.
     """
+    shared = v.shape[2] < weights.shape[1]
+    values = "btod" if shared else "bthd"  # o: the one head that there is
     product = lambda v: jnp.einsum(
-        "bhgst,bthd->bhgsd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        f"bhgst,{values}->bhgsd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     if mask.shape[1] == 1:
         return product(jnp.where(mask[:, 0, :, None, None], v, 0))

@@ -16,6 +16,7 @@ from nqkv_jax.rotary import Rotary
 # must agree between them.
 CALIBRATIONS = pathlib.Path(tempfile.gettempdir()) / f"nqkv-jax-tests-{os.getuid()}"
 KVQUANT_FILE = CALIBRATIONS / "kvquant.safetensors"
+COMMVQ_FILE = CALIBRATIONS / "commvq.safetensors"
 
 # Every registered scheme, and every shape that the contracts allow: with and without sinks,
 # residual, state, RoPE before or after, groups of tokens, sides with different windows.
@@ -45,6 +46,7 @@ SCHEMES = [
     "squat:block=8",
     "squat:group_size=16,residual=48,subspace=6,keys=unrotated",
     "nsnquant:window=16,residual=32",
+    f"commvq:bits=1,residual=8,calibration={COMMVQ_FILE}",
 ]
 
 BATCH, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 6, 2, 32
@@ -108,4 +110,26 @@ def write_kvquant_calibration(path: pathlib.Path) -> None:
     artifact.save(path, "kvquant 1", arrays, shape | about)
 
 
+def write_commvq_calibration(path: pathlib.Path, *, bits: int = 1, levels: int = 3) -> None:
+    """Of two layers: random codewords that grow smaller from level to level, a random encoder."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=(2, *shape)).astype(np.float16)
+    hidden = NUM_KV_HEADS * HEAD_DIM
+    size, width = bits * hidden, 48
+    fall = np.float16(0.5) ** np.arange(1, levels + 1, dtype=np.float16)[:, None, None, None]
+    arrays = {
+        "key.codebook": normal(levels, NUM_KV_HEADS, 64, HEAD_DIM) * fall / np.float16(8),
+        "value.codebook": normal(size, NUM_KV_HEADS, HEAD_DIM) / np.float16(32),
+        "value.scale": np.abs(normal(NUM_KV_HEADS, HEAD_DIM)).astype(np.float32) + 1,
+        "encoder.inner": normal(hidden, width) / np.float16(8),
+        "encoder.inner_bias": normal(width),
+        "encoder.outer": normal(width, 2 * size) / np.float16(8),
+        "encoder.outer_bias": normal(2 * size),
+    }
+    shape = dict(num_layers=2, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM)
+    about = dict(model="none", fingerprint="", bits=bits, levels=levels)
+    artifact.save(path, "commvq 1", arrays, shape | about)
+
+
 write_kvquant_calibration(KVQUANT_FILE)
+write_commvq_calibration(COMMVQ_FILE)

@@ -169,6 +169,8 @@ def test_bits_and_bytes_add_up(spec):
     np.testing.assert_allclose(cache.token_bytes, cache.stored_bits * elements / 8, rtol=0.01)
     np.testing.assert_allclose(cache.effective_bits, cache.nbytes * 8 / (BATCH * 4000 * elements))
     rest = cache.nbytes - cache.token_bytes * BATCH * layer.key.capacity
+    # Calibrated arrays do not grow with the tokens: codebooks may be larger than a short cache.
+    rest -= sum(a.nbytes for a in jax.tree.leaves((layer.key.quantizer, layer.value.quantizer)))
     assert -0.01 * cache.nbytes < rest < 0.2 * cache.nbytes
 
 

@@ -11,7 +11,7 @@ from nqkv_jax.models import generate
 from nqkv_jax.plan import AbstractCaches
 
 # Of tiny models of other sizes; a calibration belongs to one, and has tests of its own.
-SPECS = {s.partition(":")[0]: s for s in SCHEMES if not s.startswith("kvquant")}
+SPECS = {s.partition(":")[0]: s for s in SCHEMES if not s.startswith(("kvquant", "commvq"))}
 SMALLER = {"quanto": "quanto:group_size=8,residual=16", "hqq": "hqq:group_size=8,residual=16",
            "kvq": "kvq:group_size=8,residual=16", "kivi": "kivi:group_size=8,residual=16",
            "squat": "squat:group_size=8,residual=16,block=4"}  # fmt: skip

@@ -40,7 +40,7 @@ def calibrate(
     levels: int | None = None,
     samples: int = 16,
     seqlen: int = 512,
-    key_steps: int = 10,
+    key_steps: int = 5,
     temperature: float = 1e-3,
     value_steps: int = 300,
     batch: int = 512,

@@ -32,7 +32,7 @@ def add(subcommands) -> None:
 
     number("--samples", int, 16, "windows, spread over the text")
     number("--seqlen", int, 512, "tokens of a window")
-    number("--key-steps", int, 10, "of expectation maximisation per level; the paper: 100")
+    number("--key-steps", int, 5, "of expectation maximisation per level; the paper: 100")
     number("--temperature", float, 1e-3, "of its first weights, for tokens of length 1")
     number("--value-steps", int, 300, "of training; the paper: 100,000 and more")
     number("--batch", int, 512, "tokens of a training step; the paper: 8,192")

@@ -90,8 +90,8 @@ class Quantizer:
 
     # A linear map that a quantizer applies before coding need not be undone on every cached token:
     # on keys it moves to the query, on values to the output. A folded token may have more or fewer
-    # channels than head_dim (several products per key, values as weights of a codebook). The
-    # defaults say "nothing to fold".
+    # channels than head_dim (several products per key, values as weights of a codebook), and a
+    # folded value may have 1 head that all heads share. The defaults say "nothing to fold".
 
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         """(q', shift) such that <q, key> = <q', folded key> + shift.
