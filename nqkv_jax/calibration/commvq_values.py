@@ -185,8 +185,11 @@ def _train(params, rows, scale, key, *, steps, batch, learning_rate, weight_deca
         pick, noise = jax.random.split(key)
         x = rows[jax.random.randint(pick, (batch,), 0, len(rows))]
         value, gradient = jax.value_and_grad(loss)(params, x, noise)
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        # optax counts in whole numbers and multiplies them with others.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        return (params, state), value
 
     carry = (params, optimizer.init(params))
     (params, _), losses = jax.lax.scan(step, carry, jax.random.split(key, steps))

@@ -101,10 +101,8 @@ class CommVQKeys(Quantizer):
         self, payload: CommVQKeyPayload, context: Context, dtype=jnp.float32
     ) -> jax.Array:
         """Decodes, summing levels in float32: [group, heads, head_dim]."""
-        a, b = self._indices(payload)
-        first, second = (jnp.sum(_rows(self.codebook, i), axis=1) for i in (a, b))
         norm = payload.norm.astype(jnp.float32)[:, None, None]
-        return (norm * (first + times_i(second))).astype(dtype)
+        return (norm * _look_up(self.codebook, *self._indices(payload))).astype(dtype)
 
     def scores_by_lookup(
         self, q: jax.Array, payload: CommVQKeyPayload, context: Context
@@ -123,8 +121,7 @@ class CommVQKeys(Quantizer):
         half = self.codebook.shape[-1] // 2
         conjugate = jnp.concatenate([q[:, :half], -q[:, half:]], -1).astype(jnp.float32)
         products = _times(conjugate[None, :, None], self.codebook.astype(jnp.float32))
-        a, b = self._indices(payload)
-        summed = jnp.sum(_rows(products, a) + times_i(_rows(products, b)), axis=1)
+        summed = _look_up(products, *self._indices(payload))
         real, imaginary = jnp.split(summed, 2, axis=-1)  # [group, heads, half]
         if context.rotary is not None:
             angles = context.rotary
@@ -192,13 +189,24 @@ def encode_keys(x: jax.Array, codebook: jax.Array) -> jax.Array:
     return codes.transpose(1, 3, 0, 2).astype(jnp.int32)
 
 
-def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """f32[group, levels, heads, n]: rows of `table` [levels, heads, 64, n]."""
-    levels, heads = table.shape[:2]
-    level, head = np.arange(levels)[:, None], np.arange(heads)[None]
-    row = jnp.asarray((level * heads + head) * CODEWORDS, jnp.int32)[None] + index
-    flat = table.reshape(-1, table.shape[-1])
-    return flat.at[row].get(mode="promise_in_bounds").astype(jnp.float32)
+def _look_up(table: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """sum over levels of row a + i row b: f32[group, heads, n].
+
+    Args:  table: [levels, heads, 64, n], complex numbers as halves.
+           a, b: i32[group, levels, heads].
+    """
+
+    def level(sums, at):
+        rows, *indices = at
+        pick = lambda i: jnp.take_along_axis(rows[None], i[:, :, None, None], axis=2)[:, :, 0]
+        return [s + pick(i).astype(jnp.float32) for s, i in zip(sums, indices, strict=True)], None
+
+    # One level after the other: its rows fit into a fast cache, those of all levels do not. On a
+    # CPU a tile of Llama-3-8B's shape takes a seventh of the time of one look-up for all levels.
+    zero = jnp.zeros((len(a), table.shape[1], table.shape[-1]), jnp.float32)
+    by_level = (table, jnp.swapaxes(a, 0, 1), jnp.swapaxes(b, 0, 1))
+    (first, second), _ = jax.lax.scan(level, [zero, zero], by_level)
+    return first + times_i(second)
 
 
 # Values ------------------------------------------------------------------------------------------
