@@ -110,24 +110,30 @@ def write_kvquant_calibration(path: pathlib.Path) -> None:
     artifact.save(path, "kvquant 1", arrays, shape | about)
 
 
-def write_commvq_calibration(path: pathlib.Path, *, bits: int = 1, levels: int = 3) -> None:
-    """Of two layers: random codewords that grow smaller from level to level, a random encoder."""
+def write_commvq_calibration(
+    path: pathlib.Path,
+    *,
+    heads: int = NUM_KV_HEADS,
+    head_dim: int = HEAD_DIM,
+    levels: int = 3,
+    fingerprint: str = "",
+) -> None:
+    """Of two layers, 1 bit: random codewords that grow smaller with the level, random encoders."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=(2, *shape)).astype(np.float16)
-    hidden = NUM_KV_HEADS * HEAD_DIM
-    size, width = bits * hidden, 48
+    hidden, width = heads * head_dim, 48
     fall = np.float16(0.5) ** np.arange(1, levels + 1, dtype=np.float16)[:, None, None, None]
     arrays = {
-        "key.codebook": normal(levels, NUM_KV_HEADS, 64, HEAD_DIM) * fall / np.float16(8),
-        "value.codebook": normal(size, NUM_KV_HEADS, HEAD_DIM) / np.float16(32),
-        "value.scale": np.abs(normal(NUM_KV_HEADS, HEAD_DIM)).astype(np.float32) + 1,
+        "key.codebook": normal(levels, heads, 64, head_dim) * fall / np.float16(8),
+        "value.codebook": normal(hidden, heads, head_dim) / np.float16(32),
+        "value.scale": np.abs(normal(heads, head_dim)).astype(np.float32) + 1,
         "encoder.inner": normal(hidden, width) / np.float16(8),
         "encoder.inner_bias": normal(width),
-        "encoder.outer": normal(width, 2 * size) / np.float16(8),
-        "encoder.outer_bias": normal(2 * size),
+        "encoder.outer": normal(width, 2 * hidden) / np.float16(8),
+        "encoder.outer_bias": normal(2 * hidden),
     }
-    shape = dict(num_layers=2, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM)
-    about = dict(model="none", fingerprint="", bits=bits, levels=levels)
+    shape = dict(num_layers=2, num_kv_heads=heads, head_dim=head_dim)
+    about = dict(model="none", fingerprint=fingerprint, bits=1, levels=levels)
     artifact.save(path, "commvq 1", arrays, shape | about)
 
 

@@ -57,6 +57,8 @@ def train_values(
     scale = np.maximum(scale, 1e-6 * np.max(scale, initial=1e-30))
     rows = rows / scale
     rows = rows[np.linalg.norm(rows, axis=1) > 0]
+    if not len(rows):
+        raise ValueError("train_values: expected values of which some are not 0; got none")
     params = start(rows, scale, bits * rows.shape[1])
     params, losses = _train(
         params, jnp.asarray(rows), jnp.asarray(scale), jax.random.key(seed), steps=steps,
@@ -98,7 +100,7 @@ def start(rows: np.ndarray, scale: np.ndarray, size: int) -> dict[str, Any]:
     used = [j for j in range(d) if widths[j]][: inner_width // 2]
     place = {j: i for i, j in enumerate(used)}
     for j, i in place.items():
-        gain = 1 / max(deviation[j], 1e-12)  # unit variance
+        gain = 1 / max(deviation[j], 1e-3 * deviation[0], 1e-12)  # to variance 1, in float16 too
         for column, sign in ((2 * i, 1), (2 * i + 1, -1)):
             inner[:, column] = sign * gain * forward[:, j]
             inner_bias[column] = -sign * gain * mean @ forward[:, j]
