@@ -9,7 +9,7 @@ bits + 16 / d. At head_dim 128 and d = 1024: 1.05 and 1.02 (L = 11), or 1.98 and
 
 Codebooks and the network are arrays of the cache, shared by all sequences: they are among its
 bytes, though not among its stored bits. They are not small: for SmolLM2-135M at 2 bits 1.9 MB a
-layer, what 5,000 tokens take at 16 bits a number and one side.
+layer, as much as 2,400 tokens in bfloat16.
 
     nqkv calibrate commvq --model smollm2-135m --text FILE --bits 2 --out smollm2.safetensors
     commvq:bits=2,calibration=smollm2.safetensors
