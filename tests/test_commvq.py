@@ -18,6 +18,8 @@ from nqkv_jax.quantizers.commvq import Encoder, encode_keys, times_i
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import LayerScheme, LayerShape
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 LEVELS, HEADS, HEAD_DIM = 3, 2, 16
 COUNT = 30  # tokens of most tests, which share compiled programs
 HALF, HIDDEN = HEAD_DIM // 2, HEADS * HEAD_DIM
@@ -393,13 +395,14 @@ def test_training_starts_with_scalar_codes_and_improves(bits, most):
         commvq_values.train_values, correlated(), bits, batch=256, weight_decay=0.1, seed=0
     )
     begin = train(steps=1, learning_rate=1e-9)[0]
-    quantizer, losses = train(steps=60, learning_rate=2e-3)
-    before, after = error_of(begin, correlated()), error_of(quantizer, correlated())
-    assert before < most and after < 0.97 * before
-    assert losses.shape == (60,) and losses[-10:].mean() < losses[:3].mean()
-    size = bits * HIDDEN
-    assert quantizer.codebook.shape == (size, HEADS, HEAD_DIM)
-    assert quantizer.encoder.inner.shape == (HIDDEN, 2 * size)
+    before, size = error_of(begin, correlated()), bits * HIDDEN
+    assert before < most
+    assert begin.codebook.shape == (size, HEADS, HEAD_DIM)
+    assert begin.encoder.inner.shape == (HIDDEN, 2 * size)
+    if bits == 1:
+        quantizer, losses = train(steps=60, learning_rate=2e-3)
+        assert error_of(quantizer, correlated()) < 0.97 * before
+        assert losses.shape == (60,) and losses[-10:].mean() < losses[:3].mean()
 
 
 def test_training_on_few_values():

@@ -66,7 +66,7 @@ def run(args) -> None:
         return
     print(
         f"{lm.name}: {args.samples} windows of {args.seqlen:,} tokens in {terminal.seconds(took)}; "
-        f"wrote {args.out} ({size:,} bytes, {size // lm.config.num_layers:,} a layer, which a cache "
-        f"holds beside its tokens)\nerror of this text, relative to its energy: keys "
+        f"wrote {args.out} ({size:,} bytes, {size // lm.config.num_layers:,} a layer, which caches "
+        f"hold beside their tokens)\nerror of this text, relative to its energy: keys "
         f"{key_error:.4f}, values {value_error:.4f}\n\nuse it as --scheme {scheme}"
     )
