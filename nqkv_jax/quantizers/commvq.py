@@ -111,6 +111,9 @@ class CommVQKeys(Quantizer):
 
         No key is decoded: P_c = conj(q) c is computed once per query and codeword, and a token
         looks up P_a and P_b of every level. What is left per token is the turn by its own angles.
+        The cache does not use it: a look-up has as many numbers as a codeword, and every query head
+        has its own. On two CPU cores, for 1,024 tokens, decoding takes 0.8 (SmolLM2-135M) and 0.13
+        (Llama-3-8B) of its time.
 
 
         Args:    q: [heads, head_dim], turned already.  context: positions of the tokens; its
@@ -308,7 +311,11 @@ class CommVQValues(Quantizer):
     def dequantize_folded(
         self, payload: CommVQValuePayload, context: Context, dtype=jnp.float32
     ) -> jax.Array:
-        """w s, [1, 1, N]: the heads share it."""
+        """w s, [1, 1, N]: the heads share it.
+
+        On two CPU cores, for 1,024 tokens, this and one product with C take 0.33 (SmolLM2-135M) and
+        0.12 (Llama-3-8B) of the time of decoding every token.
+        """
         bits = packing.unpack(payload.codes, 1, self.codebook.shape[0]).astype(jnp.float32)
         return (payload.weight.astype(jnp.float32) * bits)[None, None].astype(dtype)
 
