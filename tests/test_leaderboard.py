@@ -180,6 +180,10 @@ def test_calibrations_are_made_once(tmp_path, monkeypatch):
         made.append(("kvquant", samples, seqlen))
         out.write_text("{}")
 
+    def learn(lm, text, *, out, bits, samples, seqlen, progress):
+        made.append((f"commvq{bits}", samples, seqlen))
+        out.write_text("{}")
+
     class Allocation:
         def save(self, path):
             path.write_text("{}")
@@ -190,12 +194,16 @@ def test_calibrations_are_made_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(boards.kvquant, "calibrate", write)
     monkeypatch.setattr(boards.kvq, "calibrate", allocate)
+    monkeypatch.setattr(boards.commvq, "calibrate", learn)
     calibrate = lambda text, **o: boards.calibrations(LM, text, tmp_path / "new", **o)
     first = calibrate("some text " * 9, samples=2, seqlen=16)
-    assert made == [("kvquant", 2, 16), ("kvq", 32, 32)]
-    assert calibrate("some text " * 9, samples=2, seqlen=16) == first and len(made) == 2
-    assert calibrate("another " * 9, samples=2, seqlen=16) != first and len(made) == 4
-    assert calibrate("some text " * 9, samples=3, seqlen=16) != first and len(made) == 6
+    assert made == [("kvquant", 2, 16), ("commvq1", 2, 16), ("commvq2", 2, 16), ("kvq", 32, 32)]
+    assert calibrate("some text " * 9, samples=2, seqlen=16) == first and len(made) == 4
+    assert calibrate("another " * 9, samples=2, seqlen=16) != first and len(made) == 8
+    wanted = calibrate("some text " * 9, wanted={"kvq"}, samples=3, seqlen=16)
+    assert list(wanted) == ["kvq"] and made[8:] == [("kvq", 32, 32)]
+    calibrate("some text " * 9, wanted={"commvq2"}, samples=3, seqlen=600)
+    assert made[9:] == [("commvq2", 3, 512)]
 
 
 def test_every_registered_scheme_has_a_row():
@@ -203,7 +211,7 @@ def test_every_registered_scheme_has_a_row():
     assert {s.name for s in entries.values()} | {m.partition(":")[0] for m in missing} == set(
         schemes.names()
     )
-    assert all("kvquant" in m or "kvq:allocation" in m for m in missing)
+    assert all(any(name in m for name in ("kvquant", "kvq:alloc", "commvq")) for m in missing)
 
 
 def test_scheme_that_does_not_fit_fails_first(done, tmp_path):

@@ -19,7 +19,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--schemes", nargs="+", default=[ALL], metavar="SCHEME",
         help="all: every registered scheme at 4, 3 and 2 bits where it has them (default); "
-        "{kvquant} and {kvq} in a name stand for calibration files",
+        "{kvquant}, {kvq}, {commvq1} and {commvq2} in a name stand for calibration files",
     )  # fmt: skip
     parser.add_argument(
         "--text", metavar="FILE",
@@ -27,7 +27,8 @@ def add(commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--calibration-text", metavar="FILE",
-        help="calibrate kvquant and kvq on it first; without, rows that need that are left out",
+        help="calibrate kvquant, kvq and commvq on it first; without, rows that need that are left "
+        "out",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="of tables and records")
     numbers = (
@@ -36,7 +37,7 @@ def add(commands) -> None:
         ("--passkey-length", 512, "TOKENS", "of the texts with a pass key"),
         ("--passkey-samples", 8, "N", "such texts"),
         ("--repeats", 5, "N", "of every timing"),
-        ("--calibration-samples", 16, "N", "windows that kvquant is calibrated on"),
+        ("--calibration-samples", 16, "N", "windows that kvquant and commvq are calibrated on"),
         ("--calibration-window", 1024, "TOKENS", "of each"),
     )
     for name, default, unit, text in numbers:
@@ -60,6 +61,7 @@ def run(args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     plots.check_path(out / "leaderboard.png")  # what fails in the end should have failed at once
     every = [n for g in args.schemes for n in (boards.variants() if g == ALL else [g])]
+    wanted = boards.placeholders(every)
     # Only to see what is wrong with them: the calibrations are made later.
     boards.resolve([name for name in every if "{" not in name], {})
     text = demo.passage() if args.text is None else options.read_text(args.text)
@@ -70,9 +72,9 @@ def run(args) -> None:
     )  # fmt: skip
     lm = options.load(args)
     files = {}
-    if other is not None and any("{" in name for name in every):
+    if other is not None and wanted:
         files = boards.calibrations(
-            lm, other, out / "calibration", samples=args.calibration_samples,
+            lm, other, out / "calibration", wanted, samples=args.calibration_samples,
             seqlen=args.calibration_window, progress=args.progress,
         )  # fmt: skip
     entries, missing = boards.resolve(every, files)

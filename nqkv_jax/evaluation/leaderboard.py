@@ -16,7 +16,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import tqdm
 
 from nqkv_jax import schemes
-from nqkv_jax.calibration import kvq, kvquant
+from nqkv_jax.calibration import commvq, kvq, kvquant
 from nqkv_jax.evaluation.divergence import divergence
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.record import Record, describe, tokens_sha256
@@ -33,8 +33,8 @@ from nqkv_jax.evaluation.throughput import PairedTimings
 from nqkv_jax.evaluation.windows import encode
 from nqkv_jax.plan import AbstractCaches
 
-# Every published setting that is worth a row, by nominal width. {kvquant} and {kvq} are calibration
-# files; these rows are left out where there are none.
+# Every published setting that is worth a row, by nominal width. {kvquant} and the like are
+# calibration files (`CALIBRATIONS`); these rows are left out where there are none.
 VARIANTS = (
     "none", "int8", "fp8",
     "nqkv-plus", "nqkv", "nqkv:block_size=64", "int4", "kivi:bits=4", "quanto", "hqq", "quarot",
@@ -45,8 +45,12 @@ VARIANTS = (
     "kvquant:bits=3,outliers=0.0,datatype=uniform,calibration={kvquant}",
     "kvq", "kvq:k_bits=2,v_bits=4", "kvq:allocation={kvq}",
     "nqkv-plus:bits=2", "int2", "kivi", "squat", "ott", "quanto:bits=2", "hqq:bits=2",
-    "turboquant:bits=2", "kvquant:bits=2,calibration={kvquant}", "nsnquant", "nsnquant:bits=1",
+    "turboquant:bits=2", "kvquant:bits=2,calibration={kvquant}", "nsnquant",
+    "commvq:calibration={commvq2}", "nsnquant:bits=1", "turboquant:bits=1",
+    "commvq:bits=1,calibration={commvq1}",
 )  # fmt: skip
+
+CALIBRATIONS = ("kvquant", "kvq", "commvq1", "commvq2")
 
 _STEPS = 8  # tokens per timed repeat
 
@@ -78,28 +82,40 @@ def calibrations(
     lm: LanguageModel,
     text: str,
     folder: str | os.PathLike,
+    wanted: Collection[str] = CALIBRATIONS,
     *,
     samples: int = 16,
     seqlen: int = 1024,
     progress: bool | None = None,
 ) -> dict[str, str]:
-    """Makes the files that {kvquant} and {kvq} stand for, where they are not there yet.
+    """Makes the files that {kvquant} and the like stand for, where they are not there yet.
 
     Args:
       text: to calibrate on: another one than is measured.
       folder: of the files, whose names depend on the model, the text and the sizes.
-      samples, seqlen: windows of KVQuant, and their tokens; KVQ reads two windows.
+      wanted: among `CALIBRATIONS`; the digit is the bits of CommVQ.
+      samples, seqlen: windows of KVQuant, and their tokens; KVQ reads two windows, CommVQ the first
+        512 tokens of each.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = describe(lm, schemes.get("none"), lm.dtype, samples=samples, seqlen=seqlen)
     key = _hash(dict(about, text_sha256=hashlib.sha256(text.encode()).hexdigest()))
-    files = dict(kvquant=folder / f"kvquant-{key}.safetensors", kvq=folder / f"kvq-{key}.json")
-    if not files["kvquant"].exists():
+    kinds = dict.fromkeys(CALIBRATIONS, "safetensors") | dict(kvq="json")
+    files = {
+        name: folder / f"{name}-{key}.{kinds[name]}" for name in CALIBRATIONS if name in wanted
+    }
+    missing = [name for name, path in files.items() if not path.exists()]
+    if "kvquant" in missing:
         kvquant.calibrate(
             lm, text, out=files["kvquant"], samples=samples, seqlen=seqlen, progress=progress
         )
-    if not files["kvq"].exists():
+    for bits in (bits for bits in commvq.BITS if f"commvq{bits}" in missing):
+        commvq.calibrate(
+            lm, text, out=files[f"commvq{bits}"], bits=bits, samples=samples,
+            seqlen=min(seqlen, 512), progress=progress,
+        )  # fmt: skip
+    if "kvq" in missing:
         tokens = encode("leaderboard", lm, text)[: 2 * seqlen]
         allocation = kvq.calibrate(
             lm, tokens, budget=3, score="activation", progress=progress,
@@ -108,6 +124,20 @@ def calibrations(
         )  # fmt: skip
         allocation.save(files["kvq"])
     return {name: str(path) for name, path in files.items()}
+
+
+def placeholders(names: Sequence[str]) -> set[str]:
+    """Which of `CALIBRATIONS` the names of schemes ask for.
+
+    Raises: ValueError: there is no such calibration.
+    """
+    found = {found for name in names for found in re.findall(r"\{(\w+)\}", name)}
+    if unknown := found - set(CALIBRATIONS):
+        raise ValueError(
+            f"leaderboard: expected {{NAME}} to be one of the calibrations "
+            f"{', '.join(CALIBRATIONS)}; got {', '.join(sorted(unknown))}"
+        )
+    return found
 
 
 def resolve(
@@ -120,8 +150,7 @@ def resolve(
     found, missing = {}, {}
     for name in names:
         label = re.sub(r"\{\w+\}", "...", name)
-        wanted = re.findall(r"\{(\w+)\}", name)
-        if set(wanted) <= set(files):
+        if placeholders([name]) <= set(files):
             found[label] = schemes.get(name.format(**files))
         else:
             missing[label] = "needs a calibration text"
