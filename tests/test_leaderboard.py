@@ -303,6 +303,7 @@ def test_front(points):
     ("--schemes nqvk", "unknown scheme 'nqvk'"),
     ("--schemes none --text ./no.txt", "no.txt"),
     ("--schemes none --calibration-text ./no.txt", "no.txt"),
+    ("--schemes commvq:calibration={commvq3}", "kvquant, kvq, commvq1, commvq2; got commvq3"),
     ("--model ./nowhere", "nowhere"),
 ])  # fmt: skip
 def test_wrong_arguments(capsys, tmp_path, argv, message):
