@@ -241,7 +241,7 @@ def row(label, **fields):
 
 BOARD = dict(
     model="tiny", dtype="float32", text_sha256="", settings=vars(SETTINGS), device="cpu", cores=2,
-    processor="a <fast> one", versions={"nqkv-jax": "1", "jax": "2"},
+    processor="a <fast> one", date="2026-01-02", versions={"nqkv-jax": "1", "jax": "2"},
     missing={"kvquant": "because"},
     rows=[
         row("none", kl=1e-11, kl_error=None, perplexity=20.0, stored_bits=16.0),

@@ -8,6 +8,7 @@ not measured again, whatever else has changed, and a run that was killed goes on
 """
 
 import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -195,7 +196,7 @@ def leaderboard(
       missing: labels that are left out, with the reason.
       progress: a bar on stderr; None: if that is a terminal.
 
-    Returns: a JSON object: "rows", "missing", "settings", and with what and where it was measured.
+    Returns: a JSON object: "rows", "missing", "settings", and with what, where and when it was put together.
       A row has the scheme and its label; stored and effective bits (the latter of a cache for a
       window, with bfloat16 beside the codes); figures of `DivergenceResult`; the share of pass keys
       that were found, and its interval; tokens per second, their spread, and their ratio to full
@@ -230,7 +231,7 @@ def leaderboard(
     return dict(
         model=lm.name, dtype=jnp.dtype(lm.dtype).name, text_sha256=tokens_sha256(tokens),
         settings=dataclasses.asdict(settings), device=device.device_kind, cores=os.cpu_count(),
-        processor=_processor(),
+        processor=_processor(), date=datetime.date.today().isoformat(),
         versions={"nqkv-jax": importlib.metadata.version("nqkv-jax"), "jax": jax.__version__},
         rows=rows, missing=dict(missing or {}),
     )  # fmt: skip

@@ -79,8 +79,8 @@ def caption(board: Mapping[str, Any]) -> str:
         f"{settings['passkey_samples']} texts of {settings['passkey_length']:,} tokens with a pass "
         f"key. Decoding one sequence after {settings['window'] - 8:,} tokens, in turn with full "
         f"precision, on {board['processor']}, {board['cores']} cores. Effective bits add sinks, "
-        f"residual and states of a cache for one window. nqkv-jax {versions['nqkv-jax']}, jax "
-        f"{versions['jax']}.{left_out}"
+        f"residual and states of a cache for one window. {board['date']}, nqkv-jax "
+        f"{versions['nqkv-jax']}, jax {versions['jax']}.{left_out}"
     )
 
 
