@@ -52,7 +52,13 @@ def test_kernel_and_steps_agree(window):
 YARN = Rotary(inverse_frequencies=ROTARY.inverse_frequencies[:24], attention_factor=1.25)
 
 
-@pytest.mark.parametrize("scheme", ["nsnquant:bits=1", "nsnquant:residual=128,normalise=False"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "nsnquant:bits=1",
+        pytest.param("nsnquant:residual=128,normalise=False", marks=pytest.mark.slow),
+    ],
+)
 def test_vectors_by_look_up_and_by_kernels_are_what_decoding_gives(scheme, monkeypatch):
     new = tokens(1, seed=1)
     run = functools.partial(nq.attend, rotary=YARN, window=150)
