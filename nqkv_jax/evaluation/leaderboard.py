@@ -197,10 +197,10 @@ def leaderboard(
       progress: a bar on stderr; None: if that is a terminal.
 
     Returns: a JSON object: "rows", "missing", "settings", and with what, where and when it was put
-      together. A row has the scheme and its label; stored and effective bits (the latter of a cache for a
-      window, with bfloat16 beside the codes); figures of `DivergenceResult`; the share of pass keys
-      that were found, and its interval; tokens per second, their spread, and their ratio to full
-      precision, timed in turn with it.
+      together. A row has the scheme and its label; stored and effective bits (the latter of a cache
+      for a window, with bfloat16 beside the codes); figures of `DivergenceResult`; the share of
+      pass keys that were found, and its interval; tokens per second, their spread, and their ratio
+      to full precision, timed in turn with it.
 
     Raises: ValueError: a setting is wrong, or a scheme does not fit the model.
     """
