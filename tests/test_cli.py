@@ -266,7 +266,7 @@ def test_bench_says_where_it_loses(capsys):
     ("plan --model opt-6.7b --memory 1GiB", "must leave memory for a cache"),
     ("plan --model opt-7b --memory 1GiB", "Presets: opt-125m"),
     ("plan --model ./nowhere --memory 1GiB", "must be a preset, a folder"),
-    ("schemes nqvk", "unknown scheme 'nqvk'; there are: fp8"),
+    ("schemes nqvk", "unknown scheme 'nqvk'; there are: commvq, fp8"),
     ("schemes nqkv:bit=4", "has no option 'bit'; it has: bits=4"),
     ("schemes --heads 0", "must be positive; got (0, 128, 4096)"),
     ("generate --prompt x --scheme nqvk", "unknown scheme"),
