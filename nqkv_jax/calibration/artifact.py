@@ -61,6 +61,27 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dic
     return _load(path, kind, status.st_mtime_ns, status.st_size)
 
 
+def load_partial(
+    partial: pathlib.Path, kind: str, setting: Mapping
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Like `load`, of what an interrupted calibration has left, with its "setting".
+
+    Raises: ValueError: it was left by a calibration with another setting.
+    """
+    arrays, header = load(partial, kind)
+    if header["setting"] != setting:
+        differ = [
+            f"{key}: {header['setting'].get(key)!r} there, {value!r} now"
+            for key, value in setting.items()
+            if header["setting"].get(key) != value
+        ]
+        raise ValueError(
+            f"calibrate: {partial} was left by another call; these differ: {'; '.join(differ)}. "
+            "Delete it, or write to another file"
+        )
+    return arrays, header
+
+
 @functools.lru_cache(maxsize=8)
 def _load(path: pathlib.Path, kind: str, mtime: int, size: int):
     name = kind.split()[0]
@@ -107,4 +128,22 @@ def check_model(name: str, metadata: Mapping, lm: Any) -> None:
             f"{name}: the calibration was made on {metadata['model']}, and must be used with the "
             f"same weights; those of {lm.name} are others. Run `nqkv calibrate {name} --model "
             f"{lm.name} ...`"
+        )
+
+
+def check_shape(name: str, metadata: Mapping, shape: Any) -> None:
+    """Raises ValueError unless a layer's shape is that of the calibrated model.
+
+    Args: name: of the scheme.  metadata: with the sizes of the model.  shape: a `LayerShape`.
+    """
+    heads, head_dim = metadata["num_kv_heads"], metadata["head_dim"]
+    # A cache may have fewer layers than the model: `check_model` sees whether it is the same.
+    if (shape.num_kv_heads, shape.head_dim) != (heads, head_dim) or (
+        shape.num_layers > metadata["num_layers"]
+    ):
+        raise ValueError(
+            f"{name}: the calibration was made on {metadata['model']} with "
+            f"{metadata['num_layers']} layers of {heads} KV heads x {head_dim}; got "
+            f"{shape.num_layers} layers of {shape.num_kv_heads} x {shape.head_dim}. Calibrate the "
+            "model that is used"
         )

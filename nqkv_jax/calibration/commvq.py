@@ -136,18 +136,7 @@ def _begin(partial: pathlib.Path, setting: Mapping) -> dict[str, np.ndarray]:
     """The layers that an interrupted call has left."""
     if not partial.exists():
         return {}
-    arrays, header = artifact.load(partial, _PARTIAL)
-    if header["setting"] != setting:
-        differ = [
-            f"{key}: {header['setting'].get(key)!r} there, {value!r} now"
-            for key, value in setting.items()
-            if header["setting"].get(key) != value
-        ]
-        raise ValueError(
-            f"calibrate: {partial} was left by another call; these differ: {'; '.join(differ)}. "
-            "Delete it, or write to another file"
-        )
-    return arrays
+    return artifact.load_partial(partial, _PARTIAL, setting)[0]
 
 
 def record(lm: Any, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -143,17 +143,7 @@ def _begin(partial: pathlib.Path, setting: Mapping) -> Statistics:
             lower=np.full((layers, kept, hidden), np.inf, np.float32),
             histograms=np.zeros((layers, len(SIDES), len(VARIANTS), 3, BINS)),
         )
-    arrays, header = artifact.load(partial, _PARTIAL)
-    if header["setting"] != setting:
-        differ = [
-            f"{key}: {header['setting'].get(key)!r} there, {value!r} now"
-            for key, value in setting.items()
-            if header["setting"].get(key) != value
-        ]
-        raise ValueError(
-            f"calibrate: {partial} was left by another call; these differ: {'; '.join(differ)}. "
-            "Delete it, or write to another file"
-        )
+    arrays, header = artifact.load_partial(partial, _PARTIAL, setting)
     return Statistics(done=header["done"], **{k: a.copy() for k, a in arrays.items()})
 
 

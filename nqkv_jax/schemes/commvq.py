@@ -62,16 +62,7 @@ def commvq(*, bits: int = 2, residual: int = 128, calibration: str = ""):
 
 def _check(made: dict, shape, bits: int) -> None:
     """Raises ValueError if a calibration does not fit a layer, or the options."""
-    heads, head_dim = made["num_kv_heads"], made["head_dim"]
-    # A cache may have fewer layers than the model: that it is the same model is checked elsewhere.
-    if (shape.num_kv_heads, shape.head_dim) != (heads, head_dim) or (
-        shape.num_layers > made["num_layers"]
-    ):
-        raise ValueError(
-            f"commvq: the calibration was made on {made['model']} with {made['num_layers']} "
-            f"layers of {heads} KV heads x {head_dim}; got {shape.num_layers} layers of "
-            f"{shape.num_kv_heads} x {shape.head_dim}. Calibrate the model that is used"
-        )
+    artifact.check_shape("commvq", made, shape)
     if bits != made["bits"]:
         raise ValueError(
             f"commvq: the calibration was made for bits={made['bits']}; got bits={bits}. Calibrate "

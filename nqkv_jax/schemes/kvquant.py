@@ -95,16 +95,7 @@ def kvquant(
 
 def _check(made: dict, shape, outliers: float) -> None:
     """Raises ValueError if a calibration does not fit a layer, or the options."""
-    heads, head_dim = made["num_kv_heads"], made["head_dim"]
-    # A cache may have fewer layers than the model: that it is the same model is checked elsewhere.
-    if (shape.num_kv_heads, shape.head_dim) != (heads, head_dim) or (
-        shape.num_layers > made["num_layers"]
-    ):
-        raise ValueError(
-            f"kvquant: the calibration was made on {made['model']} with {made['num_layers']} "
-            f"layers of {heads} KV heads x {head_dim}; got {shape.num_layers} layers of "
-            f"{shape.num_kv_heads} x {shape.head_dim}. Calibrate the model that is used"
-        )
+    artifact.check_shape("kvquant", made, shape)
     if outliers not in (0, made["outliers"]):
         raise ValueError(
             f"kvquant: the calibration was made for outliers={made['outliers']}, and serves that "
