@@ -388,7 +388,7 @@ def error_of(quantizer, x):
     return np.sum((np.float64(decoded[:, 0]) - x) ** 2) / np.sum(np.float64(x) ** 2)
 
 
-@pytest.mark.parametrize("bits, most", [(1, 0.36), (2, 0.13)])
+@pytest.mark.parametrize("bits, most", [pytest.param(1, 0.36, marks=pytest.mark.slow), (2, 0.13)])
 def test_training_starts_with_scalar_codes_and_improves(bits, most):
     """Lloyd-Max levels lose 0.363 and 0.117 of the energy of components of equal variance."""
     train = functools.partial(

@@ -58,7 +58,7 @@ def test_xla(case):
 
 
 TPU = [c.name for c in CASES.values() if c.head_dim in (64, 128, 256)]
-QUICK = ("cubic4", "uniform3-minmax", "keys2-values4-d64", "vector1-d64")
+QUICK = ("cubic4", "uniform3-minmax", "keys2-values4-d64", "vector1-d64", "vector2-d64-window")
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -68,7 +68,7 @@ def test_mosaic_tpu_in_the_strict_interpreter(name):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", ["nf4-d64", "window", "vector2"])
+@pytest.mark.parametrize("name", ["nf4-d64", "window"])
 def test_mosaic_tpu_in_float32(name):
     check(CASES[name], jnp.float32, 1e-5, implementation="mosaic_tpu")
 
@@ -106,7 +106,7 @@ def test_mosaic_gpu_in_the_interpreter(name, monkeypatch):
 
 
 VECTORS = [c.name for c in CASES.values() if isinstance(c, VectorCase)]
-VECTORS_QUICK = ["vector1", "vector2-d64-window"]
+VECTORS_QUICK = ["vector1-d64", "vector2-d64-window"]
 
 
 @pytest.mark.parametrize(
