@@ -21,6 +21,7 @@ PLACES = {
     "kvquant:bits=3": ((0, 7), "center"),
     "kvquant:bits=4": ((-6, -3), "right"),
     "int8": ((4, -11), "left"),
+    "nsnquant": ((-6, -3), "right"),
     "int4": ((6, -2), "left"),
     "kvq": ((-6, -4), "right"),
     "quarot": ((6, -3), "left"),
