@@ -13,7 +13,7 @@ def add(commands) -> None:
         "KL divergence, perplexity and agreement, pass keys, counted bits and tokens/s, as\n"
         "Markdown, JSON, HTML and a figure. What was measured once is kept in the folder: a run\n"
         "that was interrupted goes on, and another measures only what has changed. All schemes\n"
-        "with a calibration text take an hour or two for smollm2-135m on two cores.",
+        "with a calibration text take two to three hours for smollm2-135m on two cores.",
     )  # fmt: skip
     options.add_model(parser)
     parser.add_argument(
