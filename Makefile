@@ -43,7 +43,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow

@@ -11,6 +11,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees a module's compiled programs when it is done.
+
+    XLA maps memory for every one of them, and a process may have 65,530 mappings (Linux'
+    vm.max_map_count): beyond that the compiler dies of a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """The folder of evaluation texts, where there is one beside the repository."""
