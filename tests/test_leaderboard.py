@@ -305,6 +305,7 @@ def test_front(points):
     ("--schemes none --calibration-text ./no.txt", "no.txt"),
     ("--schemes commvq:calibration={commvq3}", "kvquant, kvq, commvq1, commvq2; got commvq3"),
     ("--model ./nowhere", "nowhere"),
+    ("--schemes none --workers 0", "--workers must be at least 1; got 0"),
 ])  # fmt: skip
 def test_wrong_arguments(capsys, tmp_path, argv, message):
     assert main(["leaderboard", "--out", str(tmp_path / "board"), *argv.split()]) == 2
@@ -313,7 +314,10 @@ def test_wrong_arguments(capsys, tmp_path, argv, message):
 
 @pytest.mark.slow
 def test_command(capsys, tmp_path):
-    """Everything, calibrations included, on a real model of a few thousand parameters; twice."""
+    """Everything, calibrations included, on a real model of a few thousand parameters.
+
+    In two processes; and then again, in one that finds all that they have done.
+    """
     (tmp_path / "model").mkdir()
     model = tiny_checkpoint.write(tmp_path / "model", max_position_embeddings=1024)
     text = tmp_path / "text.txt"
@@ -324,7 +328,7 @@ def test_command(capsys, tmp_path):
             "--calibration-text", str(text), "--calibration-samples", "2",
             "--calibration-window", "64", "--max-tokens", "128", "--window", "64",
             "--passkey-samples", "2", "--repeats", "2", "--out", str(out), "--json"]  # fmt: skip
-    assert main(argv) == 0
+    assert main([*argv, "--workers", "2"]) == 0
     first = capsys.readouterr().out
     board = json.loads(first)
     assert [r["label"] for r in board["rows"]] == [

@@ -31,6 +31,11 @@ def add(commands) -> None:
         "out",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="of tables and records")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="processes, each with a model of its own, that calibrate and measure quality side by "
+        "side; speed is measured after them, in one (default: 1; a core each is well used)",
+    )  # fmt: skip
     numbers = (
         ("--max-tokens", 4096, "TOKENS", "of the text"),
         ("--window", 1024, "TOKENS", "read at once"),
@@ -48,20 +53,23 @@ def add(commands) -> None:
 
 
 def run(args) -> None:
+    import functools
     import json
     import pathlib
 
     from nqkv_jax.analysis import plots
     from nqkv_jax.cli import terminal
     from nqkv_jax.evaluation import leaderboard as boards
-    from nqkv_jax.evaluation import report
-    from nqkv_jax.models import generate
+    from nqkv_jax.evaluation import report, side_by_side
+    from nqkv_jax.models import from_pretrained, generate
 
     out = pathlib.Path(args.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     plots.check_path(out / "leaderboard.png")  # what fails in the end should have failed at once
     every = [n for g in args.schemes for n in (boards.variants() if g == ALL else [g])]
     wanted = boards.placeholders(every)
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1; got {args.workers}")
     # Only to see what is wrong with them: the calibrations are made later.
     boards.resolve([name for name in every if "{" not in name], {})
     text = demo.passage() if args.text is None else options.read_text(args.text)
@@ -71,17 +79,43 @@ def run(args) -> None:
         passkey_samples=args.passkey_samples, repeats=args.repeats,
     )  # fmt: skip
     lm = options.load(args)
-    files = {}
-    if other is not None and wanted:
-        files = boards.calibrations(
-            lm, other, out / "calibration", wanted, samples=args.calibration_samples,
-            seqlen=args.calibration_window, progress=args.progress,
-        )  # fmt: skip
-    entries, missing = boards.resolve(every, files)
-    if ALL in args.schemes:
-        # Those that nobody asked for by name need not fit every model.
-        entries, misfits = boards.fitting(lm, entries)
-        missing |= misfits
+    calibrate = functools.partial(
+        boards.calibrations, text=other, folder=out / "calibration",
+        samples=args.calibration_samples, seqlen=args.calibration_window,
+    )  # fmt: skip
+    measure = functools.partial(
+        boards.quality, text=text, generate=generate, folder=out, settings=settings
+    )
+
+    def resolved(files):
+        entries, missing = boards.resolve(every, files)
+        if ALL in args.schemes:
+            # Those that nobody asked for by name need not fit every model.
+            entries, misfits = boards.fitting(lm, entries)
+            missing |= misfits
+        return entries, missing
+
+    def ahead(tasks):
+        load = functools.partial(from_pretrained, args.model, dtype=args.dtype, progress=False)
+        side_by_side.run(load, tasks, workers=args.workers, progress=args.progress)
+
+    def measures(entries):
+        return {label: functools.partial(measure, scheme=str(s)) for label, s in entries.items()}
+
+    entries, missing = resolved({})
+    if other is None:
+        wanted = set()
+    if args.workers > 1:
+        # The longest first.
+        names = [name for name in boards.CALIBRATIONS if name in wanted]
+        tasks = {n: functools.partial(calibrate, wanted={n}, progress=False) for n in names}
+        ahead(tasks | measures(entries))
+    if wanted:
+        # Of those that are there already, the names.
+        files = calibrate(lm, wanted=wanted, progress=args.progress)
+        early, (entries, missing) = entries, resolved(files)
+        if args.workers > 1:
+            ahead(measures({label: s for label, s in entries.items() if label not in early}))
     board = boards.leaderboard(
         lm, entries, text, generate=generate, folder=out, settings=settings, missing=missing,
         progress=args.progress,

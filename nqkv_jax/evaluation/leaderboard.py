@@ -5,6 +5,7 @@
 Each measurement keeps a record in the folder, under a name that depends on everything that its
 figures depend on: model, weights, scheme, settings, text and versions. What was measured already is
 not measured again, whatever else has changed, and a run that was killed goes on where it was.
+What does not need the machine for itself, `quality`, can be measured before, in several processes.
 """
 
 import dataclasses
@@ -173,6 +174,23 @@ def fitting(
     return found, missing
 
 
+def quality(
+    lm: LanguageModel,
+    scheme: schemes.Scheme | str,
+    text: str | Sequence[int],
+    *,
+    generate: Generate,
+    folder: str | os.PathLike,
+    settings: Settings = Settings(),
+) -> dict[str, Any]:
+    """All but the bits and the speed of a row; takes and raises what `leaderboard` does."""
+    scheme, records = schemes.get(scheme), pathlib.Path(folder) / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    tokens = encode("leaderboard", lm, text)[: settings.max_tokens]
+    found = _divergence(lm, scheme, tokens, settings, records)
+    return found | _passkey(lm, scheme, settings, records, generate)
+
+
 def leaderboard(
     lm: LanguageModel,
     entries: Mapping[str, schemes.Scheme],
@@ -214,16 +232,18 @@ def leaderboard(
     records.mkdir(parents=True, exist_ok=True)
     rows = []
     with tqdm.tqdm(
-        total=3 * len(entries),
+        total=2 * len(entries),
         unit="measurement",
         disable=None if progress is None else not progress,
     ) as bar:
         for label, scheme in entries.items():
             row = dict(label=label, scheme=str(scheme), **bits[label])
-            for measure in (_quality, _passkey, _speed):
-                bar.set_description(f"{label}, {measure.__name__[1:]}")
-                row |= measure(lm, scheme, tokens, settings, records, generate, timer)
-                bar.update()
+            bar.set_description(f"{label}, quality")
+            row |= quality(lm, scheme, tokens, generate=generate, folder=folder, settings=settings)
+            bar.update()
+            bar.set_description(f"{label}, speed")
+            row |= _speed(lm, scheme, settings, records, timer)
+            bar.update()
             rows.append(row)
             # A program per scheme and measure stays in memory otherwise.
             jax.clear_caches()
@@ -246,7 +266,7 @@ def _bits(lm: LanguageModel, scheme: schemes.Scheme, window: int) -> dict[str, f
     )
 
 
-def _quality(lm, scheme, tokens, settings, records, generate, timer) -> dict[str, Any]:
+def _divergence(lm, scheme, tokens, settings, records) -> dict[str, Any]:
     own = dict(window=settings.window)
     path = _path(records, "kl", lm, scheme, **own, text_sha256=tokens_sha256(tokens))
     result = divergence(lm, tokens, scheme=scheme, resume=path, progress=False, **own)
@@ -255,7 +275,7 @@ def _quality(lm, scheme, tokens, settings, records, generate, timer) -> dict[str
     return {name: getattr(result, name) for name in names}
 
 
-def _passkey(lm, scheme, tokens, settings, records, generate, timer) -> dict[str, Any]:
+def _passkey(lm, scheme, settings, records, generate) -> dict[str, Any]:
     own = dict(lengths=[settings.passkey_length], samples=settings.passkey_samples)
     path = _path(records, "passkey", lm, scheme, **own)
     result = retrieval(
@@ -267,7 +287,7 @@ def _passkey(lm, scheme, tokens, settings, records, generate, timer) -> dict[str
     )  # fmt: skip
 
 
-def _speed(lm, scheme, tokens, settings, records, generate, timer) -> dict[str, Any]:
+def _speed(lm, scheme, settings, records, timer) -> dict[str, Any]:
     own = dict(length=settings.window - _STEPS, steps=_STEPS, repeats=settings.repeats,
                processor=_processor(), cores=os.cpu_count())  # fmt: skip
     record = Record(
