@@ -47,7 +47,8 @@ VARIANTS = (
     "kvquant:bits=3,outliers=0.0,datatype=uniform,calibration={kvquant}",
     "kvq", "kvq:k_bits=2,v_bits=4", "kvq:allocation={kvq}",
     "nqkv-plus:bits=2", "int2", "kivi", "squat", "ott", "quanto:bits=2", "hqq:bits=2",
-    "turboquant:bits=2", "kvquant:bits=2,calibration={kvquant}", "nsnquant",
+    "turboquant:bits=2", "kvquant:bits=2,calibration={kvquant}",
+    "kvquant:bits=2,outliers=0.0,calibration={kvquant}", "nsnquant",
     "commvq:calibration={commvq2}", "nsnquant:bits=1", "turboquant:bits=1",
     "commvq:bits=1,calibration={commvq1}",
 )  # fmt: skip
