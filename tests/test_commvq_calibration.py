@@ -55,26 +55,43 @@ def test_errors_are_those_of_the_recorded_text(calibrated):
     apply = jax.jit(lambda tokens: lm.apply(lm.params, tokens, Recorder())[1].layers)
     layers = apply(jnp.asarray(texts))
     for side, x in zip(recorded, layers[1], strict=True):
-        np.testing.assert_allclose(side[1].reshape(x.shape), x, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(side[1], x, rtol=2e-3, atol=2e-3)
     arrays, _ = artifact.load(calibrated[0], "commvq 1")
     for quantizer, side, error in zip(
         commvq.quantizers(arrays, 1), recorded, arrays["errors"][1], strict=True
     ):
-        x = np.float64(side[1])
+        side = side.reshape(2, 256, 2, 32)
         groups = jnp.asarray(side[1].astype(np.float32)).reshape(256, 1, 2, 32)
+        x = np.float64(side[1])
         decoded = np.float64(commvq._round_trip(quantizer, groups)).reshape(x.shape)
         np.testing.assert_allclose(np.sum((decoded - x) ** 2) / np.sum(x**2), error, rtol=1e-3)
+
+
+def test_scores_are_recorded_for_the_output_of_attention(tmp_path):
+    lm = language_model()
+    texts = TOKENS[None, :128]
+    keys, values, queries, turned = commvq.record(lm, texts, attention=True)
+    for plain, again in zip(commvq.record(lm, texts), (keys, values), strict=True):
+        np.testing.assert_array_equal(plain, again)
+    assert queries.shape == (2, 1, 128, 4, 32) and turned.shape == keys.shape
+    # The first token is not turned, the others are, and keep their length.
+    np.testing.assert_array_equal(turned[:, :, 0], keys[:, :, 0])
+    assert np.abs(turned - keys).max() > 0.1
+    length = lambda a: np.linalg.norm(np.float64(a), axis=-1)
+    np.testing.assert_allclose(length(turned), length(keys), rtol=2e-3)
+    found = run(tmp_path / "aimed.safetensors", attention=1.0)
+    assert np.all(found["errors"] < 0.5)
 
 
 def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
     again, partial = tmp_path / "again.safetensors", tmp_path / "again.safetensors.partial"
     fit, layers = commvq._fit_layer, []
 
-    def failing(keys, values, layer, setting):
+    def failing(recorded, layer, setting):
         layers.append(layer)
         if layers == [0, 1]:
             raise KeyboardInterrupt
-        return fit(keys, values, layer, setting)
+        return fit(recorded, layer, setting)
 
     monkeypatch.setattr(commvq, "_fit_layer", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -127,6 +144,7 @@ def test_generates(kind, tmp_path):
         (dict(samples=8), "8 windows of 128 tokens need 1,024 tokens of text; got 1,000"),
         (dict(samples=1, seqlen=64), "at least 128 tokens in all windows; got 64"),
         (dict(value_steps=0), "expected value_steps > 0; got 0"),
+        (dict(attention=-1.0), "expected attention >= 0; got -1.0"),
         (dict(temperature=-1.0), "expected temperature > 0; got -1.0"),
     ],
 )

@@ -1,8 +1,9 @@
 """What CommVQ learns about a model: codebooks of keys, encoders and codebooks of values.
 
 The keys and values of a text are recorded once, in float16: 4 bytes for every token, layer, head
-and channel. Then every layer is fitted alone (see `commvq_keys` and `commvq_values`). Beside the
-file, while it works, there is a file FILE.partial with the layers that are done.
+and channel, and for `attention` as much again and that of the queries. Then every layer is fitted
+alone (see `commvq_keys` and `commvq_values`). Beside the file, while it works, there is a file
+FILE.partial with the layers that are done.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import tqdm
 from nqkv_jax.calibration import artifact
 from nqkv_jax.calibration.commvq_keys import default_levels, fit_keys
 from nqkv_jax.calibration.commvq_values import train_values
-from nqkv_jax.calibration.recorder import Recorder, windows
+from nqkv_jax.calibration.recorder import AttentionRecorder, Recorder, windows
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.quantizers.commvq import CommVQKeys, CommVQValues, Encoder
 from nqkv_jax.schemes.base import one_of
@@ -46,6 +47,7 @@ def calibrate(
     batch: int = 512,
     learning_rate: float = 3e-4,
     weight_decay: float = 0.1,
+    attention: float = 0.0,
     seed: int = 0,
     progress: bool | None = None,
 ) -> dict[str, np.ndarray]:
@@ -53,7 +55,8 @@ def calibrate(
 
     After an interruption the same call goes on with the first layer that is not in FILE.partial.
     The paper has 100 key steps on up to a million tokens, and from 100,000 value steps with a
-    learning rate of 1e-3 on; the defaults here are for a small model and some minutes.
+    learning rate of 1e-3 and attention=1 on; the defaults here are for a small model and some
+    minutes.
 
     Args:
       lm: with the protocol of `nqkv_jax.evaluation`.
@@ -64,6 +67,8 @@ def calibrate(
       samples, seqlen: windows, spread evenly over the text, and tokens of each.
       key_steps, temperature: of the keys' expectation maximisation.
       value_steps, batch, learning_rate, weight_decay: of the values' training.
+      attention: weight in its loss of the error of the attention's output (causal, within a
+        window), relative like that of the values.
       seed: of all that is drawn.
       progress: a bar on stderr; None: if that is a terminal.
 
@@ -82,6 +87,8 @@ def calibrate(
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"calibrate: expected {name} > 0; got {value}")
+    if not attention >= 0:
+        raise ValueError(f"calibrate: expected attention >= 0; got {attention}")
     if isinstance(text, str):
         if lm.tokenizer is None:
             raise ValueError(f"calibrate: {lm.name} came without a tokenizer; give token ids")
@@ -94,8 +101,8 @@ def calibrate(
     setting = dict(
         model=lm.name, fingerprint=artifact.fingerprint(lm.params), num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, bits=bits, levels=levels,
-        samples=samples, seqlen=seqlen, weight_decay=weight_decay, seed=seed, **positive,
-        text_sha256=hashlib.sha256(texts.astype("<i4").tobytes()).hexdigest(),
+        samples=samples, seqlen=seqlen, weight_decay=weight_decay, attention=attention, seed=seed,
+        **positive, text_sha256=hashlib.sha256(texts.astype("<i4").tobytes()).hexdigest(),
     )  # fmt: skip
     partial = pathlib.Path(f"{pathlib.Path(out).expanduser()}.partial")
     arrays = _begin(partial, setting)
@@ -105,9 +112,9 @@ def calibrate(
         disable=None if progress is None else not progress,
     )  # fmt: skip
     with bar:
-        recorded = record(lm, texts)
+        recorded = record(lm, texts, attention=attention > 0)
         for layer in range(done, config.num_layers):
-            own = _fit_layer(*(side[layer] for side in recorded), layer, setting)
+            own = _fit_layer([a[layer] for a in recorded], layer, setting)
             before = arrays or {name: a[None][:0] for name, a in own.items()}
             arrays = {name: np.append(before[name], [a], axis=0) for name, a in own.items()}
             artifact.save(partial, _PARTIAL, arrays, dict(setting=setting))
@@ -139,37 +146,45 @@ def _begin(partial: pathlib.Path, setting: Mapping) -> dict[str, np.ndarray]:
     return artifact.load_partial(partial, _PARTIAL, setting)[0]
 
 
-def record(lm: Any, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def record(lm: Any, texts: np.ndarray, *, attention: bool = False) -> tuple[np.ndarray, ...]:
     """Keys before RoPE, and values, of texts i32[samples, tokens].
 
-    Returns: f16[layers, samples * tokens, heads, head_dim] each.
+    Args:  attention: queries and keys are wanted too, as they meet: after RoPE, scaled.
+
+    Returns: f16[layers, samples, tokens, heads, head_dim] each.
     """
 
     @jax.jit
     def run(params, tokens):
-        layers = lm.apply(params, tokens[None], Recorder(), last_only=True)[1].layers
+        recorder = AttentionRecorder() if attention else Recorder()
+        recorder = lm.apply(params, tokens[None], recorder, last_only=True)[1]
+        layers = recorder.layers
+        if attention:
+            pairs = zip(layers, recorder.scores, strict=True)
+            layers = tuple((*sides, *scores) for sides, scores in pairs)
         # What a model gives in other ranges than float16 has would be no key of any use.
         return jax.tree.map(lambda a: a[0].astype(jnp.float16), layers)
 
-    shape = (lm.config.num_layers, *texts.shape, lm.config.num_kv_heads, lm.config.head_dim)
-    sides = np.empty(shape, np.float16), np.empty(shape, np.float16)
+    shapes = jax.eval_shape(run, lm.params, texts[0])
+    arrays = tuple(np.empty((len(shapes), len(texts), *a.shape), a.dtype) for a in shapes[0])
     for i, tokens in enumerate(texts):
-        for layer, pair in enumerate(run(lm.params, tokens)):
-            for side, x in zip(sides, pair, strict=True):
-                side[layer, i] = x
-    return tuple(side.reshape(shape[0], -1, *shape[3:]) for side in sides)
+        for layer, found in enumerate(run(lm.params, tokens)):
+            for array, x in zip(arrays, found, strict=True):
+                array[layer, i] = x
+    return arrays
 
 
-def _fit_layer(keys: np.ndarray, values: np.ndarray, layer: int, setting: Mapping) -> dict:
-    """The arrays of one layer, of its keys and values f16[tokens, heads, head_dim]."""
+def _fit_layer(recorded: Sequence[np.ndarray], layer: int, setting: Mapping) -> dict:
+    """The arrays of one layer, of what `record` has found of it."""
+    keys, values = (a.reshape(-1, *a.shape[2:]) for a in recorded[:2])
     seed = setting["seed"] + layer
     codebook = fit_keys(
         keys, setting["levels"], steps=setting["key_steps"], temperature=setting["temperature"],
         seed=seed,
     )[0]  # fmt: skip
-    names = ("batch", "learning_rate", "weight_decay")
+    names = ("batch", "learning_rate", "weight_decay", "attention")
     value = train_values(
-        values, setting["bits"], steps=setting["value_steps"], seed=seed,
+        values, setting["bits"], steps=setting["value_steps"], seed=seed, scores=recorded[2:],
         **{name: setting[name] for name in names},
     )[0]  # fmt: skip
     pairs = (CommVQKeys(jnp.asarray(codebook)), keys), (value, values)

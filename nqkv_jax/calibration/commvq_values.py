@@ -1,7 +1,8 @@
 """Encoder and codebook of CommVQ's values, trained together.
 
 Bits are drawn by hard Gumbel-softmax: one of four takes part in the sum, and the gradient is that
-of the softmax. The loss is the squared error of the values.
+of the softmax. The loss is the squared error of the values and, if wanted, that of the attention's
+output, with the attention of full precision.
 
 Training starts from what is known to be good: every two bits encode the principal components of the
 values, one component as four levels or two as two, most bits where there is most variance. A GELU
@@ -9,8 +10,8 @@ layer can hold that exactly, as gelu(y) - gelu(-y) = y. From random weights a fe
 far above the error of that start.
 
 Source: Li et al. (2025), CommVQ, arXiv 2506.18879, section 3 and the training script of its code:
-Adam with rate 1e-3, beta2 0.95, weight decay 0.1, Gumbel temperature 1; it adds the error of the
-attention's output to the loss, starts at random and takes 100,000 steps and more.
+Adam with rate 1e-3, beta2 0.95, weight decay 0.1, Gumbel temperature 1, both errors in the loss; it
+starts at random and takes 100,000 steps and more.
 """
 
 import functools
@@ -38,6 +39,8 @@ def train_values(
     learning_rate: float,
     weight_decay: float,
     seed: int,
+    attention: float = 0.0,
+    scores: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[CommVQValues, np.ndarray]:
     """Trains the quantizer of one layer's values.
 
@@ -48,6 +51,9 @@ def train_values(
       learning_rate: at first; it falls to 0 along a cosine.
       weight_decay: of all weights but biases.
       seed: of batches and noise.
+      attention: weight of the attention output's error, for which every step takes one window.
+      scores: for that, of every window of `x` in order: queries [windows, S, query heads, head_dim]
+        and keys [windows, S, heads, head_dim] whose products are the scores.
 
     Returns: the quantizer, weights as float16, and the loss f32[steps], relative to the energy.
     """
@@ -55,14 +61,21 @@ def train_values(
     rows = x.reshape(tokens, -1).astype(np.float32)
     scale = np.mean(np.abs(rows), axis=0)
     scale = np.maximum(scale, 1e-6 * np.max(scale, initial=1e-30))
+    windows = None
+    if attention:
+        windows = (
+            *map(jnp.asarray, scores),
+            jnp.asarray(x.reshape(len(scores[0]), -1, *x.shape[1:])),
+        )
     rows = rows / scale
     rows = rows[np.linalg.norm(rows, axis=1) > 0]
     if not len(rows):
         raise ValueError("train_values: expected values of which some are not 0; got none")
     params = start(rows, scale, bits * rows.shape[1])
     params, losses = _train(
-        params, jnp.asarray(rows), jnp.asarray(scale), jax.random.key(seed), steps=steps,
+        params, jnp.asarray(rows), jnp.asarray(scale), windows, jax.random.key(seed), steps=steps,
         batch=min(batch, len(rows)), learning_rate=learning_rate, weight_decay=weight_decay,
+        attention=attention,
     )  # fmt: skip
     half = lambda a: jnp.asarray(a, jnp.float16)
     encoder = jax.tree.map(half, params["encoder"])
@@ -161,10 +174,27 @@ def decode(bits: jax.Array, length: jax.Array, codebook: jax.Array) -> jax.Array
     return made * length / jnp.sqrt(jnp.sum(jnp.square(made), axis=-1, keepdims=True) + 1e-12)
 
 
+def attend(x: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Causal attention f32[S, heads, group, head_dim] over x f32[S, heads, head_dim].
+
+    Args:  queries: [S, query heads, head_dim].  keys: [S, heads, head_dim].
+    """
+    size, heads, head_dim = x.shape
+    f32 = lambda a: a.astype(jnp.float32)
+    queries = f32(queries).reshape(size, heads, -1, head_dim)
+    scores = jnp.einsum("thgd,shd->hgts", queries, f32(keys))
+    weights = jax.nn.softmax(jnp.where(jnp.tri(size, dtype=bool), scores, -jnp.inf), axis=-1)
+    return jnp.einsum("hgts,shd->thgd", weights, x)
+
+
 @functools.partial(
-    jax.jit, static_argnames=("steps", "batch", "learning_rate", "weight_decay"), donate_argnums=0
+    jax.jit,
+    static_argnames=("steps", "batch", "learning_rate", "weight_decay", "attention"),
+    donate_argnums=0,
 )
-def _train(params, rows, scale, key, *, steps, batch, learning_rate, weight_decay):
+def _train(
+    params, rows, scale, windows, key, *, steps, batch, learning_rate, weight_decay, attention
+):
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
     optimizer = optax.adamw(
         schedule, b2=0.95, weight_decay=weight_decay,
@@ -172,15 +202,31 @@ def _train(params, rows, scale, key, *, steps, batch, learning_rate, weight_deca
     )  # fmt: skip
     energy = jnp.mean(jnp.sum(jnp.square(rows * scale[None]), axis=-1))
 
-    def loss(params, x, key):
+    def errors(params, x, key):
+        """Of rows x [tokens, d], without their scale."""
         length = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
-        logits = params["encoder"](x / length)
+        logits = params["encoder"](x / jnp.maximum(length, 1e-12))
         soft = jax.nn.softmax(logits + jax.random.gumbel(key, logits.shape), axis=-1)
         hard = jax.nn.one_hot(jnp.argmax(soft, axis=-1), 4)
         choice = soft + jax.lax.stop_gradient(hard - soft)
         bits = (choice @ jnp.asarray(BITS_OF_CHOICE)).reshape(len(x), -1)
-        error = (decode(bits, length, params["codebook"]) - x) * scale[None]
-        return jnp.mean(jnp.sum(jnp.square(error), axis=-1)) / energy
+        return (decode(bits, length, params["codebook"]) - x) * scale[None]
+
+    def output_error(params, key):
+        """Of the attention over one window, relative to the energy of its output."""
+        pick, noise = jax.random.split(key)
+        cut = lambda a: a[jax.random.randint(pick, (), 0, len(a))]
+        queries, keys, x = map(cut, windows)
+        x = x.astype(jnp.float32)
+        error = errors(params, x.reshape(len(x), -1) / scale[None], noise).reshape(x.shape)
+        energy = lambda x: jnp.sum(jnp.square(attend(x, queries, keys)))
+        return energy(error) / energy(x)
+
+    def loss(params, x, key):
+        total = jnp.mean(jnp.sum(jnp.square(errors(params, x, key)), axis=-1)) / energy
+        if attention:
+            total = total + attention * output_error(params, jax.random.fold_in(key, 1))
+        return total
 
     def step(carry, key):
         params, state = carry

@@ -56,6 +56,28 @@ class Recorder(StandIn):
         return out, dataclasses.replace(self, layers=(*self.layers, (k, v)))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionRecorder(Recorder):
+    """Keeps also what the attention is made of.
+
+    Attributes:
+      scores: of the same layers, queries [B, S, Hq, D] and keys [B, S, Hkv, D] whose products are
+        the scores: after RoPE, and scaled.
+    """
+
+    scores: tuple[KeysValues, ...] = ()
+
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+        out, after = super().attend(q, k, v, unrotated, layer=layer, rotary=rotary, window=window)
+        keys = after.layers[-1][0]
+        if rotary is not None:
+            keys = rotary(keys, jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]))
+        queries = jnp.moveaxis(q, 3, 1)
+        queries = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])
+        return out, dataclasses.replace(after, scores=(*self.scores, (queries, keys)))
+
+
 def loss_and_gradients(
     lm: Any, params: Any, tokens: jax.Array
 ) -> tuple[jax.Array, tuple[KeysValues, ...], tuple[KeysValues, ...]]:

@@ -38,6 +38,7 @@ def add(subcommands) -> None:
     number("--batch", int, 512, "tokens of a training step; the paper: 8,192")
     number("--learning-rate", float, 3e-4, "the paper: 1e-3")
     number("--weight-decay", float, 0.1, "as in the paper")
+    number("--attention", float, 0.0, "weight of the attention output's error; the paper: 1")
     number("--seed", int, 0, "of all that is drawn")
     parser.set_defaults(run=run)
 
@@ -52,7 +53,7 @@ def run(args) -> None:
     lm = options.load(args)
     begin = time.perf_counter()
     names = ("bits", "levels", "samples", "seqlen", "key_steps", "temperature", "value_steps",
-             "batch", "learning_rate", "weight_decay", "seed", "progress")  # fmt: skip
+             "batch", "learning_rate", "weight_decay", "attention", "seed", "progress")  # fmt: skip
     found = calibrate(lm, text, out=args.out, **{name: getattr(args, name) for name in names})
     took = time.perf_counter() - begin
     key_error, value_error = map(float, found["errors"].mean(axis=0))
