@@ -7,11 +7,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from nqkv_jax import tiles
 from nqkv_jax.cache import LayerCache, Side
 from nqkv_jax.pallas_kernels import decode_attention as kernels
 from nqkv_jax.partial import TILE, Partial, attend_tokens, visible
 from nqkv_jax.quantizers.base import Context, Payload
 from nqkv_jax.rotary import Rotary, RotaryAngles
+
+LOOK_UP_TILES = 8  # of vectors, that are prepared and looked up at a time
 
 
 def slice_groups(side: Side, first: jax.Array, count: int) -> Payload:
@@ -101,7 +104,8 @@ def attend_body(
     fused = functools.partial(_fused, rotary=rotary, window=window)
     default = walk
     if q.shape[3] == 1 and all(isinstance(side, kernels.VectorCodes) for side in codes):
-        default = functools.partial(fused, "xla")  # decodes nothing, or less
+        width = codes[1].head_dim
+        default = functools.partial(_look_up, rotary=rotary, window=window, width=width)
     if implementation in kernels.KERNELS:
         if reason := unsupported(implementation):
             raise NotImplementedError(f"attend: {implementation} needs {reason}")
@@ -119,13 +123,22 @@ def attend_body(
     return dataclasses.replace(partial, numerator=out * partial.denominator[..., None])
 
 
-def _tiled_codes(layer: LayerCache, rotary: Rotary | None) -> list:
-    """Keys and values as kernels read them; None for what is not in tiles."""
+def _tiled_codes(
+    layer: LayerCache, rotary: Rotary | None, part: tuple[jax.Array, int] | None = None
+) -> list:
+    """Keys and values as kernels read them; None for what is not in tiles.
+
+    Args:  part: the first i32[] of the tiles that are wanted, and how many; None for all.
+    """
 
     def of(side, rotary):
-        positions = side.num_sinks + jnp.arange(side.capacity)
-        context = Context(positions=positions, rotary=rotary)
-        return side.quantizer.tiled_codes(side.body, context)
+        body, first, count = side.body, 0, side.num_groups
+        if part is not None:
+            first, count = part
+            body = slice_groups(side, first, count)
+        group = side.quantizer.group
+        positions = side.num_sinks + first * group + jnp.arange(count * group)
+        return side.quantizer.tiled_codes(body, Context(positions=positions, rotary=rotary))
 
     return [of(layer.key, rotary), of(layer.value, None)]
 
@@ -154,12 +167,22 @@ def _fused(
     *,
     rotary: Rotary | None,
     window: int | None,
+    part: tuple[jax.Array, int] | None = None,
+    fresh: jax.Array | None = None,
 ) -> Partial:
-    """Like `_walk_body`, by a kernel."""
+    """Like `_walk_body`, by a kernel.
+
+    Over all tiles; or over a part of them (see `_tiled_codes`), tokens from `fresh` i32[] on.
+    """
     first = None
     if window is not None:
         first = query_positions[:, 0] - window + 1 - layer.key.num_sinks
-    key, value = _tiled_codes(layer, rotary)
+    if part is not None:
+        begin = part[0] * tiles.TOKENS
+        first = jnp.maximum(fresh if first is None else jnp.maximum(first, fresh), begin)
+        first = jnp.broadcast_to(first - begin, tokens.shape)
+        tokens = jnp.clip(tokens - begin, 0, part[1] * tiles.TOKENS)
+    key, value = _tiled_codes(layer, rotary, part)
     numerator, denominator, maximum = kernels.decode_attention(
         folded[..., 0, :], key, value, tokens, first=first, implementation=kernel
     )
@@ -167,6 +190,41 @@ def _fused(
         maximum = maximum + shift[..., 0]
     parts = dict(numerator=numerator, denominator=denominator, maximum=maximum)
     return Partial(**{name: jnp.expand_dims(a, 3) for name, a in parts.items()})
+
+
+def _look_up(
+    folded: jax.Array,
+    shift: jax.Array | None,
+    layer: LayerCache,
+    tokens: jax.Array,
+    query_positions: jax.Array,
+    *,
+    rotary: Rotary | None,
+    window: int | None,
+    width: int,
+) -> Partial:
+    """Like `_walk_body`, for vectors, of which nothing is decoded, or less; `width` is of values.
+
+    In steps, so that norms and means are prepared of what is there, and not of all there is room
+    for.
+    """
+    num_tiles = min(layer.key.num_groups, layer.value.num_groups)
+    size = min(LOOK_UP_TILES, num_tiles)
+    step_tokens = size * tiles.TOKENS
+
+    def step(i, partial):
+        # The last step is moved back to fit; what an earlier one has seen is not seen again.
+        begin = jnp.minimum(i * size, num_tiles - size)
+        found = _fused(
+            "xla", folded, shift, layer, tokens, query_positions, rotary=rotary, window=window,
+            part=(begin, size), fresh=i * step_tokens,
+        )  # fmt: skip
+        return partial.merge(found)
+
+    oldest = 0 if window is None else jnp.min(query_positions) - window + 1 - layer.key.num_sinks
+    first = jnp.maximum(oldest, 0) // step_tokens
+    last = (jnp.max(tokens) + step_tokens - 1) // step_tokens
+    return jax.lax.fori_loop(first, last, step, Partial.empty(folded, width))
 
 
 def _walk_body(

@@ -60,17 +60,20 @@ YARN = Rotary(inverse_frequencies=ROTARY.inverse_frequencies[:24], attention_fac
     ],
 )
 def test_vectors_by_look_up_and_by_kernels_are_what_decoding_gives(scheme, monkeypatch):
+    # The second of two steps is moved back to fit, and the window begins within the first.
+    monkeypatch.setattr("nqkv_jax.body.LOOK_UP_TILES", 2)
     new = tokens(1, seed=1)
-    run = functools.partial(nq.attend, rotary=YARN, window=150)
+    run = functools.partial(nq.attend, rotary=YARN, window=300)
 
     def prompted():
         cache = nq.schemes.get(scheme).init(
-            num_layers=1, batch=2, max_len=300, num_kv_heads=HEADS, head_dim=DIM
+            num_layers=1, batch=2, max_len=420, num_kv_heads=HEADS, head_dim=DIM
         )
-        return jax.jit(run)(*tokens(270), cache, num_new=jnp.array([270, 140]))[1]
+        return jax.jit(run)(*tokens(400), cache, num_new=jnp.array([400, 140]))[1]
 
     cache = prompted()
     assert isinstance(cache.layers[0].key.quantizer, TiledNSN)
+    assert cache.layers[0].key.num_groups == 3
     by_look_up, _ = jax.jit(functools.partial(run, implementation="xla"))(*new, cache)
     with pltpu.force_tpu_interpret_mode():
         fused, _ = jax.jit(functools.partial(run, implementation="mosaic_tpu"))(*new, cache)
