@@ -23,6 +23,7 @@ class Case:
     value_codebook: codebooks.Codebook | None = None
     soft_cap: float | None = None
     window: int | None = None
+    key_channels: bool = False  # scales of the keys' channels, not of their tokens
 
     def __str__(self):
         return self.name
@@ -64,6 +65,10 @@ def _cases():
     yield Case("cubic4-d96", cubic(4), head_dim=96, group=4)
     yield Case("keys4-values2", cubic(4), value_codebook=codebooks.uniform(2), group=8)
     yield Case("keys2-values4-d64", codebooks.uniform(2), value_codebook=cubic(4), head_dim=64)
+    yield Case("channels4", codebooks.cubic_normal(4, 128, signed=True), group=4, key_channels=True)
+    yield Case("channels2-minmax", codebooks.uniform(2), group=4, zero=True, key_channels=True)
+    yield Case("channels3-d64", cubic(3), head_dim=64, heads=3, group=3, key_channels=True)
+    yield Case("channels4-d256", cubic(4), head_dim=256, key_channels=True, soft_cap=5.0)
     yield Case("soft-cap", cubic(4), soft_cap=5.0)
     yield Case("window", cubic(4), window=150, group=2)
 
@@ -71,7 +76,9 @@ def _cases():
 CASES = {case.name: case for case in (*_cases(), *VECTOR_CASES)}
 
 
-def codes(case: Case, codebook, batch: int, num_tiles: int, rng) -> TiledCodes:
+def codes(
+    case: Case, codebook, batch: int, num_tiles: int, rng, per_channel: bool = False
+) -> TiledCodes:
     shape = (batch, num_tiles, tiles.TOKENS, case.heads, case.head_dim)
     values = jnp.asarray(rng.integers(0, 2**codebook.bits, shape), jnp.uint8)
     words = jax.vmap(jax.vmap(lambda c: tiles.pack(c, codebook.bits)))(values)
@@ -79,9 +86,13 @@ def codes(case: Case, codebook, batch: int, num_tiles: int, rng) -> TiledCodes:
     spread = max(codebook.levels) - min(codebook.levels)
     per_token = lambda a: jnp.asarray(a.astype(np.float16).view(np.int16))
     size = (batch, num_tiles, blocks, tiles.TOKENS)
+    if per_channel:
+        size = (batch, num_tiles, case.heads, case.head_dim)
     scale = per_token(rng.uniform(2.0, 6.0, size) / spread)
     zero = per_token(rng.normal(-2.0, 0.5, size)) if case.zero else None
-    return TiledCodes(words=words, scale=scale, zero=zero, codebook=codebook)
+    return TiledCodes(
+        words=words, scale=scale, zero=zero, codebook=codebook, per_channel=per_channel
+    )
 
 
 def arguments(
@@ -94,7 +105,7 @@ def arguments(
     batch = len(lengths)
     shape = (batch, case.heads, case.group, case.head_dim)
     q = jnp.asarray(rng.normal(size=shape) * case.head_dim**-0.5, dtype)
-    key = codes(case, case.codebook, batch, num_tiles, rng)
+    key = codes(case, case.codebook, batch, num_tiles, rng, case.key_channels)
     value = codes(case, case.value_codebook or case.codebook, batch, num_tiles, rng)
     lengths = jnp.asarray(lengths, jnp.int32)
     first = None if case.window is None else jnp.maximum(lengths - case.window, 0)
@@ -126,8 +137,12 @@ def dense(side: TiledCodes | VectorCodes) -> np.ndarray:
         high = word(words[..., low_rows:, :], r % 8, d, 8)
         code = code | (high >> (k + 8 * (r // 8)) & 1) << 2
     out = np.moveaxis(np.asarray(side.codebook.levels)[code], 2, 3)
-    blocks = out.reshape(batch, num_tiles, 128, -1, side.block_size)
     floats = lambda a: np.asarray(a).view(np.float16).astype(np.float64)
+    if side.per_channel:
+        out = out * floats(side.scale)[:, :, None]
+        out = out if side.zero is None else out + floats(side.zero)[:, :, None]
+        return out.reshape(batch, num_tiles * 128, heads, head_dim)
+    blocks = out.reshape(batch, num_tiles, 128, -1, side.block_size)
     per_token = lambda a: np.moveaxis(floats(a), 2, 3)[..., None]
     blocks = blocks * per_token(side.scale)
     if side.zero is not None:

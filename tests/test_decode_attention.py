@@ -58,7 +58,14 @@ def test_xla(case):
 
 
 TPU = [c.name for c in CASES.values() if c.head_dim in (64, 128, 256)]
-QUICK = ("cubic4", "uniform3-minmax", "keys2-values4-d64", "vector1-d64", "vector2-d64-window")
+QUICK = (
+    "cubic4",
+    "uniform3-minmax",
+    "keys2-values4-d64",
+    "channels3-d64",
+    "vector1-d64",
+    "vector2-d64-window",
+)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -156,6 +163,7 @@ def test_what_the_gpu_kernel_needs():
         ("keys4-values2", "alike; got 4 and 2"),
         ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),
         ("uniform2-minmax-parts", "scales of whole heads"),
+        ("channels4", "scales of tokens, not of channels"),
     ):
         q, key, value, lengths, _ = arguments(CASES[name], (10,))
         with pytest.raises(NotImplementedError, match=message):
@@ -239,6 +247,12 @@ def test_bad_input():
     wrong = dataclasses.replace(value, scale=value.scale.astype(jnp.float16))
     with pytest.raises(ValueError, match=r"value.scale of int16 \(the bits of float16\)"):
         decode_attention(q, key, wrong, lengths)
+    q, key, value, lengths, _ = arguments(CASES["channels4"], (10, 20), num_tiles=1)
+    with pytest.raises(NotImplementedError, match="values with scales of tokens, not of channels"):
+        decode_attention(q, key, key, lengths, implementation="mosaic_tpu")
+    wrong = dataclasses.replace(key, scale=key.scale[:, :, :1])
+    with pytest.raises(ValueError, match=r"key.scale of channels \[2, 1, 2, 128\]; got"):
+        decode_attention(q, wrong, value, lengths)
     q, key, value, lengths, _ = arguments(CASES["cubic4-d80"], (10,), num_tiles=1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs head_dim to divide 128"):
         decode_attention(q, key, value, lengths, implementation="mosaic_tpu")

@@ -16,6 +16,7 @@ from nqkv_jax.rotary import Rotary
 
 HEADS, GROUP, DIM = 3, 2, 64
 SCHEME = "nqkv:residual=128,codebook=cubic,centre=True,hadamard=True,sinks=4"
+CHANNELS = "nqkv-plus:fused=True"  # keys with a scale for every channel of a tile
 ROTARY = Rotary(inverse_frequencies=jnp.asarray(100.0 ** -(np.arange(DIM // 2) / (DIM // 2))))
 
 
@@ -35,9 +36,9 @@ def prompted(scheme):
     return attend(*tokens(420), cache, num_new=jnp.array([420, 150]))[1]
 
 
-@pytest.mark.parametrize("window", [None, 200])
-def test_kernel_and_steps_agree(window):
-    cache, new = prompted(SCHEME), tokens(1, seed=1)
+@pytest.mark.parametrize("scheme, window", [(SCHEME, None), (SCHEME, 200), (CHANNELS, None)])
+def test_kernel_and_steps_agree(scheme, window):
+    cache, new = prompted(scheme), tokens(1, seed=1)
     assert isinstance(cache.layers[0].key.quantizer.inner, TiledQuantizer)
     run = functools.partial(nq.attend, rotary=ROTARY, window=window)
     expected, after = jax.jit(functools.partial(run, implementation="xla"))(*new, cache)
@@ -96,16 +97,19 @@ def test_a_saved_cache_serves_the_kernel(tmp_path):
     np.testing.assert_array_equal(run(*new, loaded)[0], run(*new, cache)[0])
 
 
-def test_tiles_decode_to_what_blocks_do():
-    block = nq.BlockQuantizer(nq.codebooks.normal_float(3), block_size=HEADS * DIM)
+@pytest.mark.parametrize("axis, size", [("hidden", HEADS * DIM), ("tokens", 128)])
+def test_tiles_decode_to_what_blocks_do(axis, size):
+    block = nq.BlockQuantizer(nq.codebooks.normal_float(3), block_size=size, axis=axis)
     x = tokens(128)[1]
     quantize = jax.jit(nq.quantize, static_argnums=1)
     codes = [quantize(x, q) for q in (block, in_tiles(block, 256, HEADS, DIM))]
     np.testing.assert_array_equal(*map(jax.jit(nq.dequantize), codes))
-    assert nq.stored_bits(codes[0]) == nq.stored_bits(codes[1]) == 3 + 16 / (HEADS * DIM)
+    assert nq.stored_bits(codes[0]) == nq.stored_bits(codes[1]) == 3 + 16 / size
 
 
-@pytest.mark.parametrize("scheme, uses", [(SCHEME, True), ("nqkv", False), ("kivi", False)])
+@pytest.mark.parametrize(
+    "scheme, uses", [(SCHEME, True), (CHANNELS, True), ("nqkv", False), ("kivi", False)]
+)
 def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
     cache, new = prompted(scheme), tokens(1)
     traced = jax.jit(functools.partial(nq.attend, rotary=ROTARY)).trace(*new, cache)
@@ -128,3 +132,6 @@ def test_blocks_that_no_kernel_can_read_stay_as_they_are():
     assert in_tiles(block(block_size=64), 64, 3, 64) == block(block_size=64)
     assert in_tiles(block(block_size=24), 128, 3, 24) == block(block_size=24)
     assert isinstance(in_tiles(block(block_size=32), 128, 3, 64), TiledQuantizer)
+    channels = functools.partial(block, axis="tokens")
+    assert in_tiles(channels(block_size=64), 128, 3, 64) == channels(block_size=64)
+    assert isinstance(in_tiles(channels(block_size=128), 128, 3, 64), TiledQuantizer)

@@ -126,6 +126,8 @@ def test_stored_bits():
         unscaled = widths_by_rank(bits, 128).count(0) / 64
         keys, values = bits + 0.25 * (1 - unscaled), bits + 16 / 128
         assert cache.stored_bits == (keys + values) / 2
+        cache = nq.schemes.get("nqkv-plus", bits=bits, fused=True).init(**sizes)
+        assert cache.stored_bits == bits + 16 / 128
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,7 @@ def test_stored_bits():
         (lambda: RankedQuantizer((2,)).check(1, 64), r"expected head_dim / 2 = 32 widths; got 1"),
         (lambda: nq.schemes.get("nqkv-plus:bits=5"), r"expected one of 2, 3, 4; got 5"),
         (lambda: nq.schemes.get("nqkv-plus:ranking=x"), r"queries, variance, none; got 'x'"),
+        (lambda: nq.schemes.get("nqkv-plus:fused=True,keys=rotated"), "takes no ranking, keys or"),
         (lambda: nq.schemes.get("nqkv-plus:recent=-1"), r"recent >= 0 tokens; got -1"),
         (
             lambda: RankedQuantizer((2,) * 16, 16).quantize(jnp.zeros((16, 2, 32)), nq.Context()),

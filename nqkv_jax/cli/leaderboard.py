@@ -107,8 +107,11 @@ def run(args) -> None:
         wanted = set()
     if args.workers > 1:
         # The longest first.
-        names = [name for name in boards.CALIBRATIONS if name in wanted]
-        tasks = {n: functools.partial(calibrate, wanted={n}, progress=False) for n in names}
+        tasks = {
+            f"{name}, calibration": functools.partial(calibrate, wanted={name}, progress=False)
+            for name in boards.CALIBRATIONS
+            if name in wanted
+        }
         ahead(tasks | measures(entries))
     if wanted:
         # Of those that are there already, the names.

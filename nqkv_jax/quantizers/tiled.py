@@ -21,14 +21,15 @@ class TiledPayload:
     """One tile: what `BlockPayload` holds of 128 tokens, bit for bit, in another order."""
 
     words: jax.Array  # int16[heads, rows, 128]: see `nqkv_jax.tiles`
-    scale: jax.Array  # scale_dtype [blocks, 128]; for float16 its bits, as int16
+    # scale_dtype [blocks, 128], or [heads, head_dim] of channels; for float16 its bits, as int16
+    scale: jax.Array
     zero: jax.Array | None = None  # like scale; min-max only
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TiledQuantizer(Quantizer):
-    """Encodes each of 128 tokens with `inner`, a `BlockQuantizer` along the hidden axis."""
+    """Encodes 128 tokens with `inner`: each by itself, or with a block for each channel."""
 
     inner: BlockQuantizer = dataclasses.field(metadata={"static": True})
 
@@ -56,11 +57,16 @@ class TiledQuantizer(Quantizer):
 
     def tiled_codes(self, body: Payload, context: Context) -> TiledCodes:
         return TiledCodes(
-            words=body.words, scale=body.scale, zero=body.zero, codebook=self.inner.codebook
-        )
+            words=body.words, scale=body.scale, zero=body.zero, codebook=self.inner.codebook,
+            per_channel=self._per_channel,
+        )  # fmt: skip
+
+    @property
+    def _per_channel(self) -> bool:
+        return self.inner.axis == "tokens"
 
     def _store(self, scale: jax.Array) -> jax.Array:
-        scale = scale.T
+        scale = scale if self._per_channel else scale.T
         if scale.dtype == jnp.float16:
             scale = jax.lax.bitcast_convert_type(scale, jnp.int16)
         return scale
@@ -68,7 +74,7 @@ class TiledQuantizer(Quantizer):
     def _load(self, scale: jax.Array) -> jax.Array:
         if scale.dtype == jnp.int16:
             scale = jax.lax.bitcast_convert_type(scale, jnp.float16)
-        return scale.T
+        return scale if self._per_channel else scale.T
 
 
 def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Quantizer:
@@ -84,9 +90,11 @@ def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Qu
     if isinstance(quantizer, NSNQuantizer):
         fits = tiles.TOKENS % quantizer.window == 0 and head_dim >= 2 * LENGTH
         return TiledNSN(quantizer) if fits else quantizer
-    if type(quantizer) is not BlockQuantizer or quantizer.axis != "hidden":
+    if type(quantizer) is not BlockQuantizer:
         return quantizer
     whole = quantizer.block_size % head_dim == 0 or head_dim % quantizer.block_size == 0
+    if quantizer.axis == "tokens":
+        whole = quantizer.block_size == tiles.TOKENS
     try:
         tiles.check(head_dim, quantizer.codebook.bits)
     except ValueError:

@@ -21,12 +21,15 @@ class TiledCodes:
         float16, which is not a dtype of TPU kernels.
       zero: like scale; None for 0.
       codebook: the levels.
+      per_channel: scale and zero are [B, tiles, Hkv, head_dim] instead: of each channel, for all
+        tokens of a tile.
     """
 
     words: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
     codebook: Codebook = dataclasses.field(metadata={"static": True})
+    per_channel: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def head_dim(self) -> int:
@@ -47,7 +50,9 @@ class TiledCodes:
 
     @property
     def block_size(self) -> int:
-        """Elements that share a scale."""
+        """Elements of a token that share a scale; `head_dim` if channels have their own."""
+        if self.per_channel:
+            return self.head_dim
         return self.num_heads * self.head_dim // self.scale.shape[2]
 
     @property
@@ -78,7 +83,14 @@ class TiledCodes:
         for name, a in (("scale", self.scale), ("zero", self.zero)):
             if a is None:
                 continue
-            if a.ndim != 4 or a.shape[:2] != batch or a.shape[3] != tiles.TOKENS:
+            of_channels = (*batch, self.num_heads, self.head_dim)
+            if self.per_channel and a.shape != of_channels:
+                raise ValueError(
+                    f"decode_attention: expected {what}.{name} of channels {list(of_channels)}; "
+                    f"got {a.shape}"
+                )
+            of_tokens = a.ndim == 4 and a.shape[:2] == batch and a.shape[3] == tiles.TOKENS
+            if not self.per_channel and not of_tokens:
                 raise ValueError(
                     f"decode_attention: expected {what}.{name} [{batch[0]}, {batch[1]}, blocks, "
                     f"128]; got {a.shape}"
@@ -88,7 +100,7 @@ class TiledCodes:
                     f"decode_attention: expected {what}.{name} of int16 (the bits of float16), "
                     f"bfloat16 or float32; got {a.dtype}"
                 )
-            if hidden % a.shape[2]:
+            if not self.per_channel and hidden % a.shape[2]:
                 raise ValueError(
                     f"decode_attention: the {a.shape[2]} blocks of {what}.{name} do not divide "
                     f"{self.num_heads} heads of {self.head_dim}"
@@ -104,6 +116,9 @@ class TiledCodes:
         cut = lambda a: jax.lax.dynamic_index_in_dim(a, tile, axis=1, keepdims=False)
         unpack = lambda words: tiles.unpack(words, self.codebook.bits, self.head_dim)
         x = self.codebook.decode(jax.vmap(unpack)(cut(self.words)))
+        if self.per_channel:
+            x = x * as_float32(cut(self.scale))[:, None]
+            return x if self.zero is None else x + as_float32(cut(self.zero))[:, None]
         blocks = x.reshape(*x.shape[:2], -1, self.block_size)
         per_token = lambda a: jnp.swapaxes(as_float32(cut(a)), 1, 2)[..., None]
         blocks = blocks * per_token(self.scale)

@@ -48,6 +48,8 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
     if any(not _Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
+    if key.per_channel or value.per_channel:
+        return "scales of tokens, not of channels"
     if key.blocks_per_head > 1 or value.blocks_per_head > 1:
         return "scales of whole heads"
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):

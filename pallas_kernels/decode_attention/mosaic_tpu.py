@@ -7,12 +7,10 @@ there already, so nothing is fetched for them.
 A *unit* is 128 rows of 128 lanes: one tile for head_dim 128 and above, two for 64, whose rows hold
 two tokens each. Queries are laid out so that one matrix product serves all: a row per (place of the
 token in its row, block of the head, query), zero in the lanes of other places and blocks. Scales
-multiply scores and weights, never elements.
+multiply scores and weights, or if they are of channels the queries, but never elements.
 """
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_levels import Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_plan import Plan, Side, make_plan
 
-# A step costs a few hundred cycles whatever it does, so it should be long; its words are in VMEM
-# twice (16 MB on the smallest chips), as the next step's are fetched meanwhile.
-TILES_PER_STEP = 8
-STEP_BYTES = 2**22
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
 
@@ -38,60 +32,9 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
         return f"head_dim to divide 128 or be a multiple of it; got {key.head_dim}"
     if key.head_dim < 64:
         return f"head_dim of at least 64; got {key.head_dim}"
+    if value.per_channel:
+        return "values with scales of tokens, not of channels"
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """What is static about keys or values."""
-
-    codes: TiledCodes  # its arrays are not touched
-    levels: Levels
-
-    @property
-    def blocks(self) -> int:
-        return self.codes.blocks_per_head
-
-    @property
-    def num_arrays(self) -> int:
-        """Scale, and zero if there is one."""
-        return 1 + (self.codes.zero is not None)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    head_dim: int
-    group: int  # query heads per KV head, padded to whole registers
-    step: int  # tiles
-    key: _Side
-    value: _Side
-    soft_cap: float | None
-
-    @property
-    def fold(self) -> int:
-        """Tokens in a row of 128 lanes, and tiles in a unit."""
-        return max(1, tiles.LANES // self.head_dim)
-
-    @property
-    def lanes(self) -> int:
-        return max(tiles.LANES, self.head_dim)
-
-    @property
-    def units(self) -> int:
-        return self.step // self.fold
-
-    @property
-    def rows(self) -> int:
-        """Rows of scores: places in a row of words, times queries."""
-        return self.fold * self.group
-
-    @property
-    def precision(self):
-        return "highest" if self.key.levels.dtype == jnp.float32 else None
-
-    def token(self, row: int) -> jax.Array:
-        """i32[1, 128]: the token, in its unit, of each lane of scores in a row of one place."""
-        return self.fold * jax.lax.broadcasted_iota(jnp.int32, (1, tiles.LANES), 1) + row
 
 
 def decode_attention(
@@ -105,15 +48,15 @@ def decode_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention.decode_attention`."""
     batch, heads, group, _ = q.shape
-    plan = _plan(q, key, value, soft_cap)
+    plan = make_plan(q, key, value, soft_cap)
     walked = functools.partial(in_steps, step=plan.step)
     whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, *_: (b, 0, 0, 0))
     queries = _expand(q, plan)
     codes = [
         a for side in (key, value) for a in (side.words, side.scale, side.zero) if a is not None
     ]
-    per_token = [
-        pltpu.VMEM((plan.fold, plan.units, side.codes.scale.shape[2], tiles.LANES), jnp.float32)
+    scales = [
+        pltpu.VMEM(plan.scratch(side), jnp.float32)
         for side in (plan.key, plan.value)
         for _ in range(side.num_arrays)
     ]
@@ -130,7 +73,7 @@ def decode_attention(
             grid=(batch, -(-min(key.num_tiles, value.num_tiles) // plan.step)),
             in_specs=[whole(queries), *map(walked, codes)],
             out_specs=[whole(o) for o in outputs],
-            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *per_token],
+            scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *scales],
         ),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -155,33 +98,7 @@ def in_steps(a, step: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, step, *a.shape[2:]), index)
 
 
-def _plan(q, key, value, soft_cap) -> _Plan:
-    dtype = jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
-    units = _has_bfloat16_units()
-    sides = [
-        _Side(_shapes(s), Levels(s.codebook, dtype, Levels.can_pair(s.codebook, dtype, units)))
-        for s in (key, value)
-    ]
-    fold = max(1, tiles.LANES // key.head_dim)
-    per_tile = sum(math.prod(side.words.shape[2:]) * 2 for side in (key, value))
-    num_tiles = min(key.num_tiles, value.num_tiles)
-    step = max(1, min(TILES_PER_STEP, STEP_BYTES // per_tile, num_tiles) // fold) * fold
-    return _Plan(key.head_dim, -(-q.shape[2] // 8) * 8, step, *sides, soft_cap)
-
-
-def _shapes(codes: TiledCodes) -> TiledCodes:
-    """Without arrays: what a kernel may close over."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), codes)
-
-
-def _has_bfloat16_units() -> bool:
-    try:
-        return pltpu.get_tpu_info().generation >= 6
-    except ValueError:  # traced without a TPU: what runs on all of them
-        return False
-
-
-def _expand(q: jax.Array, plan: _Plan) -> jax.Array:
+def _expand(q: jax.Array, plan: Plan) -> jax.Array:
     """[B, Hkv, fold * blocks * group, lanes] from q [B, Hkv, G, D]."""
     head_dim, fold, blocks = plan.head_dim, plan.fold, plan.key.blocks
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - q.shape[2]), (0, 0)))
@@ -192,7 +109,7 @@ def _expand(q: jax.Array, plan: _Plan) -> jax.Array:
     return q.reshape(*q.shape[:2], fold * blocks * plan.group, plan.lanes)
 
 
-def _collect(numerator, denominator, maximum, plan: _Plan, group: int):
+def _collect(numerator, denominator, maximum, plan: Plan, group: int):
     """The outputs of the kernel, of all places in a row together: as the caller wants them."""
     fold, blocks, head_dim = plan.fold, plan.value.blocks, plan.head_dim
     batch, heads = numerator.shape[:2]
@@ -210,7 +127,7 @@ def _collect(numerator, denominator, maximum, plan: _Plan, group: int):
     return numerator, denominator, jnp.where(denominator == 0, -jnp.inf, top[:, :, 0])
 
 
-def _kernel(lengths, first, q_ref, *refs, plan: _Plan):
+def _kernel(lengths, first, q_ref, *refs, plan: Plan):
     refs = list(refs)
     take = lambda n: [refs.pop(0) for _ in range(n)]
     key_words, *key_arrays = take(1 + plan.key.num_arrays)
@@ -237,12 +154,16 @@ def _kernel(lengths, first, q_ref, *refs, plan: _Plan):
         ):
             for n, (source, target) in enumerate(zip(arrays, scratch, strict=True)):
                 factor = side.levels.slope if n == 0 else 1.0
-                _spread(source, target, tokens, factor, low, high, plan)
+                if side.codes.per_channel:
+                    _spread_channels(source, target, factor, plan)
+                else:
+                    _spread(source, target, tokens, factor, low, high, plan)
 
         rows = jnp.concatenate([jnp.broadcast_to(t, (plan.group, tiles.LANES)) for t in tokens], 0)
 
         def head(h, carry):
-            scores = _scores(q_ref[0, h], h, key_words, key_scales, plan)
+            score = _channel_scores if plan.key.codes.per_channel else _scores
+            scores = score(q_ref[0, h], h, key_words, key_scales, plan)
             scores = [
                 jnp.where((rows >= low - at) & (rows < high - at), s, jnp.float32(UNSEEN))
                 for s, at in zip(scores, _starts(plan), strict=True)
@@ -267,11 +188,11 @@ def _kernel(lengths, first, q_ref, *refs, plan: _Plan):
             output[0] = scratch[...]
 
 
-def _starts(plan: _Plan) -> list[int]:
+def _starts(plan: Plan) -> list[int]:
     return [u * plan.fold * tiles.TOKENS for u in range(plan.units)]
 
 
-def _spread(source, target, tokens, factor: float, low, high, plan: _Plan) -> None:
+def _spread(source, target, tokens, factor: float, low, high, plan: Plan) -> None:
     """Scales, token by token in memory, to the lanes of scores: target[row, unit, block].
 
     Tokens that are not seen get 0: what is stored for them may be NaN.
@@ -293,6 +214,13 @@ def _spread(source, target, tokens, factor: float, low, high, plan: _Plan) -> No
                     )
             seen = (token >= low - start) & (token < high - start)
             target[row, unit] = jnp.where(seen, spread * jnp.float32(factor), jnp.float32(0))
+
+
+def _spread_channels(source, target, factor: float, plan: Plan) -> None:
+    """Scales of channels, to the lanes of queries: target[tile, head]."""
+    for tile in range(plan.step):
+        scale = load_float32(source[0, tile]) * jnp.float32(factor)
+        target[tile] = jnp.concatenate([scale] * plan.fold, axis=1)
 
 
 def _gather_lanes(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -318,7 +246,7 @@ def load_float32(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, -value, value)
 
 
-def _scale_rows(scratch, side: _Side, head, unit: int, plan: _Plan) -> jax.Array:
+def _scale_rows(scratch, side: Side, head, unit: int, plan: Plan) -> jax.Array:
     """f32[fold * blocks * group, 128]: the scales of a unit, for each row of a product."""
     block = side.codes.block_of(head)
     rows = [
@@ -329,7 +257,7 @@ def _scale_rows(scratch, side: _Side, head, unit: int, plan: _Plan) -> jax.Array
     return jnp.concatenate(rows, axis=0)
 
 
-def _per_block(x: jax.Array, blocks: int, plan: _Plan) -> jax.Array:
+def _per_block(x: jax.Array, blocks: int, plan: Plan) -> jax.Array:
     """Rows (place, query) to rows (place, block, query)."""
     if blocks == 1:
         return x
@@ -337,7 +265,7 @@ def _per_block(x: jax.Array, blocks: int, plan: _Plan) -> jax.Array:
     return jnp.concatenate([part for part in parts for _ in range(blocks)], axis=0)
 
 
-def _over_blocks(x: jax.Array, blocks: int, plan: _Plan) -> jax.Array:
+def _over_blocks(x: jax.Array, blocks: int, plan: Plan) -> jax.Array:
     """The inverse: the sum over the blocks."""
     if blocks == 1:
         return x
@@ -346,12 +274,12 @@ def _over_blocks(x: jax.Array, blocks: int, plan: _Plan) -> jax.Array:
     return jnp.concatenate(sums, axis=0)
 
 
-def _lanes(x: jax.Array, plan: _Plan) -> jax.Array:
+def _lanes(x: jax.Array, plan: Plan) -> jax.Array:
     """[rows, 128], alike in all lanes, as wide as an output."""
     return jnp.concatenate([x] * (plan.lanes // tiles.LANES), axis=1)
 
 
-def _unit_factors(words, side: _Side, head, unit: int, plan: _Plan) -> jax.Array:
+def _unit_factors(words, side: Side, head, unit: int, plan: Plan) -> jax.Array:
     parts = [
         side.levels.factors(words[0, unit * plan.fold + t, head], plan.head_dim)
         for t in range(plan.fold)
@@ -359,43 +287,90 @@ def _unit_factors(words, side: _Side, head, unit: int, plan: _Plan) -> jax.Array
     return jnp.concatenate(parts, axis=0)
 
 
-def _scores(q, head, words, scales, plan: _Plan) -> list[jax.Array]:
+def _products(left: list[jax.Array], unit: int, head, words, plan: Plan) -> list[jax.Array]:
+    """f32[rows, 128] of each `left` [rows, lanes] with a unit of keys, of those from `unit` on."""
+    side = plan.key
+    right = [_unit_factors(words, side, head, unit + n, plan) for n in range(len(left))]
+    if len(left) > 1:
+        # Units side by side; queries meet theirs by zeros in the lanes of the others.
+        zero = jnp.zeros_like(left[0])
+        apart = lambda n: [q if n == m else zero for m, q in enumerate(left)]
+        left = [jnp.concatenate(apart(n), axis=1) for n in range(len(left))]
+    products = jax.lax.dot_general(
+        jnp.concatenate(left, axis=0),
+        jnp.concatenate(right, axis=1),
+        (((1,), (1,)), ((), ())),
+        precision=plan.precision,
+        preferred_element_type=jnp.float32,
+    )
+    rows = left[0].shape[0]
+    parts = [products[n * rows : (n + 1) * rows] for n in range(len(left))]
+    return [side.levels.restore(part, plan.fold) for part in parts]
+
+
+def _paired(rows: int, plan: Plan) -> int:
+    """How many units to take at a time: two fill an MXU of 256 rows."""
+    return 1 + (plan.lanes == tiles.LANES and rows <= 16 and plan.units % 2 == 0)
+
+
+def _capped(s: jax.Array, plan: Plan) -> jax.Array:
+    if plan.soft_cap is None:
+        return s
+    return jnp.float32(plan.soft_cap) * jnp.tanh(s * jnp.float32(1 / plan.soft_cap))
+
+
+def _scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
     """f32[rows, 128] of each unit."""
     side = plan.key
     total = jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True)
     constant = total * jnp.float32(side.levels.offset / side.levels.slope)
-    # Two units side by side fill an MXU of 256 rows; queries meet either by zeros in the other.
-    pair = plan.lanes == tiles.LANES and q.shape[0] <= 16 and plan.units % 2 == 0
-    left = q
-    if pair:
-        zero = jnp.zeros_like(q)
-        left = [jnp.concatenate(x, axis=1) for x in ((q, zero), (zero, q))]
-        left = jnp.concatenate(left, axis=0)
-    out = []
-    for unit in range(0, plan.units, 1 + pair):
-        right = [_unit_factors(words, side, head, unit + n, plan) for n in range(1 + pair)]
-        products = jax.lax.dot_general(
-            left,
-            jnp.concatenate(right, axis=1),
-            (((1,), (1,)), ((), ())),
-            precision=plan.precision,
-            preferred_element_type=jnp.float32,
-        )
-        for n in range(1 + pair):
-            s = side.levels.restore(products[n * q.shape[0] : (n + 1) * q.shape[0]], plan.fold)
+    out, pair = [], _paired(q.shape[0], plan)
+    for unit in range(0, plan.units, pair):
+        for n, s in enumerate(_products([q] * pair, unit, head, words, plan)):
             if side.levels.offset:
                 s = s + constant
             s = s * _scale_rows(scales[0], side, head, unit + n, plan)
             if len(scales) > 1:
                 s = s + total * _scale_rows(scales[1], side, head, unit + n, plan)
-            s = _over_blocks(s, side.blocks, plan)
-            if plan.soft_cap is not None:
-                s = jnp.float32(plan.soft_cap) * jnp.tanh(s * jnp.float32(1 / plan.soft_cap))
-            out.append(s)
+            out.append(_capped(_over_blocks(s, side.blocks, plan), plan))
     return out
 
 
-def _mix(weights, head, words, scales, plan: _Plan) -> jax.Array:
+def _channel_scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
+    """As `_scores`, where channels have scales: those of each tile multiply the queries."""
+    levels, rows = plan.key.levels, q.shape[0]
+    q = q.astype(jnp.float32)
+    # A unit of several tiles meets the queries of each; a tile's own scores are in its lanes.
+    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, tiles.LANES), 1)
+    own = [lane >= t * (tiles.LANES // plan.fold) for t in range(1, plan.fold)]
+
+    def queries(unit):
+        """For the tiles of a unit: [fold * rows, lanes], and what is constant [fold * rows, 1]."""
+        left, constant = [], []
+        for tile in range(unit * plan.fold, (unit + 1) * plan.fold):
+            scaled = (q * scales[0][tile, pl.ds(head, 1)]).astype(levels.dtype)
+            # Of what was rounded: the constant is large, and must cancel.
+            total = jnp.sum(scaled.astype(jnp.float32), axis=-1, keepdims=True)
+            total = total * jnp.float32(levels.offset / levels.slope)
+            if len(scales) > 1:
+                zero = q * scales[1][tile, pl.ds(head, 1)]
+                total = total + jnp.sum(zero, axis=-1, keepdims=True)
+            left.append(scaled), constant.append(total)
+        return jnp.concatenate(left, axis=0), jnp.concatenate(constant, axis=0)
+
+    out, pair = [], _paired(plan.fold * rows, plan)
+    for unit in range(0, plan.units, pair):
+        left, constant = zip(*(queries(unit + n) for n in range(pair)), strict=True)
+        for s, c in zip(_products(list(left), unit, head, words, plan), constant, strict=True):
+            s = s + c
+            found = s[:rows]
+            for t, lanes in enumerate(own, start=1):
+                found = jnp.where(lanes, s[t * rows : (t + 1) * rows], found)
+            out.append(_capped(found, plan))
+    return out
+
+
+def _mix(weights, head, words, scales, plan: Plan) -> jax.Array:
     """sum over tokens of weights * values, f32[rows * blocks, lanes]."""
     side = plan.value
     ratio = jnp.float32(side.levels.offset / side.levels.slope)
