@@ -135,7 +135,7 @@ def test_steps_are_what_they_say():
     levels = np.array(codebooks.stepped_normal(4, 128).levels)
     u = np.arange(8)
     b0, b1, b2 = u & 1, u >> 1 & 1, u >> 2
-    steps = 2 * u + 1 + b2 * b0 + 2 * b2 * b1 + 2 * b2 * b1 * b0
+    steps = 2 * u + 1 + b2 * b1 * (1 + 2 * b0)
     np.testing.assert_allclose(levels[8:], levels[8] * steps, rtol=1e-12)
     np.testing.assert_allclose(levels, -levels[::-1], rtol=1e-12)
     with pytest.raises(ValueError, match="bits must be one of"):

@@ -104,11 +104,11 @@ def test_error_of_cubic_codebooks(bits, signed, n):
     assert nmse(block(book, n, scale=scale)) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("n, expected", [(64, 0.00782), (256, 0.00911)])
+@pytest.mark.parametrize("n, expected", [(64, 0.00785), (256, 0.00932)])
 def test_error_of_stepped_levels(n, expected):
     error = nmse(block(codebooks.stepped_normal(4, n), n))
     assert error == pytest.approx(expected, rel=0.005)
-    assert error == pytest.approx(nmse(block(codebooks.cubic_normal(4, n), n)), rel=0.02)
+    assert error < 1.025 * nmse(block(codebooks.cubic_normal(4, n), n))
     assert error < nmse(block(NF4, n))
 
 

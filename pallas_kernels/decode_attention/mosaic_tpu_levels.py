@@ -206,11 +206,11 @@ def _stepped(words: jax.Array) -> jax.Array:
     every = lambda nibble: _both(nibble * 0x1111)
     ones = every(1)
     positive = _shift(words, 3) & ones
-    negative = (_shift(positive, -4) - positive) ^ every(15)  # all bits of a nibble, or none
+    negative = (positive * jnp.int32(15)) ^ every(15)  # all bits of a nibble, or none
     u = words ^ negative  # in the low three bits: codes from zero outwards
-    b21 = u & _shift(u, -1) & every(4)
-    b210 = b21 & _shift(u, -2)
-    more = (u & _shift(u, 2) & ones) + _shift(b21 + b210, 1)
+    b21 = _shift(u, 2) & _shift(u, 1) & ones
+    b210 = b21 & u
+    more = b21 + b210 + b210
     # 8 + more, or 8 - more: what overflows a nibble on the way comes back.
     nibbles = ((more ^ negative) + every(8)) - negative
     # 2 code + nibble of the even and of the odd fields, a byte each.
