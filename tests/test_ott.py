@@ -159,7 +159,7 @@ def test_without_outliers_it_is_kivi_in_blocks():
     spec = "ott:outliers=0,skip_layers=0"
     _, cache = attend(k, k, v, make_cache(spec, max_len=300, batch=1))
     layer = cache.layers[0]
-    quantizers = minmax(2, 128, "tokens"), in_tiles(minmax(2, DIM), 128, HEADS, DIM)
+    quantizers = [in_tiles(q, 128, HEADS, DIM) for q in (minmax(2, 128, "tokens"), minmax(2, DIM))]
     for side, x, quantizer in zip((layer.key, layer.value), (k, v), quantizers, strict=True):
         encode = jax.jit(jax.vmap(lambda x, f=quantizer: f.quantize(x, nq.Context())))
         expected = encode(x[0, :256].reshape(-1, quantizer.group, HEADS, DIM))
