@@ -148,7 +148,7 @@ def _unsupported(kernel: str, layer: LayerCache, codes: list, queries: int) -> s
     key, value = codes
     if key is None or value is None:
         return (
-            "keys and values in tiles: encoded per token, 128 at a time (for example "
+            "keys and values in tiles, encoded 128 tokens at a time (for example "
             f"nqkv:residual=128); got {type(layer.key.quantizer).__name__} and "
             f"{type(layer.value.quantizer).__name__}"
         )
