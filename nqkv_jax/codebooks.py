@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from nqkv_jax.lloyd import companded_start, histogram_moments, lloyd
 
@@ -170,6 +170,13 @@ def uniform(bits: int) -> Codebook:
     return Codebook(bits=bits, levels=levels, coefficients=coefficients, name=f"u{bits}")
 
 
+def centred_integers(bits: int) -> Codebook:
+    """-(2^bits - 1) / 2, ..., -1/2, 1/2, ... in steps of 1: the scale is the step."""
+    _check_bits("centred_integers", bits, (1, 2, 3, 4, 8))
+    levels = tuple((np.arange(2**bits) - (2**bits - 1) / 2).tolist())
+    return Codebook(bits=bits, levels=levels, coefficients=(0.0, 1.0), name=f"c{bits}")
+
+
 def integer(bits: int, signed: bool = False) -> Codebook:
     """Evenly spaced levels with one at 0, for scale="absmax" (or "signed_absmax" if `signed`).
 
@@ -230,6 +237,30 @@ def lloyd_max_normal(bits: int) -> Codebook:
     return Codebook(
         bits=bits, levels=tuple(levels.tolist()), coefficients=coefficients, name=f"lloyd{bits}"
     )
+
+
+@functools.lru_cache
+def uniform_normal(bits: int) -> Codebook:
+    """Evenly spaced levels of least mean squared error for N(0, 1); for scale="rms".
+
+    Levels that are codes times a step cost a kernel next to nothing. Against `lloyd_max_normal`
+    the error is 1.1 % higher at 2 bits, 8 % at 3 and 21 % at 4.
+
+    Source: Max (1960), table II (steps .9957, .5860, .3352).
+    """
+    _check_bits("uniform_normal", bits, (2, 3, 4))
+    centred = np.arange(2**bits) - (2**bits - 1) / 2
+
+    def error(step):
+        ends = np.concatenate([[-np.inf], step * (centred[1:] - 0.5), [np.inf]])
+        mass = np.diff(special.ndtr(ends))
+        first = -np.diff(np.exp(-(ends**2) / 2) / np.sqrt(2 * np.pi))
+        return 1 - 2 * step * np.sum(centred * first) + step**2 * np.sum(centred**2 * mass)
+
+    found = optimize.minimize_scalar(error, bounds=(0.1, 2.0), options=dict(xatol=1e-10))
+    step = float(found.x)
+    levels = tuple((step * centred).tolist())
+    return Codebook(bits=bits, levels=levels, coefficients=(0.0, step), name=f"even{bits}")
 
 
 @functools.lru_cache

@@ -38,6 +38,10 @@ def cubic(bits):
     return codebooks.cubic_normal(bits, 128)
 
 
+# What `nqkv-plus` has.
+digits, EVEN = codebooks.centred_integers, codebooks.uniform_normal(2)
+
+
 def _cases():
     yield Case("cubic4", cubic(4))
     yield Case("cubic4-signed", codebooks.cubic_normal(4, 128, signed=True), group=4)
@@ -65,7 +69,12 @@ def _cases():
     yield Case("cubic4-d96", cubic(4), head_dim=96, group=4)
     yield Case("keys4-values2", cubic(4), value_codebook=codebooks.uniform(2), group=8)
     yield Case("keys2-values4-d64", codebooks.uniform(2), value_codebook=cubic(4), head_dim=64)
-    yield Case("channels4", codebooks.cubic_normal(4, 128, signed=True), group=4, key_channels=True)
+    yield Case("plus4", digits(4), value_codebook=cubic(4), group=4, key_channels=True)
+    yield Case("plus2", digits(2), value_codebook=EVEN, group=4, key_channels=True)
+    yield Case(
+        "plus2-d64", digits(2), value_codebook=EVEN, heads=3, head_dim=64, group=3,
+        key_channels=True,
+    )  # fmt: skip
     yield Case("channels2-minmax", codebooks.uniform(2), group=4, zero=True, key_channels=True)
     yield Case("channels3-d64", cubic(3), head_dim=64, heads=3, group=3, key_channels=True)
     yield Case("channels4-d256", cubic(4), head_dim=256, key_channels=True, soft_cap=5.0)

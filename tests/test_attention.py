@@ -199,7 +199,8 @@ def test_without_rope_and_with_one_query_head_per_key(spec, window):
 
 @pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
-    "spec", ["nqkv:residual=16,centre=True,keys=unrotated", "nqkv-plus:group_size=16,recent=8"]
+    "spec",
+    ["nqkv:residual=16,centre=True,keys=unrotated", "nqkv-plus:fused=False,group_size=16,recent=8"],
 )
 def test_prompts_and_views_without_rope(spec):
     """Keys that are stored unrotated, and queries that a scheme looks at."""

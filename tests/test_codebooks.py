@@ -18,6 +18,8 @@ ALL = [
     *(codebooks.integer(b, signed) for b in (2, 3, 4, 8) for signed in (False, True)),
     *(codebooks.normal_float(b) for b in (2, 3, 4)),
     *(codebooks.lloyd_max_normal(b) for b in (1, 2, 3, 4)),
+    *(codebooks.uniform_normal(b) for b in (2, 3, 4)),
+    *(codebooks.centred_integers(b) for b in (1, 4, 8)),
     *(codebooks.block_normal(b, 64, signed) for b in (1, 4) for signed in (False, True)),
     *(codebooks.cubic_normal(b, 64, signed) for b in (2, 3, 4) for signed in (False, True)),
     codebooks.stepped_normal(4, 64),
@@ -81,6 +83,7 @@ def test_nf4_is_the_published_table():
          [-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819940, 0.6229857, 1]),
         (codebooks.lloyd_max_normal(1), [-0.7978846, 0.7978846]),
         (codebooks.lloyd_max_normal(2), [-1.5104176, -0.4527800, 0.4527800, 1.5104176]),
+        (codebooks.centred_integers(2), [-1.5, -0.5, 0.5, 1.5]),
     ],
 )  # fmt: skip
 def test_tables(book, levels):
@@ -88,10 +91,16 @@ def test_tables(book, levels):
 
 
 @pytest.mark.parametrize(
-    ("bits", "distortion"), [(1, 0.3633802), (2, 0.1174818), (3, 0.0345478), (4, 0.0095010)]
-)
-def test_lloyd_max_distortion(bits, distortion):
-    levels = np.array(codebooks.lloyd_max_normal(bits).levels)
+    ("make", "bits", "distortion"),
+    [
+        *((codebooks.lloyd_max_normal, *row) for row in (
+            (1, 0.3633802), (2, 0.1174818), (3, 0.0345478), (4, 0.0095010))),
+        *((codebooks.uniform_normal, *row) for row in (
+            (2, 0.1188463), (3, 0.0374396), (4, 0.0115429))),
+    ],
+)  # fmt: skip
+def test_distortion(make, bits, distortion):
+    levels = np.array(make(bits).levels)
 
     def cost(x):
         return np.min((x - levels) ** 2) * stats.norm.pdf(x)
@@ -99,6 +108,12 @@ def test_lloyd_max_distortion(bits, distortion):
     ends = [-12, *(levels[1:] + levels[:-1]) / 2, 12]
     parts = [integrate.quad(cost, a, b)[0] for a, b in itertools.pairwise(ends)]
     assert sum(parts) == pytest.approx(distortion, rel=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "step"), [(2, 0.9957), (3, 0.5860), (4, 0.3352)])
+def test_uniform_steps_are_those_of_max(bits, step):
+    steps = np.diff(codebooks.uniform_normal(bits).levels)
+    np.testing.assert_allclose(steps, step, rtol=0, atol=5e-5)
 
 
 def test_block_normal_levels_are_centroids():

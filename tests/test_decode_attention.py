@@ -17,6 +17,7 @@ from nqkv_jax import codebooks, tiles
 from nqkv_jax.pallas_kernels.decode_attention import (
     decode_attention,
     mosaic_gpu,
+    mosaic_gpu_levels,
     triton_vectors,
 )
 
@@ -91,9 +92,9 @@ def test_mosaic_tpu(name, dtype, tolerance):
 GPU_SLOW = [
     "cubic4-signed", "uniform4-minmax", "integer4", "integer8", "lloyd2", "cubic4-d64",
     "integer8-d64", "soft-cap", "cubic4-d256", "uniform4-d256",
-    "nf4-across-heads", "nf4-d64",
+    "nf4-across-heads", "nf4-d64", "plus4", "plus2",
 ]  # fmt: skip
-GPU_QUICK = ["cubic4", "uniform2-d64", "window"]
+GPU_QUICK = ["cubic4", "uniform2-d64", "window", "plus2-d64"]
 
 
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -129,14 +130,14 @@ def test_triton_in_the_interpreter(name, monkeypatch):
 COMPUTED = (
     codebooks.cubic_normal(4, 128), codebooks.cubic_normal(4, 128, signed=True),
     codebooks.lloyd_max_normal(2), codebooks.integer(8), codebooks.uniform(2),
-    codebooks.normal_float(4), codebooks.normal_float(2),
+    codebooks.normal_float(4), codebooks.normal_float(2), codebooks.centred_integers(2),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("codebook", COMPUTED, ids=lambda c: c.name)
 def test_levels_that_the_gpu_kernel_computes(codebook):
     """Of every code, in every field of a word, as good as products in float16."""
-    bits, levels = codebook.bits, mosaic_gpu._Levels(codebook)
+    bits, levels = codebook.bits, mosaic_gpu_levels.Levels(codebook)
     assert levels.computed
     codes = np.random.default_rng(0).integers(0, 2**bits, (16 // bits, 999))
     codes[:, : 2**bits] = np.arange(2**bits)
@@ -152,7 +153,7 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
 def test_levels_that_the_gpu_kernel_would_have_to_look_up():
     stretched = codebooks.normal_float(4, offset=0.99)  # with longer tails than x^9 follows
     for codebook in (codebooks.stepped_normal(4, 64), codebooks.lloyd_max_normal(4), stretched):
-        assert not mosaic_gpu._Levels(codebook).computed
+        assert not mosaic_gpu_levels.Levels(codebook).computed
 
 
 @needs_mosaic_gpu
@@ -163,7 +164,7 @@ def test_what_the_gpu_kernel_needs():
         ("keys4-values2", "alike; got 4 and 2"),
         ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),
         ("uniform2-minmax-parts", "scales of whole heads"),
-        ("channels4", "scales of tokens, not of channels"),
+        ("channels2-minmax", "channels of keys without zeros"),
     ):
         q, key, value, lengths, _ = arguments(CASES[name], (10,))
         with pytest.raises(NotImplementedError, match=message):
@@ -247,7 +248,7 @@ def test_bad_input():
     wrong = dataclasses.replace(value, scale=value.scale.astype(jnp.float16))
     with pytest.raises(ValueError, match=r"value.scale of int16 \(the bits of float16\)"):
         decode_attention(q, key, wrong, lengths)
-    q, key, value, lengths, _ = arguments(CASES["channels4"], (10, 20), num_tiles=1)
+    q, key, value, lengths, _ = arguments(CASES["plus4"], (10, 20), num_tiles=1)
     with pytest.raises(NotImplementedError, match="values with scales of tokens, not of channels"):
         decode_attention(q, key, key, lengths, implementation="mosaic_tpu")
     wrong = dataclasses.replace(key, scale=key.scale[:, :, :1])

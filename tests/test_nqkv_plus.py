@@ -74,13 +74,15 @@ def oracle(q, k, widths):
 def test_ranked_quantizer_is_its_definition(bits):
     q, k = draw(bits)
     widths = widths_by_rank(bits, DIM)
-    state, decoded = run(RankedQuantizer(widths, GROUP), q, k)
+    quantizer = RankedQuantizer(widths, GROUP)
+    state, decoded = run(quantizer, q, k)
     expected = oracle(q, k, widths)
     # A value on a threshold may take the other code in float32: a step, in very few places.
     wrong = np.abs(decoded - expected) > 1e-4 * np.abs(k).max()
     assert wrong.mean() < 1e-3
-    chex.assert_shape(state.slot, (HEADS, DIM))
-    np.testing.assert_array_equal(np.sort(state.slot), np.tile(np.arange(DIM), (HEADS, 1)))
+    slots = quantizer.slots(state)
+    chex.assert_shape(slots, (HEADS, DIM))
+    np.testing.assert_array_equal(np.sort(slots), np.tile(np.arange(DIM), (HEADS, 1)))
 
 
 def test_ranks_and_means_stay_after_the_first_chunk():
@@ -88,7 +90,7 @@ def test_ranks_and_means_stay_after_the_first_chunk():
     quantizer = RankedQuantizer(widths_by_rank(3, DIM), GROUP)
     first, _ = run(quantizer, q, k[:1])
     last, _ = run(quantizer, q, np.concatenate([k[:1], 100 * k[1:]]))
-    chex.assert_trees_all_equal((first.mean, first.slot), (last.mean, last.slot))
+    chex.assert_trees_all_equal((first.mean, first.rank), (last.mean, last.rank))
 
 
 def test_ranking_by_queries_lowers_the_error_of_scores():
@@ -111,7 +113,7 @@ def test_non_finite_keys_stay_visible_even_in_channels_without_bits():
     q, k = draw()
     quantizer = RankedQuantizer((4,) * 8 + (0,) * 8, GROUP)
     state, _ = run(quantizer, q, k)
-    uncoded = int(np.argmax(state.slot[1] >= 16))
+    uncoded = int(np.argmax(state.rank[1] >= 8))
     k[1, 3, 1, uncoded] = np.nan
     decoded = np.asarray(run(quantizer, q, k)[1])
     assert np.isnan(decoded[1, :, 1]).any() and np.isfinite(decoded[1, :, 0]).all()
@@ -121,12 +123,12 @@ def test_non_finite_keys_stay_visible_even_in_channels_without_bits():
 def test_stored_bits():
     sizes = dict(num_layers=1, batch=1, max_len=4096, num_kv_heads=8, head_dim=128)
     for bits in (2, 3, 4):
-        cache = nq.schemes.get("nqkv-plus", bits=bits).init(**sizes)
+        cache = nq.schemes.get("nqkv-plus", bits=bits, fused=False).init(**sizes)
         # A sixteenth of the 2-bit keys' channels less an eighth's worth has no scale at all.
         unscaled = widths_by_rank(bits, 128).count(0) / 64
         keys, values = bits + 0.25 * (1 - unscaled), bits + 16 / 128
         assert cache.stored_bits == (keys + values) / 2
-        cache = nq.schemes.get("nqkv-plus", bits=bits, fused=True).init(**sizes)
+        cache = nq.schemes.get("nqkv-plus", bits=bits).init(**sizes)
         assert cache.stored_bits == bits + 16 / 128
 
 
@@ -141,7 +143,9 @@ def test_stored_bits():
         (lambda: RankedQuantizer((2,)).check(1, 64), r"expected head_dim / 2 = 32 widths; got 1"),
         (lambda: nq.schemes.get("nqkv-plus:bits=5"), r"expected one of 2, 3, 4; got 5"),
         (lambda: nq.schemes.get("nqkv-plus:ranking=x"), r"queries, variance, none; got 'x'"),
-        (lambda: nq.schemes.get("nqkv-plus:fused=True,keys=rotated"), "takes no ranking, keys or"),
+        (lambda: nq.schemes.get("nqkv-plus:keys=rotated"), "go with fused=False; got keys=rotated"),
+        (lambda: nq.schemes.get("nqkv-plus:group_size=64"), "128 at a time.*group_size=64"),
+        (lambda: nq.schemes.get("nqkv-plus:fused=False,keys=x"), "rotated, unrotated; got 'x'"),
         (lambda: nq.schemes.get("nqkv-plus:recent=-1"), r"recent >= 0 tokens; got -1"),
         (
             lambda: RankedQuantizer((2,) * 16, 16).quantize(jnp.zeros((16, 2, 32)), nq.Context()),
@@ -163,7 +167,7 @@ def test_a_head_dim_that_is_no_power_of_two():
     """OPT-2.7b has 80: values are rotated in blocks of 16."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 40, 2, 80)), jnp.float32) for _ in range(3))
-    scheme = nq.schemes.get("nqkv-plus:group_size=8,recent=0,sinks=1")
+    scheme = nq.schemes.get("nqkv-plus:fused=False,group_size=8,recent=0,sinks=1")
     cache = scheme.init(num_layers=1, batch=1, max_len=41, num_kv_heads=2, head_dim=80)
     step = jax.jit(nq.attend)
     exact, _ = step(q, k, v)

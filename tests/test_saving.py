@@ -24,7 +24,7 @@ def test_every_array_comes_back(spec, tmp_path):
     assert jax.tree.structure(loaded) == jax.tree.structure(cache)
 
 
-@pytest.mark.parametrize("spec", ["nqkv-plus:group_size=16,recent=8"])
+@pytest.mark.parametrize("spec", ["nqkv-plus:fused=False,group_size=16,recent=8"])
 def test_goes_on_from_a_file(spec, tmp_path):
     q, k, v = make_qkv(49)
     _, cache = attend(q[:, :48], k[:, :48], v[:, :48], make_cache(spec, max_len=52))

@@ -60,7 +60,7 @@ def run(args) -> None:
     from nqkv_jax.analysis import plots
     from nqkv_jax.cli import terminal
     from nqkv_jax.evaluation import leaderboard as boards
-    from nqkv_jax.evaluation import report, side_by_side
+    from nqkv_jax.evaluation import side_by_side
     from nqkv_jax.models import from_pretrained, generate
 
     out = pathlib.Path(args.out).expanduser()
@@ -125,10 +125,20 @@ def run(args) -> None:
     )  # fmt: skip
     # As it will be read again: without NaN.
     board = json.loads(terminal.to_json(board))
+    table = _write(board, out)
+    print(terminal.to_json(board) if args.json else f"{table}\nwrote {out}/leaderboard.*")
+
+
+def _write(board: dict, out) -> str:
+    """The board as JSON, Markdown, a figure, and a page with both; returns the Markdown."""
+    import json
+
+    from nqkv_jax.evaluation import report
+
     image = report.png(board)
     table = f"{report.markdown(board)}\n\n{report.caption(board)}\n"
     (out / "leaderboard.json").write_text(json.dumps(board, indent=1) + "\n", encoding="utf-8")
     (out / "leaderboard.md").write_text(table, encoding="utf-8")
     (out / "leaderboard.png").write_bytes(image)
     (out / "leaderboard.html").write_text(report.page(board, image), encoding="utf-8")
-    print(terminal.to_json(board) if args.json else f"{table}\nwrote {out}/leaderboard.*")
+    return table

@@ -9,6 +9,8 @@ from nqkv_jax.quantizers.commvq import CommVQValues as CommVQValues
 from nqkv_jax.quantizers.dense_sparse import DenseSparseChannels as DenseSparseChannels
 from nqkv_jax.quantizers.dense_sparse import DenseSparsePayload as DenseSparsePayload
 from nqkv_jax.quantizers.dense_sparse import DenseSparseTokens as DenseSparseTokens
+from nqkv_jax.quantizers.digits import DigitQuantizer as DigitQuantizer
+from nqkv_jax.quantizers.digits import digits_by_rank as digits_by_rank
 from nqkv_jax.quantizers.float8 import Float8Payload as Float8Payload
 from nqkv_jax.quantizers.float8 import Float8Quantizer as Float8Quantizer
 from nqkv_jax.quantizers.full_precision import FullPrecision as FullPrecision

@@ -58,13 +58,74 @@ class RankedState:
     """What is known of a sequence; `fitted` bool[] tells whether mean and ranks are final.
 
     energy f32[heads, head_dim] is the sum of squared queries; mean f32[heads, head_dim];
-    slot i32[heads, head_dim], where a channel is stored.
+    rank i32[heads, head_dim / 2], of each channel pair, 0 for the most important.
     """
 
     energy: jax.Array
     mean: jax.Array
-    slot: jax.Array
+    rank: jax.Array
     fitted: jax.Array
+
+
+class Ranking(Quantizer):
+    """What quantizers have in common that rank channel pairs: the state, and how it is found.
+
+    Attributes:
+      ranking: what pairs are ranked by: "queries" (times the variance of keys) or "variance".
+    """
+
+    ranking: str
+
+    def check_ranking(self) -> None:
+        if self.ranking not in ("queries", "variance"):
+            raise ValueError(
+                f"{type(self).__name__}: ranking must be queries or variance; got {self.ranking!r}"
+            )
+
+    @property
+    def wants_queries(self) -> bool:
+        return self.ranking == "queries"
+
+    def init_state(self, heads: int, head_dim: int) -> RankedState:
+        zeros, pairs = jnp.zeros((heads, head_dim), jnp.float32), head_dim // 2
+        return RankedState(
+            energy=zeros,
+            mean=zeros,
+            rank=jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32), (heads, pairs)),
+            fitted=jnp.zeros((), jnp.bool_),
+        )
+
+    def observe_query(self, q: jax.Array, context: Context) -> RankedState:
+        state = context.state
+        return dataclasses.replace(
+            state,
+            energy=state.energy + pairwise_sum(rounded(jnp.square(q.astype(jnp.float32))), 1)[:, 0],
+        )
+
+    def observe(self, x: jax.Array, context: Context) -> RankedState:
+        state, x = context.state, x.astype(jnp.float32)
+        count = np.float32(x.shape[0])
+        mean = divide(pairwise_sum(x, 0), count)  # [1, heads, head_dim]
+        importance = _pair_sums(divide(pairwise_sum(rounded(jnp.square(x - mean)), 0), count)[0])
+        if self.wants_queries:
+            importance = importance * _pair_sums(state.energy)
+        rank = jnp.argsort(jnp.argsort(-importance, axis=-1), axis=-1).astype(jnp.int32)
+        keep = lambda old, new: jnp.where(state.fitted, old, new)
+        return dataclasses.replace(
+            state,
+            mean=keep(state.mean, mean[0]),
+            rank=keep(state.rank, rank),
+            fitted=jnp.ones((), jnp.bool_),
+        )
+
+    def state(self, context: Context) -> RankedState:
+        """That of a sequence, without which nothing can be coded."""
+        if isinstance(context.state, RankedState):
+            return context.state
+        raise ValueError(
+            f"{type(self).__name__}: context.state must be what init_state and observe return, "
+            f"because the ranks depend on the sequence; got {type(context.state).__name__}"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +142,7 @@ class RankedPayload:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RankedQuantizer(Quantizer):
+class RankedQuantizer(Ranking):
     """Blocks of one channel over a group of tokens, signed-absmax scaled, cubic normal codes.
 
     A head whose group holds NaN or an infinity decodes to NaN in all coded channels of that group.
@@ -110,14 +171,7 @@ class RankedQuantizer(Quantizer):
                 "RankedQuantizer: group_size must be a positive multiple of 8; got "
                 f"{self.group_size}"
             )
-        if self.ranking not in ("queries", "variance"):
-            raise ValueError(
-                f"RankedQuantizer: ranking must be queries or variance; got {self.ranking!r}"
-            )
-
-    @property
-    def wants_queries(self) -> bool:
-        return self.ranking == "queries"
+        self.check_ranking()
 
     @property
     def group(self) -> int:
@@ -130,49 +184,13 @@ class RankedQuantizer(Quantizer):
                 f"{len(self.widths)}. widths_by_rank(bits, {head_dim}) makes them"
             )
 
-    def init_state(self, heads: int, head_dim: int) -> RankedState:
-        zeros = jnp.zeros((heads, head_dim), jnp.float32)
-        return RankedState(
-            energy=zeros,
-            mean=zeros,
-            slot=jnp.broadcast_to(jnp.arange(head_dim, dtype=jnp.int32), (heads, head_dim)),
-            fitted=jnp.zeros((), jnp.bool_),
-        )
-
-    def observe_query(self, q: jax.Array, context: Context) -> RankedState:
-        state = context.state
-        return dataclasses.replace(
-            state,
-            energy=state.energy + pairwise_sum(rounded(jnp.square(q.astype(jnp.float32))), 1)[:, 0],
-        )
-
-    def observe(self, x: jax.Array, context: Context) -> RankedState:
-        state, x = context.state, x.astype(jnp.float32)
-        count = np.float32(x.shape[0])
-        mean = divide(pairwise_sum(x, 0), count)  # [1, heads, head_dim]
-        importance = _pair_sums(divide(pairwise_sum(rounded(jnp.square(x - mean)), 0), count)[0])
-        if self.wants_queries:
-            importance = importance * _pair_sums(state.energy)
-        # Channels by slot: per width the first, then the second channels of its pairs.
-        order = jnp.argsort(-importance, axis=-1).astype(jnp.int32)
-        half = np.int32(order.shape[-1])
-        parts = [order[:, s] + offset for _, s in self._segments() for offset in (0, half)]
-        slot = jnp.argsort(jnp.concatenate(parts, axis=-1), axis=-1).astype(jnp.int32)
-        keep = lambda old, new: jnp.where(state.fitted, old, new)
-        return dataclasses.replace(
-            state,
-            mean=keep(state.mean, mean[0]),
-            slot=keep(state.slot, slot),
-            fitted=jnp.ones((), jnp.bool_),
-        )
-
     def quantize(self, x: jax.Array, context: Context) -> RankedPayload:
         check_group("RankedQuantizer", x, self.group)
         self.check(*x.shape[1:])
-        state = self._state(context)
+        state = self.state(context)
         x = jnp.moveaxis(x.astype(jnp.float32) - state.mean[None], 0, -1)  # [heads, D, group]
         finite = jnp.all(jnp.isfinite(x), axis=(1, 2), keepdims=True)
-        by_slot = jnp.take_along_axis(x, jnp.argsort(state.slot, axis=-1)[..., None], axis=1)
+        by_slot = jnp.take_along_axis(x, jnp.argsort(self.slots(state), axis=-1)[..., None], axis=1)
         codes, scales, at = [], [], 0
         for bits, pairs in self._segments():
             size = 2 * (pairs.stop - pairs.start)
@@ -201,9 +219,21 @@ class RankedQuantizer(Quantizer):
             parts.append(levels * scale)
             at += size
         by_slot = jnp.concatenate(parts, axis=1)  # [heads, D, group]
-        state = self._state(context)
-        x = jnp.take_along_axis(by_slot, state.slot[..., None], axis=1) + state.mean[..., None]
+        state = self.state(context)
+        x = jnp.take_along_axis(by_slot, self.slots(state)[..., None], axis=1)
+        x = x + state.mean[..., None]
         return jnp.moveaxis(x, -1, 0).astype(dtype)
+
+    def slots(self, state: RankedState) -> jax.Array:
+        """i32[heads, head_dim]: where a channel is stored."""
+        # Per width the first, then the second channels of its pairs.
+        first, second = [], []
+        for _, pairs in self._segments():
+            size, start = pairs.stop - pairs.start, pairs.start
+            first += range(2 * start, 2 * start + size)
+            second += range(2 * start + size, 2 * pairs.stop)
+        of_rank = lambda slots: jnp.asarray(slots, jnp.int32)[state.rank]
+        return jnp.concatenate([of_rank(first), of_rank(second)], axis=-1)
 
     def _codebook(self, bits: int) -> codebooks.Codebook:
         if bits == 1:
@@ -215,14 +245,6 @@ class RankedQuantizer(Quantizer):
         distinct = sorted(set(self.widths), reverse=True)
         first = [self.widths.index(bits) for bits in distinct] + [len(self.widths)]
         return [(b, slice(i, j)) for b, i, j in zip(distinct, first, first[1:], strict=False)]
-
-    def _state(self, context: Context) -> RankedState:
-        if isinstance(context.state, RankedState):
-            return context.state
-        raise ValueError(
-            "RankedQuantizer: context.state must be what init_state and observe return, because "
-            f"the ranks depend on the sequence; got {type(context.state).__name__}"
-        )
 
 
 def _pair_sums(x: jax.Array) -> jax.Array:

@@ -1,20 +1,21 @@
 """nqkv-plus: what this library found to work best at 4, 3 and 2 bits, without calibration.
 
-Keys are stored before RoPE, which would turn the means of their channels with the position, and
-each channel is coded over groups of 64 tokens, after its mean. Channels are ranked by how much an
-error in them costs (variance of the keys times energy of the queries, both from the first tokens of
-the sequence), and the ranks have widths from bits + 2 down to bits - 2 (`quantizers/ranked.py`).
+Only <q, k> matters, so channels of keys are ranked by how much an error in them costs (variance of
+the keys times energy of the queries, both from the first tokens of the sequence), and the ranks
+have widths of their own.
 
 Values are coded per token and head after a Hadamard rotation, which brings them near the normal
-distribution that the Lloyd-Max levels are for, scaled by their root mean square.
+distribution that their levels are for. The first 4 tokens stay in full precision.
 
-The first 4 tokens stay in full precision, and so do the latest 64 to 127. Keys cost bits + 0.25,
-values bits + 16 / head_dim.
+What fused kernels can read is the default: keys after RoPE, less the means of their channels, in
+tiles of 128 tokens of evenly spaced codes. A few channels have two digits, as many have none, the
+others one (`quantizers/digits.py`); scales of channels multiply the query. The latest 0 to 127
+tokens stay in full precision. Keys cost bits + 0.125, values bits + 16 / head_dim.
 
-With `fused` it is what a fused kernel can read as fast as it reads integers: all channels have one
-width, keys are coded after RoPE, with a scale for each channel and 128 tokens, which multiplies the
-query, and the levels of both sides are cubics in the code. The latest 0 to 127 tokens stay in full
-precision. Keys cost bits + 0.125.
+With `fused=False` it is the best that we found without regard to kernels: keys before RoPE, which
+would turn the means of their channels with the position, over groups of 64 tokens, in five widths
+from bits + 2 down to bits - 2 (`quantizers/ranked.py`); Lloyd-Max levels for values; the latest 64
+to 127 tokens in full precision. Keys cost bits + 0.25.
 
 Every piece can be switched off, to see what it buys.
 """
@@ -22,8 +23,9 @@ Every piece can be switched off, to see what it buys.
 from nqkv_jax import codebooks, tiles
 from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
+from nqkv_jax.quantizers.digits import DigitQuantizer, digits_by_rank
 from nqkv_jax.quantizers.ranked import RankedQuantizer, widths_by_rank
-from nqkv_jax.quantizers.transforms import Centre, Hadamard, Transformed, largest_power_of_two
+from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import LayerScheme, one_of, register
 
@@ -32,70 +34,69 @@ from nqkv_jax.schemes.base import LayerScheme, one_of, register
 def nqkv_plus(
     *,
     bits: int = 4,
-    group_size: int = 64,
+    fused: bool = True,
+    group_size: int | None = None,
     recent: int | None = None,
     sinks: int = 4,
     ranking: str = "queries",
-    keys: str = "unrotated",
+    keys: str | None = None,
     hadamard: bool = True,
-    fused: bool = False,
 ):
-    """Keys before RoPE with bits where queries look, rotated values, sinks and a recent window."""
+    """Keys with bits where queries look, rotated values, sinks and a recent window."""
     one_of("nqkv-plus: bits", bits, (2, 3, 4))
     one_of("nqkv-plus: ranking", ranking, ("queries", "variance", "none"))
-    one_of("nqkv-plus: keys", keys, ("rotated", "unrotated"))
-    if fused and (ranking, keys, group_size) != ("queries", "unrotated", 64):
+    if fused and (keys, group_size) != (None, None):
         raise ValueError(
-            "nqkv-plus: fused=True has keys after RoPE, no ranking and groups of 128, and takes no "
-            f"ranking, keys or group_size; got {ranking}, {keys} and {group_size}"
+            "nqkv-plus: keys that a fused kernel reads are coded after RoPE, 128 at a time; keys "
+            f"and group_size go with fused=False; got keys={keys} and group_size={group_size}"
         )
+    if keys is None:
+        keys = "rotated" if fused else "unrotated"
+    one_of("nqkv-plus: keys", keys, ("rotated", "unrotated"))
+    if group_size is None:
+        group_size = tiles.TOKENS if fused else 64
     if recent is None:
         recent = 0 if fused else 64
     if recent < 0:
         raise ValueError(f"nqkv-plus: expected recent >= 0 tokens; got {recent}")
-    window = Window(keep=recent, chunk=tiles.TOKENS if fused else group_size)
+    window = Window(keep=recent, chunk=group_size)
 
-    def sides(head_dim):
-        if fused:
-            return _fused_sides(bits, head_dim)
+    def key_quantizer(head_dim):
+        ranked, by = ranking != "none", "variance" if ranking == "none" else ranking
         pairs = head_dim // 2
-        widths = widths_by_rank(bits, head_dim) if ranking != "none" else (bits,) * pairs
-        key = RankedQuantizer(
-            widths, group_size, ranking="variance" if ranking == "none" else ranking
-        )
-        value = BlockQuantizer(codebooks.lloyd_max_normal(bits), block_size=head_dim, scale="rms")
-        return key if keys == "rotated" else Unrotated(key), value
+        if fused:
+            digits = digits_by_rank(bits, head_dim) if ranked else (1,) * pairs
+            return DigitQuantizer(bits, digits, ranking=by)
+        widths = widths_by_rank(bits, head_dim) if ranked else (bits,) * pairs
+        key = RankedQuantizer(widths, group_size, ranking=by)
+        return key if keys == "rotated" else Unrotated(key)
 
     def layer(shape):
         if shape.head_dim % 2:
             raise ValueError(
                 f"nqkv-plus: expected an even head_dim, for channel pairs; got {shape.head_dim}"
             )
-        key, value = sides(shape.head_dim)
+        levels = _computed_levels(bits, shape.head_dim) if fused else _lloyd_max(bits)
+        value = BlockQuantizer(**levels, block_size=shape.head_dim)
         rotation = Hadamard(size=largest_power_of_two(shape.head_dim))
         return LayerScheme(
-            key=key,
+            key=key_quantizer(shape.head_dim),
             value=Transformed(value, (rotation,)) if hadamard else value,
             sinks=sinks,
             key_window=window,
             value_window=window,
-            rotated=fused or keys == "rotated",
+            rotated=keys == "rotated",
         )
 
     return layer
 
 
-def _fused_sides(bits: int, head_dim: int) -> tuple[Transformed, BlockQuantizer]:
-    channels = BlockQuantizer(
-        codebooks.cubic_normal(bits, tiles.TOKENS, signed=True),
-        block_size=tiles.TOKENS,
-        axis="tokens",
-        scale="signed_absmax",
-    )
-    if bits == 2:  # the four levels of least error lie on a cubic
-        codebook, scale = codebooks.lloyd_max_normal(bits), "rms"
-    else:
-        codebook, scale = codebooks.cubic_normal(bits, head_dim), "absmax"
-    return Transformed(channels, (Centre(),)), BlockQuantizer(
-        codebook, block_size=head_dim, scale=scale
-    )
+def _lloyd_max(bits: int) -> dict:
+    return dict(codebook=codebooks.lloyd_max_normal(bits), scale="rms")
+
+
+def _computed_levels(bits: int, head_dim: int) -> dict:
+    """Evenly spaced at 2 bits, where that costs 1 % of the error; a cubic above."""
+    if bits == 2:
+        return dict(codebook=codebooks.uniform_normal(bits), scale="rms")
+    return dict(codebook=codebooks.cubic_normal(bits, head_dim), scale="absmax")

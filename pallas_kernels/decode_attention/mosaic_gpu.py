@@ -7,7 +7,8 @@ hardly anything is padded and what was decoded goes from registers into the prod
 
 A *unit* is 64 rows of words: of each field, 64 tokens. Words of keys are loaded as they lie, those
 of values transposed (`ldmatrix.trans`). Codes become numbers by an OR into the mantissa of a
-float16, two at a time; scales multiply scores and weights, never elements.
+float16, two at a time; scales multiply scores and weights, or if they are of channels the queries,
+but never elements.
 """
 
 import dataclasses
@@ -16,15 +17,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nqkv_jax import tiles
-from nqkv_jax.codebooks import Codebook
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
 
-FIT = 1e-3  # error of levels that are computed instead of looked up, of the largest
 ROWS = 64  # of a tensor core's operand
 STAGES = 2  # units on their way from memory
 MULTIPROCESSORS = 132  # of an H100
@@ -45,11 +44,11 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
     bits = key.codebook.bits, value.codebook.bits
     if bits[0] != bits[1] or bits[0] == 3:
         return f"keys and values of 2, 4 or 8 bits alike; got {bits[0]} and {bits[1]}"
-    if any(not _Levels(side.codebook).computed for side in (key, value)):
+    if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
-    if key.per_channel or value.per_channel:
-        return "scales of tokens, not of channels"
+    if value.per_channel or (key.per_channel and key.zero is not None):
+        return "values with scales of tokens, and channels of keys without zeros"
     if key.blocks_per_head > 1 or value.blocks_per_head > 1:
         return "scales of whole heads"
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):
@@ -69,96 +68,19 @@ def _other_capability() -> str | None:
     return None if capability.startswith("9.") else capability
 
 
-@functools.lru_cache
-def _quantile_fit(codebook: Codebook) -> tuple[float, ...] | None:
-    """Coefficients of x, x^3 ... x^9 that give the levels of NormalFloat, or None.
-
-    With u = code - (2^(b-1) - 1), counted from the level at 0, both halves of these levels are one
-    odd function, the quantile function of the normal distribution, of x = u / 2^(b-1) above 0 and
-    of x = u / (2^(b-1) - 1) below (Dettmers et al., 2023, appendix E). That takes ten operations on
-    two codes at once, where selecting from a table takes 15 on each, and more registers than there
-    are.
-    """
-    half = 2 ** (codebook.bits - 1)
-    u = np.arange(2 * half) - (half - 1)
-    x = np.minimum(u / half, u / max(half - 1, 1))
-    powers = x[:, None] ** np.arange(1, 10, 2)
-    levels = np.asarray(codebook.levels)
-    fit = np.linalg.lstsq(powers, levels, rcond=None)[0]
-    close = np.abs(powers @ fit - levels).max() <= FIT * np.abs(levels).max()
-    return tuple(fit.tolist()) if close else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Levels:
-    """level = slope * factor + offset.
-
-    The factor is t + square t^2 + cube t^3, for a codebook with coefficients, or as in
-    `_quantile_fit`.
-    """
-
-    codebook: Codebook
-
-    @property
-    def computed(self) -> bool:
-        return self.codebook.coefficients is not None or _quantile_fit(self.codebook) is not None
-
-    @property
-    def slope(self) -> float:
-        return 1.0 if self.codebook.coefficients is None else self.codebook.coefficients[1]
-
-    @property
-    def ratio(self) -> float:
-        """offset / slope"""
-        if self.codebook.coefficients is None:
-            return 0.0
-        return self.codebook.coefficients[0] / self.slope
-
-    def factor(self, words: jax.Array, byte: jax.Array, field: int) -> jax.Array:
-        """float16 factors of one field of one byte, i32[], of int16 words."""
-        bits = self.codebook.bits
-        at = field * bits
-        words = jax.lax.shift_right_logical(
-            words, jnp.full_like(words, (8 * byte).astype(jnp.int16))
-        )
-        # The number 2^(10 - at) + code, whose last bit of mantissa is worth 2^-at.
-        number = (words & jnp.int16((2**bits - 1) << at)) | jnp.int16((25 - at) << 10)
-        number = jax.lax.bitcast_convert_type(number, jnp.float16)
-        base, middle = 2 ** (10 - at), (2**bits - 1) / 2
-        if self.codebook.coefficients is None:
-            return self._quantile(number - jnp.float16(base + 2 ** (bits - 1) - 1))
-        if at:
-            t = number - jnp.float16(base + middle)
-        else:
-            # In one step it would not be exact. XLA, which an interpreter uses, would merge two.
-            t = jax.lax.optimization_barrier(number - jnp.float16(base)) - jnp.float16(middle)
-        _, slope, square, cube = (*self.codebook.coefficients, 0.0, 0.0)[:4]
-        half = lambda c: jnp.float16(c / slope)
-        if square:
-            return t * (t * (t * half(cube) + half(square)) + jnp.float16(1))
-        return t * (t * t * half(cube) + jnp.float16(1)) if cube else t
-
-    def _quantile(self, u: jax.Array) -> jax.Array:
-        half = 2 ** (self.codebook.bits - 1)
-        x = jnp.minimum(u * jnp.float16(1 / half), u * jnp.float16(1 / max(half - 1, 1)))
-        *odd, value = (jnp.float16(c) for c in _quantile_fit(self.codebook))
-        for c in reversed(odd):
-            value = value * (x * x) + c
-        return value * x
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     head_dim: int
     group: int  # padded to the 8 columns of a tensor core
     num_tiles: int
     splits: int
-    key: _Levels
-    value: _Levels
+    key: Levels
+    value: Levels
     key_block: int  # heads that share a scale
     value_block: int
     key_zero: bool
     value_zero: bool
+    channels: bool  # have the scales of keys, not tokens
     soft_cap: float | None
     interpret: bool
 
@@ -194,9 +116,14 @@ class _Plan:
         return ROWS // self.field
 
     @property
+    def key_arrays(self) -> int:
+        """Scales and zeros of the tokens of keys."""
+        return (not self.channels) + self.key_zero
+
+    @property
     def arrays(self) -> int:
-        """Scales and zeros of both sides."""
-        return 2 + self.key_zero + self.value_zero
+        """Those of both sides."""
+        return self.key_arrays + 1 + self.value_zero
 
 
 def decode_attention(
@@ -225,38 +152,57 @@ def decode_attention(
         group=-(-group // 8) * 8,
         num_tiles=num_tiles,
         splits=max(1, min(fill, units // UNITS_PER_SPLIT)),
-        key=_Levels(key.codebook),
-        value=_Levels(value.codebook),
+        key=Levels(key.codebook),
+        value=Levels(value.codebook),
         key_block=key.block_size // head_dim,
         value_block=value.block_size // head_dim,
         key_zero=key.zero is not None,
         value_zero=value.zero is not None,
+        channels=key.per_channel,
         soft_cap=soft_cap,
         interpret=interpret is not None,
     )
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0))).astype(jnp.float16)
-    sums = jnp.sum(q.astype(jnp.float32), axis=-1)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
+    if plan.channels:  # queries wait, in columns, for the scales of every tile
+        q = jnp.swapaxes(q, 2, 3).astype(jnp.float32)
+    else:
+        q = q.astype(jnp.float16)
+    sums = jnp.sum(q.astype(jnp.float32), axis=2 if plan.channels else 3)
     # Free reshapes: the words of a token in a column are a row, and so are the tokens of a field.
     words = lambda a: a.reshape(*a.shape[:3], plan.columns, plan.field, plan.width)
     fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)
-    per_token = [fields(a) for s in (key, value) for a in (s.scale, s.zero) if a is not None]
+    per_token = [
+        fields(a)
+        for s in (key, value)
+        if not s.per_channel
+        for a in (s.scale, s.zero)
+        if a is not None
+    ]
+    per_channel = [key.scale] if plan.channels else []
 
     word_tiles = (plan.columns, plan.tiles * plan.field, plan.width)
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     half = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
     token_size = (STAGES, plan.fields, plan.tiles, plan.field)
-    copies = 2 * plan.columns * plan.tiles + plan.arrays * plan.fields
+    copies = 2 * plan.columns * plan.tiles + plan.arrays * plan.fields + plan.channels
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=(shape(head_dim, plan.group), shape(plan.group), shape(plan.group)),
         scratch_types=[
-            plgpu.SMEM((plan.group, head_dim), jnp.float16, transforms=half),
+            plgpu.SMEM((head_dim, plan.group), jnp.float32)
+            if plan.channels
+            else plgpu.SMEM((plan.group, head_dim), jnp.float16, transforms=half),
             plgpu.SMEM((plan.group,), jnp.float32),
             plgpu.SMEM((STAGES, *word_tiles), jnp.int16, transforms=swizzled),
             plgpu.SMEM((STAGES, *word_tiles), jnp.int16, transforms=swizzled),
             [plgpu.SMEM(token_size, jnp.int16) for _ in per_token],
+            [plgpu.SMEM((STAGES, plan.tiles, head_dim), jnp.int16) for _ in per_channel],
+            [
+                plgpu.SMEM((plan.tiles * plan.group, head_dim), jnp.float16, transforms=half)
+                for _ in per_channel
+            ],
             plgpu.SMEM((plan.per_byte, plan.group, ROWS), jnp.float16, transforms=half),
             plgpu.SMEM((head_dim, plan.group), jnp.float32),
             [plgpu.SMEM((plan.group,), jnp.float32) for _ in range(2)],
@@ -267,7 +213,7 @@ def decode_attention(
         grid=(plan.splits, heads, batch),
         grid_names=("split", "head", "batch"),
         **options,
-    )(lengths, first, q, sums, words(key.words), words(value.words), *per_token)
+    )(lengths, first, q, sums, words(key.words), words(value.words), *per_token, *per_channel)
     top = jnp.max(maximum, axis=2, keepdims=True)
     weight = jnp.exp(maximum - top)
     denominator = jnp.sum(weight * denominator, axis=2)[..., :group]
@@ -278,9 +224,10 @@ def decode_attention(
 
 def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan: _Plan):
     token_gmem, refs = refs[: plan.arrays], refs[plan.arrays :]
+    channel_gmem, refs = refs[: plan.channels], refs[plan.channels :]
     numerator_gmem, denominator_gmem, maximum_gmem, *scratch = refs
     q_smem, sums_smem, key_smem, value_smem, token_smem = scratch[:5]
-    p_smem, out_smem, row_smem, query_barrier, barrier = scratch[5:]
+    channel_smem, scaled_smem, p_smem, out_smem, row_smem, query_barrier, barrier = scratch[5:]
     split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
     unit_tokens = plan.tiles * tiles.TOKENS
     length, oldest = lengths[batch], first[batch]
@@ -291,7 +238,7 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     begin = begin + split * each
     steps = jnp.clip(units - split * each, 0, each)
 
-    blocks = [plan.key_block] * (1 + plan.key_zero) + [plan.value_block] * (1 + plan.value_zero)
+    blocks = [plan.key_block] * plan.key_arrays + [plan.value_block] * (1 + plan.value_zero)
 
     def first_tile(unit):
         # The last unit is moved back to fit; what an earlier one has seen is masked out.
@@ -313,6 +260,10 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
                     target.at[slot, k],
                     done,
                 )
+        for source, target in zip(channel_gmem, channel_smem, strict=True):
+            plgpu.copy_gmem_to_smem(
+                source.at[batch, pl.ds(tile, plan.tiles), head], target.at[slot], done
+            )
 
     plgpu.copy_gmem_to_smem(q_gmem.at[batch, head], q_smem, query_barrier)
     plgpu.copy_gmem_to_smem(sums_gmem.at[batch, head], sums_smem, query_barrier)
@@ -323,18 +274,59 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     square = (ROWS, plan.group)
     by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
     by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
-    needs_sums = plan.key_zero or plan.key.ratio != 0
+    needs_sums = not plan.channels and (plan.key_zero or plan.key.ratio != 0)
     sums = by_column(sums_smem[...]) if needs_sums else None
+    float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
     def per_token(number, slot, k):
         bits = token_smem[number].at[slot, k]  # [tiles, field]: contiguous
-        bits = bits[...].reshape(ROWS) if plan.interpret else bits.reshape(ROWS)[...]
-        return by_row(jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32))
+        return by_row(
+            float32(bits[...].reshape(ROWS) if plan.interpret else bits.reshape(ROWS)[...])
+        )
 
-    value_array = 1 + plan.key_zero
+    def scale_queries(slot):
+        """Queries by the scales of each tile's channels, and their sums by tile."""
+        sums = []
+        for tile in range(plan.tiles):
+            total, columns = None, pl.ds(tile * plan.group, plan.group)
+            for c in range(0, plan.head_dim, ROWS):
+                rows = pl.ds(c, ROWS)
+                q = plgpu.load(q_smem.at[rows], layout=plgpu.Layout.WGMMA)
+                scaled = q * by_row(float32(channel_smem[0].at[slot, tile, rows][...]))
+                scaled = scaled.astype(jnp.float16)
+                scaled_smem[0].at[columns, rows].transpose((1, 0))[...] = scaled
+                if plan.key.ratio:
+                    # Of what was rounded: the constant is large, and must cancel.
+                    part = jnp.sum(scaled.astype(jnp.float32), axis=0)
+                    total = part if total is None else total + part
+            sums.append(total)
+        plgpu.commit_smem()
+        return sums
+
+    def of_own_tile(parts):
+        """Each row of the part of its tile."""
+        log = plan.field.bit_length() - 1
+        tile = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA) >> log
+        own = parts[0]
+        for n, part in enumerate(parts[1:], start=1):
+            own = jnp.where(tile == n, part, own)
+        return own
+
+    def scores_of(factor, column, slot):
+        """f32 square: of a column of keys' factors with the queries."""
+        channels = pl.ds(column * plan.width, plan.width)
+        if not plan.channels:
+            q = q_smem if plan.columns == 1 else q_smem.at[:, channels]
+            return _matmul(factor, q, square, plan)
+        q = scaled_smem[0] if plan.columns == 1 else scaled_smem[0].at[:, channels]
+        every = _matmul(factor, q, (ROWS, plan.tiles * plan.group), plan)
+        cut = lambda n: jax.lax.slice(every, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
+        return of_own_tile([cut(n) for n in range(plan.tiles)])
+
+    value_array = plan.key_arrays
     needs_constant = plan.value_zero or plan.value.ratio != 0
 
-    def attend(slot, unit, byte, carry):
+    def attend(slot, unit, byte, tile_sums, carry):
         """Merges the fields of one byte of a unit's words."""
         numerators, denominator, constant, maximum = carry
         row = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
@@ -348,12 +340,15 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
             s = None
             for c in range(plan.columns):
                 factor = plan.key.factor(key_smem.at[slot, c][...], byte, n)
-                q = q_smem if plan.columns == 1 else q_smem.at[:, pl.ds(c * plan.width, plan.width)]
-                part = _matmul(factor, q, square, plan)
+                part = scores_of(factor, c, slot)
                 s = part if s is None else s + part
             if plan.key.ratio:
-                s = s + sums * jnp.float32(plan.key.ratio)
-            s = s * (per_token(0, slot, k) * jnp.float32(plan.key.slope))
+                total = of_own_tile([by_column(t) for t in tile_sums]) if plan.channels else sums
+                s = s + total * jnp.float32(plan.key.ratio)
+            if plan.channels:
+                s = s * jnp.float32(plan.key.slope)
+            else:
+                s = s * (per_token(0, slot, k) * jnp.float32(plan.key.slope))
             if plan.key_zero:
                 s = s + sums * per_token(1, slot, k)
             if plan.soft_cap is not None:
@@ -392,9 +387,11 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(STAGES))
         plgpu.barrier_wait(barrier.at[slot])
+        tile_sums = scale_queries(slot) if plan.channels else None
         # A loop, not two copies: the compiler would compute all factors of a word at once, and they
         # do not fit into the registers.
-        carry = jax.lax.fori_loop(0, 2, lambda b, c: attend(slot, begin + i, b, c), carry)
+        one = lambda byte, carry: attend(slot, begin + i, byte, tile_sums, carry)
+        carry = jax.lax.fori_loop(0, 2, one, carry)
         fetch(i + STAGES, slot)
         return carry
 
