@@ -143,9 +143,18 @@ def test_stored_bits():
         (lambda: RankedQuantizer((2,)).check(1, 64), r"expected head_dim / 2 = 32 widths; got 1"),
         (lambda: nq.schemes.get("nqkv-plus:bits=5"), r"expected one of 2, 3, 4; got 5"),
         (lambda: nq.schemes.get("nqkv-plus:ranking=x"), r"queries, variance, none; got 'x'"),
-        (lambda: nq.schemes.get("nqkv-plus:keys=rotated"), "go with fused=False; got keys=rotated"),
+        (lambda: nq.schemes.get("nqkv-plus:keys=unrotated"), "fused=False; got keys=unrotated"),
         (lambda: nq.schemes.get("nqkv-plus:group_size=64"), "128 at a time.*group_size=64"),
-        (lambda: nq.schemes.get("nqkv-plus:fused=False,keys=x"), "rotated, unrotated; got 'x'"),
+        (
+            lambda: nq.schemes.get("nqkv-plus:fused=False,keys=x"),
+            "auto, rotated, unrotated; got 'x'",
+        ),
+        (
+            lambda: nq.schemes.get("nqkv-plus").init(
+                num_layers=1, batch=1, max_len=8, num_kv_heads=1, head_dim=24
+            ),
+            "multiple of 16, above 128 one of 128; got 24. fused=False takes any",
+        ),
         (lambda: nq.schemes.get("nqkv-plus:recent=-1"), r"recent >= 0 tokens; got -1"),
         (
             lambda: RankedQuantizer((2,) * 16, 16).quantize(jnp.zeros((16, 2, 32)), nq.Context()),

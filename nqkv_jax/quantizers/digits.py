@@ -103,28 +103,13 @@ class DigitQuantizer(Ranking):
         finite = jnp.all(jnp.isfinite(x), axis=(1, 2), keepdims=True)
         # A channel is coded once for each of its slots, alike; each keeps a digit.
         x = jnp.take_along_axis(x, self.channels(state)[..., None], axis=1)
-        column = lambda a: jnp.asarray(a, jnp.float32)[None, :, None]
-        place, top = self._slots.place, column(self._slots.top)
-        weight = column(2.0 ** (self.bits * place))
-        # Levels are at -top, -top + 1, ... top, times the step.
-        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        largest = jnp.minimum(largest, np.float32(jnp.finfo(jnp.float16).max))
-        best_step, least = None, None
-        for clip in CLIPS:
-            step = store(divide_or_zero(largest * np.float32(clip), top), finite, _FLOAT16)
-            step = step.astype(jnp.float32)
-            wrong = x - rounded(step * (_code(x, step, top) - top))
-            error = pairwise_sum(rounded(jnp.square(wrong)), -1)
-            if least is None:
-                best_step, least = step, error
-                continue
-            best_step = jnp.where(error < least, step, best_step)
-            least = jnp.minimum(error, least)
-        code = _code(x, best_step, top).astype(jnp.int32)
-        shift = (self.bits * place).astype(np.int32)[None, :, None]
-        digit = jax.lax.shift_right_logical(code, jnp.broadcast_to(shift, code.shape))
+        column = lambda a, dtype: jnp.asarray(a, dtype)[None, :, None]
+        top, shift = column(self._slots.top, jnp.float32), self.bits * self._slots.place
+        step = _best_step(x, top, finite)
+        code = _code(x, step, top).astype(jnp.int32)
+        digit = code >> jnp.broadcast_to(column(shift, jnp.int32), code.shape)
         digit = (digit & jnp.int32(2**self.bits - 1)).astype(jnp.uint8)
-        scale = (best_step * weight)[..., 0].astype(jnp.float16)
+        scale = (step * column(2.0**shift, jnp.float32))[..., 0].astype(jnp.float16)
         return TiledPayload(
             words=tiles.pack(jnp.moveaxis(digit, -1, 0), self.bits),
             scale=jax.lax.bitcast_convert_type(scale, jnp.int16),
@@ -195,6 +180,24 @@ def _slots(bits: int, digits: tuple[int, ...]) -> _Slots:
     ]
     rank, second, place, top = (np.array(column) for column in zip(*slots, strict=True))
     return _Slots(rank.astype(np.int32), second.astype(np.int32), place, top)
+
+
+def _best_step(x: jax.Array, top: jax.Array, finite: jax.Array) -> jax.Array:
+    """f32[heads, slots, 1], numbers of float16: that of least error, of those in `CLIPS`.
+
+    Levels are at -top, -top + 1, ... top, times the step.
+    """
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    largest = jnp.minimum(largest, np.float32(jnp.finfo(jnp.float16).max))
+    best, least = jnp.zeros_like(largest), jnp.full_like(largest, jnp.nan)
+    for clip in CLIPS:
+        step = store(divide_or_zero(largest * np.float32(clip), top), finite, _FLOAT16)
+        step = step.astype(jnp.float32)
+        wrong = x - rounded(step * (_code(x, step, top) - top))
+        error = pairwise_sum(rounded(jnp.square(wrong)), -1)
+        better = ~(error >= least)  # than NaN, everything is
+        best, least = jnp.where(better, step, best), jnp.where(better, error, least)
+    return best
 
 
 def _code(x: jax.Array, step: jax.Array, top: jax.Array) -> jax.Array:

@@ -39,20 +39,20 @@ def nqkv_plus(
     recent: int | None = None,
     sinks: int = 4,
     ranking: str = "queries",
-    keys: str | None = None,
+    keys: str = "auto",
     hadamard: bool = True,
 ):
     """Keys with bits where queries look, rotated values, sinks and a recent window."""
     one_of("nqkv-plus: bits", bits, (2, 3, 4))
     one_of("nqkv-plus: ranking", ranking, ("queries", "variance", "none"))
-    if fused and (keys, group_size) != (None, None):
+    one_of("nqkv-plus: keys", keys, ("auto", "rotated", "unrotated"))
+    if fused and (keys == "unrotated" or group_size is not None):
         raise ValueError(
-            "nqkv-plus: keys that a fused kernel reads are coded after RoPE, 128 at a time; keys "
-            f"and group_size go with fused=False; got keys={keys} and group_size={group_size}"
+            "nqkv-plus: keys that a fused kernel reads are coded after RoPE, 128 at a time; "
+            "keys=unrotated and group_size go with fused=False; "
+            f"got keys={keys} and group_size={group_size}"
         )
-    if keys is None:
-        keys = "rotated" if fused else "unrotated"
-    one_of("nqkv-plus: keys", keys, ("rotated", "unrotated"))
+    rotated = fused if keys == "auto" else keys == "rotated"
     if group_size is None:
         group_size = tiles.TOKENS if fused else 64
     if recent is None:
@@ -69,13 +69,18 @@ def nqkv_plus(
             return DigitQuantizer(bits, digits, ranking=by)
         widths = widths_by_rank(bits, head_dim) if ranked else (bits,) * pairs
         key = RankedQuantizer(widths, group_size, ranking=by)
-        return key if keys == "rotated" else Unrotated(key)
+        return key if rotated else Unrotated(key)
 
     def layer(shape):
         if shape.head_dim % 2:
             raise ValueError(
                 f"nqkv-plus: expected an even head_dim, for channel pairs; got {shape.head_dim}"
             )
+        if fused:
+            try:
+                tiles.check(shape.head_dim, bits)
+            except ValueError as error:
+                raise ValueError(f"nqkv-plus: {error}. fused=False takes any") from None
         levels = _computed_levels(bits, shape.head_dim) if fused else _lloyd_max(bits)
         value = BlockQuantizer(**levels, block_size=shape.head_dim)
         rotation = Hadamard(size=largest_power_of_two(shape.head_dim))
@@ -85,7 +90,7 @@ def nqkv_plus(
             sinks=sinks,
             key_window=window,
             value_window=window,
-            rotated=keys == "rotated",
+            rotated=rotated,
         )
 
     return layer
