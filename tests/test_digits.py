@@ -7,42 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import ranked_cases
+from ranked_cases import DIM, HEADS, decode
+from ranked_cases import encode as run
 
 import nqkv_jax as nq
 from nqkv_jax.quantizers.digits import CLIPS, DigitQuantizer, digits_by_rank
 
-HEADS, DIM, TILE = 2, 32, 128
+TILE = 128
+draw = functools.partial(ranked_cases.draw, TILE)
 
 
 def make(bits, **options):
     return DigitQuantizer(bits, digits_by_rank(bits, DIM), **options)
-
-
-def draw(seed=0, chunks=2):
-    rng = np.random.default_rng(seed)
-    spread = np.exp(rng.normal(size=(HEADS, DIM)))
-    k = rng.normal(size=(chunks, TILE, HEADS, DIM)) * spread + 5 * rng.normal(size=(HEADS, DIM))
-    q = rng.normal(size=(8, HEADS, 3, DIM)) * np.exp(rng.normal(size=(HEADS, 1, DIM)))
-    return q.astype(np.float32), k.astype(np.float32)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run(quantizer, queries, chunks):
-    """The state after queries [tokens, heads, G, D] and every chunk, and the payloads."""
-    state = quantizer.init_state(*chunks.shape[2:])
-    for q in queries:
-        state = quantizer.observe_query(q, nq.Context(state=state))
-    payloads = []
-    for chunk in chunks:
-        state = quantizer.observe(chunk, nq.Context(state=state))
-        payloads.append(quantizer.quantize(chunk, nq.Context(state=state)))
-    return state, jax.tree.map(lambda *a: jnp.stack(a), *payloads)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def decode(quantizer, state, payloads, folded=False):
-    of = quantizer.dequantize_folded if folded else quantizer.dequantize
-    return jax.vmap(lambda payload: of(payload, nq.Context(state=state)))(payloads)
 
 
 def oracle(q, k, quantizer):
@@ -71,7 +48,7 @@ def oracle(q, k, quantizer):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_digits_add_up_to_the_nearest_level(bits):
-    q, k = draw(bits)
+    q, k = draw(seed=bits)
     quantizer = make(bits)
     state, payloads = run(quantizer, q, k)
     wrong = np.abs(decode(quantizer, state, payloads) - oracle(q, k, quantizer))
@@ -82,7 +59,7 @@ def test_digits_add_up_to_the_nearest_level(bits):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_what_is_stored_is_an_ordinary_tile(bits):
     """Codes and a scale per slot, with queries that know where their channels are."""
-    q, k = draw(bits)
+    q, k = draw(seed=bits)
     quantizer = make(bits)
     state, payloads = run(quantizer, q, k)
     folded = decode(quantizer, state, payloads, True)
@@ -101,7 +78,7 @@ def test_what_is_stored_is_an_ordinary_tile(bits):
 
 
 def test_digits_lower_the_error_of_scores():
-    q, k = draw(5, chunks=4)
+    q, k = draw(seed=5, chunks=4)
     error = {}
     for name, quantizer in {
         "queries": make(2),
@@ -121,7 +98,7 @@ def test_every_digit_has_a_slot():
             assert digits.count(2) == digits.count(0) == head_dim // 2 >> bits
     q, k = draw()
     quantizer = make(2)
-    channels = np.asarray(quantizer.channels(run(quantizer, q, k)[0]))
+    channels = np.asarray(run(quantizer, q, k)[0].layout)
     chex.assert_shape(channels, (HEADS, DIM))
     for of_head in channels:
         counts = np.bincount(of_head, minlength=DIM)
@@ -133,7 +110,7 @@ def test_non_finite_and_huge_keys():
     q, k = draw()
     quantizer = make(2)
     state, _ = run(quantizer, q, k)
-    dropped = int(np.argmax(state.rank[1] == DIM // 2 - 1))
+    dropped = min(set(range(DIM)) - set(np.asarray(state.layout[1]).tolist()))
     k[1, 3, 1, dropped] = np.nan
     decoded = np.asarray(decode(quantizer, *run(quantizer, q, k)))
     assert np.isnan(decoded[1, :, 1]).any() and np.isfinite(decoded[1, :, 0]).all()
@@ -168,7 +145,7 @@ def test_one_by_one_is_all_at_once():
     np.testing.assert_array_equal(found.lengths, counts)
     for a, b in zip(found.layers, whole.layers, strict=True):
         chex.assert_trees_all_equal(a.key.body, b.key.body)
-        chex.assert_trees_all_equal(a.key.state.rank, b.key.state.rank)
+        chex.assert_trees_all_equal(a.key.state, b.key.state)
         chex.assert_trees_all_equal(a.value.body, b.value.body)
     alone = scheme.init(num_layers=1, batch=1, max_len=140, num_kv_heads=1, head_dim=16)
     _, alone = jax.jit(nq.attend)(q[1:, :134], k[1:, :134], v[1:, :134], alone)

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import ranked_cases
+from ranked_cases import DIM, HEADS, decode, encode
 
 import nqkv_jax as nq
 from nqkv_jax.quantizers.ranked import RankedQuantizer, RankedState, widths_by_rank
 
-HEADS, DIM, GROUP = 2, 32, 16
+GROUP = 16
+draw = functools.partial(ranked_cases.draw, GROUP, chunks=3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -23,26 +26,10 @@ def test_widths_average_to_the_bits(bits):
         assert widths[0] == (bits + 2 if head_dim >= 16 else bits)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def run(quantizer, queries, chunks):
-    """States after queries [tokens, heads, G, D] and every chunk; what is decoded of each chunk."""
-    state = quantizer.init_state(*chunks.shape[2:])
-    for q in queries:
-        state = quantizer.observe_query(q, nq.Context(state=state))
-    decoded = []
-    for chunk in chunks:
-        state = quantizer.observe(chunk, nq.Context(state=state))
-        context = nq.Context(state=state)
-        decoded.append(quantizer.dequantize(quantizer.quantize(chunk, context), context))
-    return state, jnp.stack(decoded)
-
-
-def draw(seed=0, chunks=3):
-    rng = np.random.default_rng(seed)
-    spread = np.exp(rng.normal(size=(HEADS, DIM)))
-    k = rng.normal(size=(chunks, GROUP, HEADS, DIM)) * spread + 5 * rng.normal(size=(HEADS, DIM))
-    q = rng.normal(size=(8, HEADS, 3, DIM)) * np.exp(rng.normal(size=(HEADS, 1, DIM)))
-    return q.astype(np.float32), k.astype(np.float32)
+    """The state after all queries and every chunk; what is decoded of each chunk."""
+    state, payloads = encode(quantizer, queries, chunks)
+    return state, decode(quantizer, state, payloads)
 
 
 def oracle(q, k, widths):
@@ -72,7 +59,7 @@ def oracle(q, k, widths):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_ranked_quantizer_is_its_definition(bits):
-    q, k = draw(bits)
+    q, k = draw(seed=bits)
     widths = widths_by_rank(bits, DIM)
     quantizer = RankedQuantizer(widths, GROUP)
     state, decoded = run(quantizer, q, k)
@@ -80,9 +67,8 @@ def test_ranked_quantizer_is_its_definition(bits):
     # A value on a threshold may take the other code in float32: a step, in very few places.
     wrong = np.abs(decoded - expected) > 1e-4 * np.abs(k).max()
     assert wrong.mean() < 1e-3
-    slots = quantizer.slots(state)
-    chex.assert_shape(slots, (HEADS, DIM))
-    np.testing.assert_array_equal(np.sort(slots), np.tile(np.arange(DIM), (HEADS, 1)))
+    chex.assert_shape(state.layout, (HEADS, DIM))
+    np.testing.assert_array_equal(np.sort(state.layout), np.tile(np.arange(DIM), (HEADS, 1)))
 
 
 def test_ranks_and_means_stay_after_the_first_chunk():
@@ -90,12 +76,12 @@ def test_ranks_and_means_stay_after_the_first_chunk():
     quantizer = RankedQuantizer(widths_by_rank(3, DIM), GROUP)
     first, _ = run(quantizer, q, k[:1])
     last, _ = run(quantizer, q, np.concatenate([k[:1], 100 * k[1:]]))
-    chex.assert_trees_all_equal((first.mean, first.rank), (last.mean, last.rank))
+    chex.assert_trees_all_equal((first.mean, first.layout), (last.mean, last.layout))
 
 
 def test_ranking_by_queries_lowers_the_error_of_scores():
     """The point of it; the error of the keys themselves may well be larger."""
-    q, k = draw(5, chunks=8)
+    q, k = draw(seed=5, chunks=8)
     widths = widths_by_rank(2, DIM)
     error = {}
     for name, quantizer in {
@@ -113,7 +99,7 @@ def test_non_finite_keys_stay_visible_even_in_channels_without_bits():
     q, k = draw()
     quantizer = RankedQuantizer((4,) * 8 + (0,) * 8, GROUP)
     state, _ = run(quantizer, q, k)
-    uncoded = int(np.argmax(state.rank[1] >= 8))
+    uncoded = int(np.argmax(state.layout[1] >= 16))
     k[1, 3, 1, uncoded] = np.nan
     decoded = np.asarray(run(quantizer, q, k)[1])
     assert np.isnan(decoded[1, :, 1]).any() and np.isfinite(decoded[1, :, 0]).all()
@@ -153,7 +139,7 @@ def test_stored_bits():
             lambda: nq.schemes.get("nqkv-plus").init(
                 num_layers=1, batch=1, max_len=8, num_kv_heads=1, head_dim=24
             ),
-            "multiple of 16, above 128 one of 128; got 24. fused=False takes any",
+            "multiple of 16, above 128 one of 128; got 24. fused=False has no tiles",
         ),
         (lambda: nq.schemes.get("nqkv-plus:recent=-1"), r"recent >= 0 tokens; got -1"),
         (

@@ -13,7 +13,7 @@ def add(commands) -> None:
         "KL divergence, perplexity and agreement, pass keys, counted bits and tokens/s, as\n"
         "Markdown, JSON, HTML and a figure. What was measured once is kept in the folder: a run\n"
         "that was interrupted goes on, and another measures only what has changed. All schemes,\n"
-        "with a calibration text and --workers 2, take up to two hours for smollm2-135m on two\n"
+        "with a calibration text and --workers 2, take about two hours for smollm2-135m on two\n"
         "cores.",
     )  # fmt: skip
     options.add_model(parser)

@@ -30,7 +30,7 @@ from nqkv_jax.quantizers.block import (
     rounded,
     store,
 )
-from nqkv_jax.quantizers.ranked import RankedState, Ranking
+from nqkv_jax.quantizers.ranked import Ranking
 from nqkv_jax.quantizers.tiled import TiledPayload
 
 _STATIC = {"static": True}
@@ -102,7 +102,7 @@ class DigitQuantizer(Ranking):
         x = jnp.moveaxis(x.astype(jnp.float32) - state.mean[None], 0, -1)  # [heads, D, 128]
         finite = jnp.all(jnp.isfinite(x), axis=(1, 2), keepdims=True)
         # A channel is coded once for each of its slots, alike; each keeps a digit.
-        x = jnp.take_along_axis(x, self.channels(state)[..., None], axis=1)
+        x = jnp.take_along_axis(x, state.layout[..., None], axis=1)
         column = lambda a, dtype: jnp.asarray(a, dtype)[None, :, None]
         top, shift = column(self._slots.top, jnp.float32), self.bits * self._slots.place
         step = _best_step(x, top, finite)
@@ -120,14 +120,14 @@ class DigitQuantizer(Ranking):
         slots = self.dequantize_folded(payload, context, jnp.float32)
         add = lambda zero, channels, x: zero.at[:, channels].add(x)
         per_head = jax.vmap(add, in_axes=(1, 0, 1), out_axes=1)
-        x = per_head(jnp.zeros_like(slots), self.channels(state), slots)
+        x = per_head(jnp.zeros_like(slots), state.layout, slots)
         return (x + state.mean[None]).astype(dtype)
 
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         state = self.state(context)
         align = lambda a: jnp.broadcast_to(a, q.shape)
         shift = jnp.sum(q.astype(jnp.float32) * align(state.mean), axis=-1)
-        return jnp.take_along_axis(q, align(self.channels(state)), axis=-1), shift
+        return jnp.take_along_axis(q, align(state.layout), axis=-1), shift
 
     def dequantize_folded(
         self, payload: TiledPayload, context: Context, dtype=jnp.float32
@@ -141,11 +141,10 @@ class DigitQuantizer(Ranking):
             words=body.words, scale=body.scale, codebook=self._codebook, per_channel=True
         )
 
-    def channels(self, state: RankedState) -> jax.Array:
-        """i32[heads, head_dim]: the channel of each slot."""
-        pair = jnp.argsort(state.rank, axis=-1).astype(jnp.int32)
+    def lay_out(self, order: jax.Array) -> jax.Array:
+        """The channel of each slot."""
         second = jnp.asarray(self._slots.second * np.int32(len(self.digits)))
-        return pair[:, self._slots.rank] + second[None]
+        return order[:, self._slots.rank] + second[None]
 
     @property
     def _codebook(self) -> Codebook:

@@ -58,12 +58,12 @@ class RankedState:
     """What is known of a sequence; `fitted` bool[] tells whether mean and ranks are final.
 
     energy f32[heads, head_dim] is the sum of squared queries; mean f32[heads, head_dim];
-    rank i32[heads, head_dim / 2], of each channel pair, 0 for the most important.
+    layout i32[heads, head_dim], where channels are stored, as `Ranking.lay_out` says it.
     """
 
     energy: jax.Array
     mean: jax.Array
-    rank: jax.Array
+    layout: jax.Array
     fitted: jax.Array
 
 
@@ -76,6 +76,11 @@ class Ranking(Quantizer):
 
     ranking: str
 
+    def lay_out(self, order: jax.Array) -> jax.Array:
+        """What `RankedState.layout` is to be, for pairs in the order i32[heads, head_dim / 2] of
+        their importance. Done once per sequence, so that decoding has nothing to sort."""
+        raise NotImplementedError
+
     def check_ranking(self) -> None:
         if self.ranking not in ("queries", "variance"):
             raise ValueError(
@@ -87,11 +92,12 @@ class Ranking(Quantizer):
         return self.ranking == "queries"
 
     def init_state(self, heads: int, head_dim: int) -> RankedState:
-        zeros, pairs = jnp.zeros((heads, head_dim), jnp.float32), head_dim // 2
+        zeros = jnp.zeros((heads, head_dim), jnp.float32)
+        pairs = jnp.arange(head_dim // 2, dtype=jnp.int32)
         return RankedState(
             energy=zeros,
             mean=zeros,
-            rank=jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32), (heads, pairs)),
+            layout=self.lay_out(jnp.broadcast_to(pairs, (heads, len(pairs)))),
             fitted=jnp.zeros((), jnp.bool_),
         )
 
@@ -109,12 +115,12 @@ class Ranking(Quantizer):
         importance = _pair_sums(divide(pairwise_sum(rounded(jnp.square(x - mean)), 0), count)[0])
         if self.wants_queries:
             importance = importance * _pair_sums(state.energy)
-        rank = jnp.argsort(jnp.argsort(-importance, axis=-1), axis=-1).astype(jnp.int32)
+        order = jnp.argsort(-importance, axis=-1).astype(jnp.int32)
         keep = lambda old, new: jnp.where(state.fitted, old, new)
         return dataclasses.replace(
             state,
             mean=keep(state.mean, mean[0]),
-            rank=keep(state.rank, rank),
+            layout=keep(state.layout, self.lay_out(order)),
             fitted=jnp.ones((), jnp.bool_),
         )
 
@@ -190,7 +196,7 @@ class RankedQuantizer(Ranking):
         state = self.state(context)
         x = jnp.moveaxis(x.astype(jnp.float32) - state.mean[None], 0, -1)  # [heads, D, group]
         finite = jnp.all(jnp.isfinite(x), axis=(1, 2), keepdims=True)
-        by_slot = jnp.take_along_axis(x, jnp.argsort(self.slots(state), axis=-1)[..., None], axis=1)
+        by_slot = jnp.take_along_axis(x, jnp.argsort(state.layout, axis=-1)[..., None], axis=1)
         codes, scales, at = [], [], 0
         for bits, pairs in self._segments():
             size = 2 * (pairs.stop - pairs.start)
@@ -220,20 +226,15 @@ class RankedQuantizer(Ranking):
             at += size
         by_slot = jnp.concatenate(parts, axis=1)  # [heads, D, group]
         state = self.state(context)
-        x = jnp.take_along_axis(by_slot, self.slots(state)[..., None], axis=1)
+        x = jnp.take_along_axis(by_slot, state.layout[..., None], axis=1)
         x = x + state.mean[..., None]
         return jnp.moveaxis(x, -1, 0).astype(dtype)
 
-    def slots(self, state: RankedState) -> jax.Array:
-        """i32[heads, head_dim]: where a channel is stored."""
-        # Per width the first, then the second channels of its pairs.
-        first, second = [], []
-        for _, pairs in self._segments():
-            size, start = pairs.stop - pairs.start, pairs.start
-            first += range(2 * start, 2 * start + size)
-            second += range(2 * start + size, 2 * pairs.stop)
-        of_rank = lambda slots: jnp.asarray(slots, jnp.int32)[state.rank]
-        return jnp.concatenate([of_rank(first), of_rank(second)], axis=-1)
+    def lay_out(self, order: jax.Array) -> jax.Array:
+        """The slot of each channel: per width the first, then the second channels of its pairs."""
+        half = np.int32(order.shape[-1])
+        parts = [order[:, s] + offset for _, s in self._segments() for offset in (0, half)]
+        return jnp.argsort(jnp.concatenate(parts, axis=-1), axis=-1).astype(jnp.int32)
 
     def _codebook(self, bits: int) -> codebooks.Codebook:
         if bits == 1:

@@ -80,7 +80,7 @@ def nqkv_plus(
             try:
                 tiles.check(shape.head_dim, bits)
             except ValueError as error:
-                raise ValueError(f"nqkv-plus: {error}. fused=False takes any") from None
+                raise ValueError(f"nqkv-plus: {error}. fused=False has no tiles") from None
         levels = _computed_levels(bits, shape.head_dim) if fused else _lloyd_max(bits)
         value = BlockQuantizer(**levels, block_size=shape.head_dim)
         rotation = Hadamard(size=largest_power_of_two(shape.head_dim))

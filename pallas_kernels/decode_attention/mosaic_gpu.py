@@ -163,11 +163,11 @@ def decode_attention(
         interpret=interpret is not None,
     )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
+    sums = jnp.sum(q.astype(jnp.float16).astype(jnp.float32), axis=3)
     if plan.channels:  # queries wait, in columns, for the scales of every tile
         q = jnp.swapaxes(q, 2, 3).astype(jnp.float32)
     else:
         q = q.astype(jnp.float16)
-    sums = jnp.sum(q.astype(jnp.float32), axis=2 if plan.channels else 3)
     # Free reshapes: the words of a token in a column are a row, and so are the tokens of a field.
     words = lambda a: a.reshape(*a.shape[:3], plan.columns, plan.field, plan.width)
     fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)

@@ -1,0 +1,40 @@
+"""Queries and keys for quantizers that rank channels, and what such a quantizer makes of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nqkv_jax as nq
+
+HEADS, DIM = 2, 32
+
+
+def draw(group: int, *, seed: int = 0, chunks: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Queries f32[tokens, HEADS, G, DIM] and keys f32[chunks, group, HEADS, DIM]."""
+    rng = np.random.default_rng(seed)
+    spread = np.exp(rng.normal(size=(HEADS, DIM)))
+    k = rng.normal(size=(chunks, group, HEADS, DIM)) * spread + 5 * rng.normal(size=(HEADS, DIM))
+    q = rng.normal(size=(8, HEADS, 3, DIM)) * np.exp(rng.normal(size=(HEADS, 1, DIM)))
+    return q.astype(np.float32), k.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(quantizer, queries, chunks):
+    """The state after all queries and every chunk, and the payloads of the chunks."""
+    state = quantizer.init_state(*chunks.shape[2:])
+    for q in queries:
+        state = quantizer.observe_query(q, nq.Context(state=state))
+    payloads = []
+    for chunk in chunks:
+        state = quantizer.observe(chunk, nq.Context(state=state))
+        payloads.append(quantizer.quantize(chunk, nq.Context(state=state)))
+    return state, jax.tree.map(lambda *a: jnp.stack(a), *payloads)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decode(quantizer, state, payloads, folded=False):
+    """[chunks, group, HEADS, DIM]"""
+    of = quantizer.dequantize_folded if folded else quantizer.dequantize
+    return jax.vmap(lambda payload: of(payload, nq.Context(state=state)))(payloads)
