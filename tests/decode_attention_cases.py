@@ -8,7 +8,8 @@ import numpy as np
 from vector_attention_cases import VECTOR_CASES, VectorCase, vector_arguments, vector_dense
 
 from nqkv_jax import codebooks, tiles
-from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes, Waves
+from nqkv_jax.rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Case:
     soft_cap: float | None = None
     window: int | None = None
     key_channels: bool = False  # scales of the keys' channels, not of their tokens
+    waves: int = 0  # channels of keys that are cosines and sines
 
     def __str__(self):
         return self.name
@@ -69,12 +71,13 @@ def _cases():
     yield Case("cubic4-d96", cubic(4), head_dim=96, group=4)
     yield Case("keys4-values2", cubic(4), value_codebook=codebooks.uniform(2), group=8)
     yield Case("keys2-values4-d64", codebooks.uniform(2), value_codebook=cubic(4), head_dim=64)
-    yield Case("plus4", digits(4), value_codebook=cubic(4), group=4, key_channels=True)
-    yield Case("plus2", digits(2), value_codebook=EVEN, group=4, key_channels=True)
+    yield Case("plus4", digits(4), value_codebook=cubic(4), group=4, key_channels=True, waves=128)
+    yield Case("plus2", digits(2), value_codebook=EVEN, group=4, key_channels=True, waves=128)
     yield Case(
         "plus2-d64", digits(2), value_codebook=EVEN, heads=3, head_dim=64, group=3,
-        key_channels=True,
+        key_channels=True, waves=48,
     )  # fmt: skip
+    yield Case("waves-soft-cap", cubic(4), waves=64, soft_cap=5.0)
     yield Case("channels2-minmax", codebooks.uniform(2), group=4, zero=True, key_channels=True)
     yield Case("channels3-d64", cubic(3), head_dim=64, heads=3, group=3, key_channels=True)
     yield Case("channels4-d256", cubic(4), head_dim=256, key_channels=True, soft_cap=5.0)
@@ -112,9 +115,14 @@ def arguments(
         return vector_arguments(case, lengths, num_tiles, dtype, seed)
     rng = np.random.default_rng(seed)
     batch = len(lengths)
-    shape = (batch, case.heads, case.group, case.head_dim)
+    shape = (batch, case.heads, case.group, case.head_dim + case.waves)
     q = jnp.asarray(rng.normal(size=shape) * case.head_dim**-0.5, dtype)
     key = codes(case, case.codebook, batch, num_tiles, rng, case.key_channels)
+    if case.waves:
+        rotary = Rotary(inverse_frequencies=jnp.asarray(0.8 ** np.arange(case.waves // 2)))
+        starts = rotary.at(4 + tiles.TOKENS * jnp.arange(num_tiles))
+        waves = Waves(starts=starts, places=rotary.at(jnp.arange(tiles.TOKENS)))
+        key = dataclasses.replace(key, waves=waves)
     value = codes(case, case.value_codebook or case.codebook, batch, num_tiles, rng)
     lengths = jnp.asarray(lengths, jnp.int32)
     first = None if case.window is None else jnp.maximum(lengths - case.window, 0)
@@ -122,9 +130,19 @@ def arguments(
 
 
 def dense(side: TiledCodes | VectorCodes) -> np.ndarray:
-    """f64[B, tokens, Hkv, D], with the layout read off its description, bit by bit."""
+    """f64[B, tokens, Hkv, width], with the layout read off its description, bit by bit."""
     if isinstance(side, VectorCodes):
         return vector_dense(side)
+    if side.waves is not None:
+        coded = dense(dataclasses.replace(side, waves=None))
+        starts, places = (
+            np.asarray(a.cos, np.float64)[:, 0] + 1j * np.asarray(a.sin, np.float64)[:, 0]
+            for a in (side.waves.starts, side.waves.places)
+        )
+        turned = (starts[:, None] * places).reshape(1, coded.shape[1], 1, -1)
+        waves = np.concatenate([turned.real, turned.imag], axis=-1)
+        waves = np.broadcast_to(waves, (*coded.shape[:3], waves.shape[-1]))
+        return np.concatenate([coded, waves], axis=-1)
     bits, head_dim = side.codebook.bits, side.head_dim
     words = np.asarray(side.words).view(np.uint16)
     batch, num_tiles, heads = words.shape[:3]

@@ -20,21 +20,28 @@ def draw(group: int, *, seed: int = 0, chunks: int = 2) -> tuple[np.ndarray, np.
     return q.astype(np.float32), k.astype(np.float32)
 
 
+def context(state, chunk, group: int, rotary=None) -> nq.Context:
+    """Of the tokens of a chunk, i32[] or int, after four sinks."""
+    positions = 4 + chunk * group + jnp.arange(group)
+    return nq.Context(state=state, rotary=rotary, positions=positions)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def encode(quantizer, queries, chunks):
+def encode(quantizer, queries, chunks, rotary=None):
     """The state after all queries and every chunk, and the payloads of the chunks."""
     state = quantizer.init_state(*chunks.shape[2:])
     for q in queries:
         state = quantizer.observe_query(q, nq.Context(state=state))
     payloads = []
-    for chunk in chunks:
+    for n, chunk in enumerate(chunks):
         state = quantizer.observe(chunk, nq.Context(state=state))
-        payloads.append(quantizer.quantize(chunk, nq.Context(state=state)))
+        payloads.append(quantizer.quantize(chunk, context(state, n, len(chunk), rotary)))
     return state, jax.tree.map(lambda *a: jnp.stack(a), *payloads)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def decode(quantizer, state, payloads, folded=False):
-    """[chunks, group, HEADS, DIM]"""
+def decode(quantizer, state, payloads, folded=False, rotary=None):
+    """[chunks, group, HEADS, DIM], of folded tokens more channels."""
     of = quantizer.dequantize_folded if folded else quantizer.dequantize
-    return jax.vmap(lambda payload: of(payload, nq.Context(state=state)))(payloads)
+    one = lambda payload, n: of(payload, context(state, n, quantizer.group, rotary))
+    return jax.vmap(one)(payloads, jnp.arange(len(jax.tree.leaves(payloads)[0])))

@@ -64,6 +64,7 @@ QUICK = (
     "uniform3-minmax",
     "keys2-values4-d64",
     "channels3-d64",
+    "plus2-d64",
     "vector1-d64",
     "vector2-d64-window",
 )
@@ -250,7 +251,15 @@ def test_bad_input():
         decode_attention(q, key, wrong, lengths)
     q, key, value, lengths, _ = arguments(CASES["plus4"], (10, 20), num_tiles=1)
     with pytest.raises(NotImplementedError, match="values with scales of tokens, not of channels"):
-        decode_attention(q, key, key, lengths, implementation="mosaic_tpu")
+        channels = dataclasses.replace(key, waves=None)
+        decode_attention(q, key, channels, lengths, implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match="values without waves or means that are apart; got"):
+        decode_attention(q, key, dataclasses.replace(value, waves=key.waves), lengths)
+    with pytest.raises(ValueError, match=r"expected q \[2, 2, query heads per KV head, 256\]"):
+        decode_attention(q[..., :128], key, value, lengths)
+    wrong = arguments(CASES["plus4"], (10, 20), num_tiles=2)[1].waves
+    with pytest.raises(ValueError, match=r"key\.waves of 1 tiles and 128 places; got 2 and 128"):
+        decode_attention(q, dataclasses.replace(key, waves=wrong), value, lengths)
     wrong = dataclasses.replace(key, scale=key.scale[:, :, :1])
     with pytest.raises(ValueError, match=r"key.scale of channels \[2, 1, 2, 128\]; got"):
         decode_attention(q, wrong, value, lengths)
@@ -280,7 +289,7 @@ def test_bad_vector_codes():
         with pytest.raises(ValueError, match=message):
             decode_attention(q, dataclasses.replace(key, **changes), value, lengths)
     for other in (dataclasses.replace(value, apart=True), arguments(CASES["cubic4"], (10,))[2]):
-        with pytest.raises(ValueError, match="key and value of one kind, and means of values not"):
+        with pytest.raises(ValueError, match="key and value of one kind, and values without"):
             decode_attention(q, key, other, lengths)
     spoil = lambda a: a.at[:, 1:].set(jnp.asarray(np.float16(np.nan).view(np.int16)))
     spoilt = dataclasses.replace(

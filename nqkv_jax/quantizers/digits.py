@@ -5,7 +5,13 @@ with the weights 1, 2^b, 4^b ... So a channel of n digits is n channels of one d
 these proportions, all of which meet the channel's query. What is stored of a token is therefore an
 ordinary tile of b-bit codes, evenly spaced, with a scale per channel and tile: its head_dim *slots*
 hold the digits of the channels, two of those that queries see most, none of those that they see
-least. Only the query, whose channels are picked for the slots, knows about it.
+least: a channel gets the digit of another if what one digit leaves of it is more than all there is
+of the other. Only the query, whose channels are picked for the slots, knows about it.
+
+Means of channels are large, and RoPE turns them, so that over a tile they would be most of what
+there is to code. So keys lose their means before RoPE and are coded after it. What a mean adds to
+the score of token t is, of each channel pair with the frequency f, a cos(f t) + b sin(f t), where a
+and b depend on the query alone: channels of a folded query that meet cosines and sines.
 
 Scales are those of the least squared error among a few fractions of the largest magnitude.
 
@@ -13,7 +19,6 @@ Ranking and means are those of `ranked`; digits are ours.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +26,7 @@ import numpy as np
 
 from nqkv_jax import tiles
 from nqkv_jax.codebooks import Codebook, centred_integers
-from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes, as_float32
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes, Waves, as_float32
 from nqkv_jax.quantizers.base import Context, Payload
 from nqkv_jax.quantizers.block import (
     check_group,
@@ -30,8 +35,9 @@ from nqkv_jax.quantizers.block import (
     rounded,
     store,
 )
-from nqkv_jax.quantizers.ranked import Ranking
+from nqkv_jax.quantizers.ranked import Ranking, by_rank
 from nqkv_jax.quantizers.tiled import TiledPayload
+from nqkv_jax.rotary import RotaryAngles
 
 _STATIC = {"static": True}
 # Of the largest magnitude, for the outermost level. Of 128 normal numbers the largest is about 2.7
@@ -39,146 +45,175 @@ _STATIC = {"static": True}
 CLIPS = (0.45, 0.55, 0.65, 0.75, 0.85, 0.925, 1.0)
 
 
-def digits_by_rank(bits: int, head_dim: int) -> tuple[int, ...]:
-    """Digits of each rank of the head_dim / 2 channel pairs, the most important first.
+# What a digit leaves of a normal channel's variance. Source: Max (1960), table II.
+LEFT_BY_DIGIT = {2: 0.1188, 3: 0.03744, 4: 0.01154}
 
-    A part 2^-bits of the pairs has two, as many have none, and the others one: the more bits a
-    digit has, the less is to be gained.
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DigitLayout:
+    """Of a sequence: channel i32[heads, head_dim] of each slot, and doubled i32[heads], how many
+    channel pairs have two digits.
+
+    The pair of rank r has the slots r and r + head_dim / 2, for its two channels. Those of the last
+    `doubled` ranks, which have no digit, hold the upper digits of the first, in reverse.
     """
-    pairs = head_dim // 2
-    part = pairs >> bits
-    return (2,) * part + (1,) * (pairs - 2 * part) + (0,) * part
+
+    channel: jax.Array
+    doubled: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DigitQuantizer(Ranking):
-    """Keys in tiles of 128 tokens, each channel coded by no, one or several digits of `bits`.
+    """Keys in tiles of 128 tokens, each channel coded by no, one or two digits of `bits`.
 
-    A head whose tile holds NaN or an infinity decodes to NaN in all coded channels of that tile.
+    A channel without any decodes to its mean. A head whose tile holds NaN or an infinity decodes to
+    NaN in all coded channels of that tile.
 
     Attributes:
-      bits: of a digit, 2, 3, 4 or 8.
-      digits: per rank of a channel pair, decreasing, head_dim / 2 of them, 1 on average. A channel
-        without any decodes to its mean.
-      ranking: see `Ranking`.
+      bits: of a digit, 2, 3 or 4.
+      ranking: see `Ranking`; "none" for one digit everywhere.
+      unrotated: whether keys come before RoPE; if not, they lose the means that they have after it.
     """
 
     bits: int = dataclasses.field(metadata=_STATIC)
-    digits: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     ranking: str = dataclasses.field(default="queries", metadata=_STATIC)
+    unrotated: bool = dataclasses.field(default=True, metadata=_STATIC)
 
     def __post_init__(self):
-        if list(self.digits) != sorted(self.digits, reverse=True) or (
-            not self.digits or self.digits[-1] < 0 or sum(self.digits) != len(self.digits)
-        ):
-            raise ValueError(
-                "DigitQuantizer: digits must decrease, not be negative, and be 1 on average; got "
-                f"{self.digits}"
-            )
-        if self.bits * self.digits[0] > 8:
-            raise ValueError(
-                "DigitQuantizer: a code must have at most 8 bits; got "
-                f"{self.digits[0]} digits of {self.bits}"
-            )
-        self.check_ranking()
+        if self.bits not in LEFT_BY_DIGIT:
+            raise ValueError(f"DigitQuantizer: expected bits to be 2, 3 or 4; got {self.bits}")
+        self.check_ranking("none")
 
     @property
     def group(self) -> int:
         return tiles.TOKENS
 
     def check(self, heads: int, head_dim: int) -> None:
-        if head_dim != 2 * len(self.digits):
-            raise ValueError(
-                f"DigitQuantizer: expected head_dim / 2 = {head_dim / 2:g} numbers of digits; got "
-                f"{len(self.digits)}. digits_by_rank({self.bits}, {head_dim}) makes them"
-            )
         tiles.check(head_dim, self.bits)
 
     def quantize(self, x: jax.Array, context: Context) -> TiledPayload:
         check_group("DigitQuantizer", x, self.group)
         self.check(*x.shape[1:])
         state = self.state(context)
-        x = jnp.moveaxis(x.astype(jnp.float32) - state.mean[None], 0, -1)  # [heads, D, 128]
+        x = _rotated(x.astype(jnp.float32) - state.mean[None], self._angles(context))
+        x = jnp.moveaxis(x, 0, -1)  # [heads, D, 128]
         finite = jnp.all(jnp.isfinite(x), axis=(1, 2), keepdims=True)
         # A channel is coded once for each of its slots, alike; each keeps a digit.
-        x = jnp.take_along_axis(x, state.layout[..., None], axis=1)
-        column = lambda a, dtype: jnp.asarray(a, dtype)[None, :, None]
-        top, shift = column(self._slots.top, jnp.float32), self.bits * self._slots.place
+        x = jnp.take_along_axis(x, state.layout.channel[..., None], axis=1)
+        doubled, upper = self._digits(state.layout)
+        levels = jnp.where(doubled, jnp.int32(4**self.bits), jnp.int32(2**self.bits))
+        top = (levels - 1).astype(jnp.float32) / 2
         step = _best_step(x, top, finite)
         code = _code(x, step, top).astype(jnp.int32)
-        digit = code >> jnp.broadcast_to(column(shift, jnp.int32), code.shape)
-        digit = (digit & jnp.int32(2**self.bits - 1)).astype(jnp.uint8)
-        scale = (step * column(2.0**shift, jnp.float32))[..., 0].astype(jnp.float16)
+        digit = jnp.where(upper, code >> self.bits, code & jnp.int32(2**self.bits - 1))
+        weight = jnp.where(upper, np.float32(2**self.bits), np.float32(1))
+        scale = (step * weight)[..., 0].astype(jnp.float16)
         return TiledPayload(
-            words=tiles.pack(jnp.moveaxis(digit, -1, 0), self.bits),
+            words=tiles.pack(jnp.moveaxis(digit.astype(jnp.uint8), -1, 0), self.bits),
             scale=jax.lax.bitcast_convert_type(scale, jnp.int16),
         )
 
     def dequantize(self, payload: TiledPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         state = self.state(context)
-        slots = self.dequantize_folded(payload, context, jnp.float32)
+        slots = self._decoded(payload)
         add = lambda zero, channels, x: zero.at[:, channels].add(x)
         per_head = jax.vmap(add, in_axes=(1, 0, 1), out_axes=1)
-        x = per_head(jnp.zeros_like(slots), state.layout, slots)
-        return (x + state.mean[None]).astype(dtype)
+        x = per_head(jnp.zeros_like(slots), state.layout.channel, slots)
+        mean = jnp.broadcast_to(state.mean[None], x.shape)
+        return (x + _rotated(mean, self._angles(context))).astype(dtype)
 
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         state = self.state(context)
         align = lambda a: jnp.broadcast_to(a, q.shape)
-        shift = jnp.sum(q.astype(jnp.float32) * align(state.mean), axis=-1)
-        return jnp.take_along_axis(q, align(state.layout), axis=-1), shift
+        slots = jnp.take_along_axis(q, align(state.layout.channel), axis=-1)
+        q, mean, half, factor = q.astype(jnp.float32), align(state.mean), 0, 1.0
+        if context.rotary is not None and self.unrotated:
+            half, factor = len(context.rotary.inverse_frequencies), context.rotary.attention_factor
+        (q1, q2, q), (m1, m2, m) = (jnp.split(a, [half, 2 * half], axis=-1) for a in (q, mean))
+        waves = jnp.concatenate([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], axis=-1) * factor
+        return jnp.concatenate([slots, waves.astype(slots.dtype)], axis=-1), jnp.sum(q * m, axis=-1)
 
     def dequantize_folded(
         self, payload: TiledPayload, context: Context, dtype=jnp.float32
     ) -> jax.Array:
-        """[128, heads, head_dim]: digits, by their scales, in their slots."""
-        codes = tiles.unpack(payload.words, self.bits, 2 * len(self.digits))
-        return (self._codebook.decode(codes) * as_float32(payload.scale)[None]).astype(dtype)
+        """[128, heads, head_dim + R]: digits times scales, in their slots; cosines; sines."""
+        slots, angles = self._decoded(payload).astype(dtype), self._angles(context)
+        if angles is None:
+            return slots
+        waves = jnp.concatenate([angles.cos, angles.sin], axis=-1).astype(dtype)
+        waves = jnp.broadcast_to(waves, (*slots.shape[:2], waves.shape[-1]))
+        return jnp.concatenate([slots, waves], axis=-1)
 
     def tiled_codes(self, body: Payload, context: Context) -> TiledCodes:
+        waves = None
+        if context.rotary is not None and self.unrotated:
+            starts = context.rotary.at(context.positions[:: tiles.TOKENS])
+            waves = Waves(starts=starts, places=context.rotary.at(jnp.arange(tiles.TOKENS)))
         return TiledCodes(
-            words=body.words, scale=body.scale, codebook=self._codebook, per_channel=True
+            words=body.words,
+            scale=body.scale,
+            waves=waves,
+            codebook=self._codebook,
+            per_channel=True,
         )
 
-    def lay_out(self, order: jax.Array) -> jax.Array:
-        """The channel of each slot."""
-        second = jnp.asarray(self._slots.second * np.int32(len(self.digits)))
-        return order[:, self._slots.rank] + second[None]
+    def _decoded(self, payload: TiledPayload) -> jax.Array:
+        """f32[128, heads, head_dim]: of slots."""
+        codes = tiles.unpack(payload.words, self.bits, payload.scale.shape[-1])
+        return self._codebook.decode(codes) * as_float32(payload.scale)[None]
+
+    def _angles(self, context: Context) -> RotaryAngles | None:
+        """By how much what is coded is rotated, after its mean is taken away."""
+        if not self.unrotated or context.rotary is None:
+            return None
+        if isinstance(context.rotary, RotaryAngles):
+            return context.rotary
+        return context.rotary.at(context.positions)
+
+    def lay_out(self, importance: jax.Array) -> DigitLayout:
+        order, pairs = by_rank(importance), importance.shape[-1]
+        ranked = jnp.take_along_axis(importance, order, axis=-1)
+        first, last = ranked[:, : pairs // 2], ranked[:, : -(pairs // 2) - 1 : -1]
+        doubled = jnp.sum(first * np.float32(LEFT_BY_DIGIT[self.bits]) > last, -1, jnp.int32)
+        if self.ranking == "none":
+            doubled = jnp.zeros_like(doubled)
+        rank, _ = _owners(doubled, pairs)
+        pair = jnp.take_along_axis(order, rank, axis=-1)
+        return DigitLayout(jnp.concatenate([pair, pair + pairs], axis=-1), doubled)
+
+    def _digits(self, layout: DigitLayout) -> tuple[jax.Array, jax.Array]:
+        """bool[heads, head_dim, 1] each: whether the channel of a slot has two digits, and whether
+        the slot holds the upper one."""
+        rank, upper = _owners(layout.doubled, layout.channel.shape[-1] // 2)
+        both = lambda a: jnp.concatenate([a, a], axis=-1)[..., None]
+        return both(rank < layout.doubled[:, None]), both(upper)
 
     @property
     def _codebook(self) -> Codebook:
         return centred_integers(self.bits)
 
-    @property
-    def _slots(self) -> "_Slots":
-        return _slots(self.bits, self.digits)
+
+def _owners(doubled: jax.Array, pairs: int) -> tuple[jax.Array, jax.Array]:
+    """[heads, pairs] each: i32, the rank of the pair whose digit a slot holds; bool, whether that
+    is an upper one. See `DigitLayout`."""
+    rank = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32), (len(doubled), pairs))
+    upper = rank >= pairs - doubled[:, None]
+    return jnp.where(upper, pairs - 1 - rank, rank), upper
 
 
-_FLOAT16 = np.dtype(np.float16)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slots:
-    """Of each slot: rank of its pair, whether it is the pair's second channel, which of the
-    channel's digits it holds, and the outermost level of the channel, in steps."""
-
-    rank: np.ndarray
-    second: np.ndarray
-    place: np.ndarray
-    top: np.ndarray
-
-
-@functools.lru_cache
-def _slots(bits: int, digits: tuple[int, ...]) -> _Slots:
-    slots = [
-        (rank, second, place, (2 ** (bits * count) - 1) / 2)
-        for rank, count in enumerate(digits)
-        for second in range(2)
-        for place in range(count)
-    ]
-    rank, second, place, top = (np.array(column) for column in zip(*slots, strict=True))
-    return _Slots(rank.astype(np.int32), second.astype(np.int32), place, top)
+def _rotated(x: jax.Array, angles: RotaryAngles | None) -> jax.Array:
+    """As `angles(x)`, with the same bits in every program; `x` where there are none."""
+    if angles is None:
+        return x
+    cos, sin, half = angles.cos * angles.factor, angles.sin * angles.factor, angles.cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    first, second = (
+        rounded(first * cos) - rounded(second * sin),
+        rounded(second * cos) + rounded(first * sin),
+    )
+    return jnp.concatenate([first, second, rest], axis=-1)
 
 
 def _best_step(x: jax.Array, top: jax.Array, finite: jax.Array) -> jax.Array:
@@ -190,7 +225,7 @@ def _best_step(x: jax.Array, top: jax.Array, finite: jax.Array) -> jax.Array:
     largest = jnp.minimum(largest, np.float32(jnp.finfo(jnp.float16).max))
     best, least = jnp.zeros_like(largest), jnp.full_like(largest, jnp.nan)
     for clip in CLIPS:
-        step = store(divide_or_zero(largest * np.float32(clip), top), finite, _FLOAT16)
+        step = store(divide_or_zero(largest * np.float32(clip), top), finite, np.dtype(np.float16))
         step = step.astype(jnp.float32)
         wrong = x - rounded(step * (_code(x, step, top) - top))
         error = pairwise_sum(rounded(jnp.square(wrong)), -1)

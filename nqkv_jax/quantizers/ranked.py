@@ -15,6 +15,7 @@ for the allocation; the ranking by queries and the widths per rank are ours.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +59,12 @@ class RankedState:
     """What is known of a sequence; `fitted` bool[] tells whether mean and ranks are final.
 
     energy f32[heads, head_dim] is the sum of squared queries; mean f32[heads, head_dim];
-    layout i32[heads, head_dim], where channels are stored, as `Ranking.lay_out` says it.
+    layout is where channels are stored, as `Ranking.lay_out` says it.
     """
 
     energy: jax.Array
     mean: jax.Array
-    layout: jax.Array
+    layout: Any
     fitted: jax.Array
 
 
@@ -76,15 +77,16 @@ class Ranking(Quantizer):
 
     ranking: str
 
-    def lay_out(self, order: jax.Array) -> jax.Array:
-        """What `RankedState.layout` is to be, for pairs in the order i32[heads, head_dim / 2] of
-        their importance. Done once per sequence, so that decoding has nothing to sort."""
+    def lay_out(self, importance: jax.Array) -> Any:
+        """What `RankedState.layout` is to be, a pytree, for pairs of the importance
+        f32[heads, head_dim / 2]. Done once per sequence, so that decoding has nothing to sort."""
         raise NotImplementedError
 
-    def check_ranking(self) -> None:
-        if self.ranking not in ("queries", "variance"):
+    def check_ranking(self, *more: str) -> None:
+        known = ("queries", "variance", *more)
+        if self.ranking not in known:
             raise ValueError(
-                f"{type(self).__name__}: ranking must be queries or variance; got {self.ranking!r}"
+                f"{type(self).__name__}: ranking must be {' or '.join(known)}; got {self.ranking!r}"
             )
 
     @property
@@ -93,11 +95,10 @@ class Ranking(Quantizer):
 
     def init_state(self, heads: int, head_dim: int) -> RankedState:
         zeros = jnp.zeros((heads, head_dim), jnp.float32)
-        pairs = jnp.arange(head_dim // 2, dtype=jnp.int32)
         return RankedState(
             energy=zeros,
             mean=zeros,
-            layout=self.lay_out(jnp.broadcast_to(pairs, (heads, len(pairs)))),
+            layout=self.lay_out(jnp.zeros((heads, head_dim // 2), jnp.float32)),
             fitted=jnp.zeros((), jnp.bool_),
         )
 
@@ -115,14 +116,10 @@ class Ranking(Quantizer):
         importance = _pair_sums(divide(pairwise_sum(rounded(jnp.square(x - mean)), 0), count)[0])
         if self.wants_queries:
             importance = importance * _pair_sums(state.energy)
-        order = jnp.argsort(-importance, axis=-1).astype(jnp.int32)
+        found = mean[0], self.lay_out(importance)
         keep = lambda old, new: jnp.where(state.fitted, old, new)
-        return dataclasses.replace(
-            state,
-            mean=keep(state.mean, mean[0]),
-            layout=keep(state.layout, self.lay_out(order)),
-            fitted=jnp.ones((), jnp.bool_),
-        )
+        mean, layout = jax.tree.map(keep, (state.mean, state.layout), found)
+        return dataclasses.replace(state, mean=mean, layout=layout, fitted=jnp.ones((), jnp.bool_))
 
     def state(self, context: Context) -> RankedState:
         """That of a sequence, without which nothing can be coded."""
@@ -230,9 +227,10 @@ class RankedQuantizer(Ranking):
         x = x + state.mean[..., None]
         return jnp.moveaxis(x, -1, 0).astype(dtype)
 
-    def lay_out(self, order: jax.Array) -> jax.Array:
-        """The slot of each channel: per width the first, then the second channels of its pairs."""
-        half = np.int32(order.shape[-1])
+    def lay_out(self, importance: jax.Array) -> jax.Array:
+        """i32[heads, head_dim], the slot of each channel: per width the first, then the second
+        channels of its pairs."""
+        order, half = by_rank(importance), np.int32(importance.shape[-1])
         parts = [order[:, s] + offset for _, s in self._segments() for offset in (0, half)]
         return jnp.argsort(jnp.concatenate(parts, axis=-1), axis=-1).astype(jnp.int32)
 
@@ -246,6 +244,11 @@ class RankedQuantizer(Ranking):
         distinct = sorted(set(self.widths), reverse=True)
         first = [self.widths.index(bits) for bits in distinct] + [len(self.widths)]
         return [(b, slice(i, j)) for b, i, j in zip(distinct, first, first[1:], strict=False)]
+
+
+def by_rank(importance: jax.Array) -> jax.Array:
+    """i32[heads, head_dim / 2]: the pair of each rank, the most important first."""
+    return jnp.argsort(-importance, axis=-1).astype(jnp.int32)
 
 
 def _pair_sums(x: jax.Array) -> jax.Array:

@@ -7,15 +7,15 @@ have widths of their own.
 Values are coded per token and head after a Hadamard rotation, which brings them near the normal
 distribution that their levels are for. The first 4 tokens stay in full precision.
 
-What fused kernels can read is the default: keys after RoPE, less the means of their channels, in
-tiles of 128 tokens of evenly spaced codes. A few channels have two digits, as many have none, the
-others one (`quantizers/digits.py`); scales of channels multiply the query. The latest 0 to 127
+What fused kernels can read is the default: keys that lose the means of their channels before RoPE,
+which would turn them with the position, and are coded after it, in tiles of 128 tokens of evenly
+spaced codes. Some channels have two digits, as many have none, the others one, as is best for each
+head (`quantizers/digits.py`); scales of channels and means meet the query. The latest 0 to 127
 tokens stay in full precision. Keys cost bits + 0.125, values bits + 16 / head_dim.
 
-With `fused=False` it is the best that we found without regard to kernels: keys before RoPE, which
-would turn the means of their channels with the position, over groups of 64 tokens, in five widths
-from bits + 2 down to bits - 2 (`quantizers/ranked.py`); Lloyd-Max levels for values; the latest 64
-to 127 tokens in full precision. Keys cost bits + 0.25.
+With `fused=False` it is the best that we found without regard to kernels: keys before RoPE over
+groups of 64 tokens, in five widths from bits + 2 down to bits - 2 (`quantizers/ranked.py`);
+Lloyd-Max levels for values; the latest 64 to 127 tokens in full precision. Keys cost bits + 0.25.
 
 Every piece can be switched off, to see what it buys.
 """
@@ -23,7 +23,7 @@ Every piece can be switched off, to see what it buys.
 from nqkv_jax import codebooks, tiles
 from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.quantizers.digits import DigitQuantizer, digits_by_rank
+from nqkv_jax.quantizers.digits import DigitQuantizer
 from nqkv_jax.quantizers.ranked import RankedQuantizer, widths_by_rank
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
 from nqkv_jax.quantizers.unrotated import Unrotated
@@ -39,20 +39,19 @@ def nqkv_plus(
     recent: int | None = None,
     sinks: int = 4,
     ranking: str = "queries",
-    keys: str = "auto",
+    keys: str = "unrotated",
     hadamard: bool = True,
 ):
     """Keys with bits where queries look, rotated values, sinks and a recent window."""
     one_of("nqkv-plus: bits", bits, (2, 3, 4))
     one_of("nqkv-plus: ranking", ranking, ("queries", "variance", "none"))
-    one_of("nqkv-plus: keys", keys, ("auto", "rotated", "unrotated"))
-    if fused and (keys == "unrotated" or group_size is not None):
+    one_of("nqkv-plus: keys", keys, ("rotated", "unrotated"))
+    if fused and group_size is not None:
         raise ValueError(
-            "nqkv-plus: keys that a fused kernel reads are coded after RoPE, 128 at a time; "
-            "keys=unrotated and group_size go with fused=False; "
-            f"got keys={keys} and group_size={group_size}"
+            "nqkv-plus: keys that a fused kernel reads are coded 128 at a time; group_size goes "
+            f"with fused=False; got group_size={group_size}"
         )
-    rotated = fused if keys == "auto" else keys == "rotated"
+    rotated = keys == "rotated"
     if group_size is None:
         group_size = tiles.TOKENS if fused else 64
     if recent is None:
@@ -62,11 +61,10 @@ def nqkv_plus(
     window = Window(keep=recent, chunk=group_size)
 
     def key_quantizer(head_dim):
+        if fused:
+            return DigitQuantizer(bits, ranking=ranking, unrotated=not rotated)
         ranked, by = ranking != "none", "variance" if ranking == "none" else ranking
         pairs = head_dim // 2
-        if fused:
-            digits = digits_by_rank(bits, head_dim) if ranked else (1,) * pairs
-            return DigitQuantizer(bits, digits, ranking=by)
         widths = widths_by_rank(bits, head_dim) if ranked else (bits,) * pairs
         key = RankedQuantizer(widths, group_size, ranking=by)
         return key if rotated else Unrotated(key)

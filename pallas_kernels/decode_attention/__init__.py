@@ -13,10 +13,18 @@ from nqkv_jax.pallas_kernels.decode_attention import (
     xla,
     xla_vectors,
 )
-from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes, Waves
 from nqkv_jax.pallas_kernels.decode_attention.vectors import VectorCodes
 
-__all__ = ["KERNELS", "PLATFORMS", "TiledCodes", "VectorCodes", "decode_attention", "unsupported"]
+__all__ = [
+    "KERNELS",
+    "PLATFORMS",
+    "TiledCodes",
+    "VectorCodes",
+    "Waves",
+    "decode_attention",
+    "unsupported",
+]
 
 Codes = TiledCodes | VectorCodes
 
@@ -47,8 +55,8 @@ def decode_attention(
     dtype of `q`, with sums, softmax and scales in float32.
 
     Args:
-      q: float[B, Hkv, G, D], rotated and scaled; G query heads share a KV head. D is head_dim,
-        but twice that if the means of keys are `apart`.
+      q: float[B, Hkv, G, D], rotated and scaled; G query heads share a KV head. D is `key.width`:
+        head_dim, and more if keys have waves, or their means are apart.
       key, value: the cache. Tokens beyond `lengths` may hold anything.
       lengths: i32[B], tokens that are there: at most 128 * tiles, of the side that has fewer.
       first: i32[B], the first token that is seen (a sliding window); None for 0.
@@ -106,7 +114,8 @@ def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
     key.check("key"), value.check("value")
     if type(key) is not type(value) or value.width != value.head_dim:
         raise ValueError(
-            "decode_attention: expected key and value of one kind, and means of values not apart; "
+            "decode_attention: expected key and value of one kind, and values without waves or "
+            "means that are apart; "
             f"got {type(key).__name__} and {type(value).__name__} of {value.width} channels"
         )
     batch, heads = key.words.shape[0], key.num_heads

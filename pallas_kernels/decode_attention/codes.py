@@ -1,12 +1,53 @@
 """What decode attention reads: one side of a cache in tiles of 128 tokens."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from nqkv_jax import tiles
 from nqkv_jax.codebooks import Codebook
+from nqkv_jax.rotary import RotaryAngles
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Waves:
+    """Channels of keys that are not stored, cosines and then sines of the angles of a token.
+
+    A mean that RoPE turns is a combination of them, whose factors are channels of the query.
+
+    Attributes:
+      starts: angles [tiles, 1, R / 2] of the first token of each tile.
+      places: angles [128, 1, R / 2] of the tokens of a tile, against its first.
+    """
+
+    starts: RotaryAngles
+    places: RotaryAngles
+
+    @property
+    def width(self) -> int:
+        """R, channels of a token."""
+        return 2 * self.places.cos.shape[-1]
+
+    def shift(self, q: jax.Array) -> jax.Array:
+        """f32[B, tiles, Hkv, G, 128]: what they add to scores, of q [B, Hkv, G, R].
+
+        By the addition theorems it is a product with the cosines and sines of one tile.
+        """
+        product = functools.partial(
+            jnp.einsum, "bnhgd,td->bnhgt", precision="highest", preferred_element_type=jnp.float32
+        )
+        cosine, sine = jnp.split(q.astype(jnp.float32)[:, None], 2, axis=-1)  # [B, 1, Hkv, G, R/2]
+        cos, sin = (a[None, :, :, None] for a in (self.starts.cos, self.starts.sin))
+        shift = product(cosine * cos + sine * sin, self.places.cos[:, 0])
+        return shift + product(sine * cos - cosine * sin, self.places.sin[:, 0])
+
+    def tile(self, tile: jax.Array) -> "Waves":
+        """Those of one, i32[]."""
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, tile, 1, axis=0)
+        return dataclasses.replace(self, starts=jax.tree.map(cut, self.starts))
 
 
 @jax.tree_util.register_dataclass
@@ -20,6 +61,7 @@ class TiledCodes:
         is one or several heads, or a part of one. float32, bfloat16, or int16: the bits of
         float16, which is not a dtype of TPU kernels.
       zero: like scale; None for 0.
+      waves: of keys, channels beside the head_dim of codes; None without.
       codebook: the levels.
       per_channel: scale and zero are [B, tiles, Hkv, head_dim] instead: of each channel, for all
         tokens of a tile.
@@ -28,6 +70,7 @@ class TiledCodes:
     words: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
+    waves: Waves | None = None
     codebook: Codebook = dataclasses.field(metadata={"static": True})
     per_channel: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -38,7 +81,7 @@ class TiledCodes:
     @property
     def width(self) -> int:
         """Channels of a token."""
-        return self.head_dim
+        return self.head_dim + (self.waves.width if self.waves else 0)
 
     @property
     def num_heads(self) -> int:
@@ -104,6 +147,13 @@ class TiledCodes:
                 raise ValueError(
                     f"decode_attention: the {a.shape[2]} blocks of {what}.{name} do not divide "
                     f"{self.num_heads} heads of {self.head_dim}"
+                )
+        if self.waves is not None:
+            starts, places = (a.cos.shape[0] for a in (self.waves.starts, self.waves.places))
+            if (starts, places) != (self.num_tiles, tiles.TOKENS):
+                raise ValueError(
+                    f"decode_attention: expected {what}.waves of {self.num_tiles} tiles and "
+                    f"{tiles.TOKENS} places; got {starts} and {places}"
                 )
         if self.block_size % self.head_dim and self.head_dim % self.block_size:
             raise ValueError(

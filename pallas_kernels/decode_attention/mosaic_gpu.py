@@ -11,7 +11,6 @@ float16, two at a time; scales multiply scores and weights, or if they are of ch
 but never elements.
 """
 
-import dataclasses
 import functools
 import itertools
 
@@ -23,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
 
-ROWS = 64  # of a tensor core's operand
 STAGES = 2  # units on their way from memory
 MULTIPROCESSORS = 132  # of an H100
 UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
@@ -68,64 +67,6 @@ def _other_capability() -> str | None:
     return None if capability.startswith("9.") else capability
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    head_dim: int
-    group: int  # padded to the 8 columns of a tensor core
-    num_tiles: int
-    splits: int
-    key: Levels
-    value: Levels
-    key_block: int  # heads that share a scale
-    value_block: int
-    key_zero: bool
-    value_zero: bool
-    channels: bool  # have the scales of keys, not tokens
-    soft_cap: float | None
-    interpret: bool
-
-    @property
-    def bits(self) -> int:
-        return self.key.codebook.bits
-
-    @property
-    def fields(self) -> int:
-        return 16 // self.bits
-
-    @property
-    def per_byte(self) -> int:
-        return 8 // self.bits
-
-    @property
-    def field(self) -> int:
-        """Tokens per field of a tile."""
-        return 8 * self.bits
-
-    @property
-    def width(self) -> int:
-        """Channels of a column: a tile's words are stored in columns of 128 channels."""
-        return min(self.head_dim, tiles.LANES)
-
-    @property
-    def columns(self) -> int:
-        return self.head_dim // self.width
-
-    @property
-    def tiles(self) -> int:
-        """Of a unit."""
-        return ROWS // self.field
-
-    @property
-    def key_arrays(self) -> int:
-        """Scales and zeros of the tokens of keys."""
-        return (not self.channels) + self.key_zero
-
-    @property
-    def arrays(self) -> int:
-        """Those of both sides."""
-        return self.key_arrays + 1 + self.value_zero
-
-
 def decode_attention(
     q: jax.Array,
     key: TiledCodes,
@@ -140,14 +81,15 @@ def decode_attention(
 
     `interpret` are `plgpu.InterpretGPUParams`, for tests.
     """
-    batch, heads, group, head_dim = q.shape
+    (batch, heads, group, _), head_dim = q.shape, key.head_dim
+    q, waves = jnp.split(q, [head_dim], axis=-1)
     num_tiles = min(key.num_tiles, value.num_tiles)
     units = -(-num_tiles * 8 * key.codebook.bits // ROWS)
     # As many programs as run at a time: what is on its way takes 64 KiB of each, of 227 KiB, and
     # twice as much if there are two columns.
     programs = MULTIPROCESSORS * (3 if head_dim <= tiles.LANES else 1)
     fill = -(-programs // (batch * heads))
-    plan = _Plan(
+    plan = Plan(
         head_dim=head_dim,
         group=-(-group // 8) * 8,
         num_tiles=num_tiles,
@@ -159,6 +101,7 @@ def decode_attention(
         key_zero=key.zero is not None,
         value_zero=value.zero is not None,
         channels=key.per_channel,
+        waves=key.waves is not None,
         soft_cap=soft_cap,
         interpret=interpret is not None,
     )
@@ -179,12 +122,18 @@ def decode_attention(
         if a is not None
     ]
     per_channel = [key.scale] if plan.channels else []
+    shift = []
+    if plan.waves:  # columns beside the scores': [batch, heads, tiles, fields, field, group]
+        padded = jnp.pad(waves, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
+        columns = key.waves.shift(padded).transpose(0, 2, 1, 4, 3)
+        shift = [columns.reshape(*columns.shape[:3], plan.fields, plan.field, plan.group)]
 
     word_tiles = (plan.columns, plan.tiles * plan.field, plan.width)
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     half = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
     token_size = (STAGES, plan.fields, plan.tiles, plan.field)
     copies = 2 * plan.columns * plan.tiles + plan.arrays * plan.fields + plan.channels
+    copies += plan.waves * plan.fields
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
@@ -203,6 +152,7 @@ def decode_attention(
                 plgpu.SMEM((plan.tiles * plan.group, head_dim), jnp.float16, transforms=half)
                 for _ in per_channel
             ],
+            [plgpu.SMEM((*token_size, plan.group), jnp.float32) for _ in shift],
             plgpu.SMEM((plan.per_byte, plan.group, ROWS), jnp.float16, transforms=half),
             plgpu.SMEM((head_dim, plan.group), jnp.float32),
             [plgpu.SMEM((plan.group,), jnp.float32) for _ in range(2)],
@@ -213,7 +163,17 @@ def decode_attention(
         grid=(plan.splits, heads, batch),
         grid_names=("split", "head", "batch"),
         **options,
-    )(lengths, first, q, sums, words(key.words), words(value.words), *per_token, *per_channel)
+    )(
+        lengths,
+        first,
+        q,
+        sums,
+        words(key.words),
+        words(value.words),
+        *per_token,
+        *per_channel,
+        *shift,
+    )
     top = jnp.max(maximum, axis=2, keepdims=True)
     weight = jnp.exp(maximum - top)
     denominator = jnp.sum(weight * denominator, axis=2)[..., :group]
@@ -222,12 +182,14 @@ def decode_attention(
     return numerator, denominator, jnp.where(denominator == 0, -jnp.inf, top[:, :, 0, :group])
 
 
-def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan: _Plan):
+def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan: Plan):
     token_gmem, refs = refs[: plan.arrays], refs[plan.arrays :]
     channel_gmem, refs = refs[: plan.channels], refs[plan.channels :]
+    shift_gmem, refs = refs[: plan.waves], refs[plan.waves :]
     numerator_gmem, denominator_gmem, maximum_gmem, *scratch = refs
     q_smem, sums_smem, key_smem, value_smem, token_smem = scratch[:5]
-    channel_smem, scaled_smem, p_smem, out_smem, row_smem, query_barrier, barrier = scratch[5:]
+    channel_smem, scaled_smem, shift_smem, p_smem, out_smem, row_smem = scratch[5:11]
+    query_barrier, barrier = scratch[11:]
     split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
     unit_tokens = plan.tiles * tiles.TOKENS
     length, oldest = lengths[batch], first[batch]
@@ -259,6 +221,11 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
                     source.at[batch, pl.ds(tile, plan.tiles), div(head, block), k],
                     target.at[slot, k],
                     done,
+                )
+        for source, target in zip(shift_gmem, shift_smem, strict=True):
+            for k in range(plan.fields):
+                plgpu.copy_gmem_to_smem(
+                    source.at[batch, head, pl.ds(tile, plan.tiles), k], target.at[slot, k], done
                 )
         for source, target in zip(channel_gmem, channel_smem, strict=True):
             plgpu.copy_gmem_to_smem(
@@ -351,6 +318,12 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
                 s = s * (per_token(0, slot, k) * jnp.float32(plan.key.slope))
             if plan.key_zero:
                 s = s + sums * per_token(1, slot, k)
+            if plan.waves:
+                added = shift_smem[0].at[slot, k]  # [tiles, field, group]: contiguous
+                if plan.interpret:
+                    s = s + added[...].reshape(square)
+                else:
+                    s = s + plgpu.load(added.reshape(*square), layout=plgpu.Layout.WGMMA)
             if plan.soft_cap is not None:
                 s = jnp.float32(plan.soft_cap) * jnp.tanh(s * jnp.float32(1 / plan.soft_cap))
             token = in_field + k * plan.field
@@ -420,7 +393,7 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     plgpu.wait_smem_to_gmem(0)
 
 
-def _matmul(left: jax.Array, right, shape: tuple[int, int], plan: _Plan) -> jax.Array:
+def _matmul(left: jax.Array, right, shape: tuple[int, int], plan: Plan) -> jax.Array:
     """f32 left [M, K] @ right [N, K]^T; `right` is in shared memory."""
     if plan.interpret:  # which has no products with an operand in registers
         return jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)

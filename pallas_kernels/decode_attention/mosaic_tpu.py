@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_tpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_plan import Plan, Side, make_plan
 
@@ -49,12 +50,19 @@ def decode_attention(
     """See `decode_attention.decode_attention`."""
     batch, heads, group, _ = q.shape
     plan = make_plan(q, key, value, soft_cap)
+    q, meeting_waves = jnp.split(q, [plan.head_dim], axis=-1)
     walked = functools.partial(in_steps, step=plan.step)
-    whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, *_: (b, 0, 0, 0))
+    whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, *_: (b,) + (0,) * (a.ndim - 1))
     queries = _expand(q, plan)
     codes = [
         a for side in (key, value) for a in (side.words, side.scale, side.zero) if a is not None
     ]
+    in_specs = [whole(queries), *map(walked, codes)]
+    added = []
+    if key.waves is not None:
+        added = waves.operands(key.waves, meeting_waves, plan)
+        places = pl.BlockSpec(added[2].shape, lambda *_: (0, 0, 0))
+        in_specs += [whole(added[0]), walked(added[1], batched=False), places]
     scales = [
         pltpu.VMEM(plan.scratch(side), jnp.float32)
         for side in (plan.key, plan.value)
@@ -71,19 +79,20 @@ def decode_attention(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, -(-min(key.num_tiles, value.num_tiles) // plan.step)),
-            in_specs=[whole(queries), *map(walked, codes)],
+            in_specs=in_specs,
             out_specs=[whole(o) for o in outputs],
             scratch_shapes=[*(pltpu.VMEM(shape, jnp.float32) for shape in sums), *scales],
         ),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="decode_attention",
-    )(lengths, first, queries, *codes)
+    )(lengths, first, queries, *codes, *added)
     return _collect(*results, plan, group)
 
 
-def in_steps(a, step: int) -> pl.BlockSpec:
-    """Of a [B, tiles, ...], `step` tiles at a time, on a grid of (B, steps).
+def in_steps(a, step: int, batched: bool = True) -> pl.BlockSpec:
+    """Of a [B, tiles, ...], `step` tiles at a time, on a grid of (B, steps); [tiles, ...] if not
+    `batched`.
 
     `lengths` and `first` are prefetched. A step none of whose tokens is seen asks for the nearest
     one that has some, which is there already.
@@ -94,6 +103,9 @@ def in_steps(a, step: int) -> pl.BlockSpec:
         last = jnp.maximum(jax.lax.div(lengths[b] - 1, jnp.int32(tokens)), 0)
         return jnp.clip(i, jnp.minimum(jax.lax.div(first[b], jnp.int32(tokens)), last), last)
 
+    if not batched:
+        index = lambda b, i, *prefetched: (nearest(b, i, *prefetched),) + (0,) * (a.ndim - 1)
+        return pl.BlockSpec((step, *a.shape[1:]), index)
     index = lambda b, i, *prefetched: (b, nearest(b, i, *prefetched)) + (0,) * (a.ndim - 2)
     return pl.BlockSpec((1, step, *a.shape[2:]), index)
 
@@ -132,6 +144,7 @@ def _kernel(lengths, first, q_ref, *refs, plan: Plan):
     take = lambda n: [refs.pop(0) for _ in range(n)]
     key_words, *key_arrays = take(1 + plan.key.num_arrays)
     value_words, *value_arrays = take(1 + plan.value.num_arrays)
+    added = take(3 if plan.key.codes.waves else 0)
     outputs, (acc, denominator, maximum) = take(3), take(3)
     key_scales, value_scales = take(plan.key.num_arrays), take(plan.value.num_arrays)
 
@@ -164,6 +177,10 @@ def _kernel(lengths, first, q_ref, *refs, plan: Plan):
         def head(h, carry):
             score = _channel_scores if plan.key.codes.per_channel else _scores
             scores = score(q_ref[0, h], h, key_words, key_scales, plan)
+            if added:
+                of_waves = waves.scores(added[0][0, h], *added[1:], plan)
+                scores = map(jnp.add, scores, of_waves)
+            scores = [_capped(s, plan) for s in scores]
             scores = [
                 jnp.where((rows >= low - at) & (rows < high - at), s, jnp.float32(UNSEEN))
                 for s, at in zip(scores, _starts(plan), strict=True)
@@ -332,7 +349,7 @@ def _scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
             s = s * _scale_rows(scales[0], side, head, unit + n, plan)
             if len(scales) > 1:
                 s = s + total * _scale_rows(scales[1], side, head, unit + n, plan)
-            out.append(_capped(_over_blocks(s, side.blocks, plan), plan))
+            out.append(_over_blocks(s, side.blocks, plan))
     return out
 
 
@@ -340,9 +357,6 @@ def _channel_scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
     """As `_scores`, where channels have scales: those of each tile multiply the queries."""
     levels, rows = plan.key.levels, q.shape[0]
     q = q.astype(jnp.float32)
-    # A unit of several tiles meets the queries of each; a tile's own scores are in its lanes.
-    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, tiles.LANES), 1)
-    own = [lane >= t * (tiles.LANES // plan.fold) for t in range(1, plan.fold)]
 
     def queries(unit):
         """For the tiles of a unit: [fold * rows, lanes], and what is constant [fold * rows, 1]."""
@@ -363,10 +377,8 @@ def _channel_scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
         left, constant = zip(*(queries(unit + n) for n in range(pair)), strict=True)
         for s, c in zip(_products(list(left), unit, head, words, plan), constant, strict=True):
             s = s + c
-            found = s[:rows]
-            for t, lanes in enumerate(own, start=1):
-                found = jnp.where(lanes, s[t * rows : (t + 1) * rows], found)
-            out.append(_capped(found, plan))
+            in_tiles = [s[t * rows : (t + 1) * rows] for t in range(plan.fold)]
+            out.append(plan.of_own_tile(in_tiles))
     return out
 
 

@@ -75,6 +75,14 @@ class Plan:
         """i32[1, 128]: the token, in its unit, of each lane of scores in a row of one place."""
         return self.fold * jax.lax.broadcasted_iota(jnp.int32, (1, tiles.LANES), 1) + row
 
+    def of_own_tile(self, parts: list[jax.Array]) -> jax.Array:
+        """[rows, 128] of parts for each tile of a unit, whose tokens are in lanes side by side."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
+        found = parts[0]
+        for tile, part in enumerate(parts[1:], start=1):
+            found = jnp.where(lane >= tile * (tiles.LANES // self.fold), part, found)
+        return found
+
 
 def make_plan(q: jax.Array, key: TiledCodes, value: TiledCodes, soft_cap: float | None) -> Plan:
     dtype = jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)

@@ -16,15 +16,17 @@ def decode_attention(
     soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention.decode_attention`; one tile at a time, in float32."""
-    batch, heads, group, head_dim = q.shape
+    (batch, heads, group, _), head_dim = q.shape, value.head_dim
     product = lambda formula, *operands: jnp.einsum(
         formula, *operands, precision="highest", preferred_element_type=jnp.float32
     )
-    q = q.astype(jnp.float32)
+    q, waves = jnp.split(q.astype(jnp.float32), [head_dim], axis=-1)
 
     def step(tile, carry):
         numerator, denominator, maximum = carry
         scores = product("bhgd,bthd->bhgt", q, key.decode(tile))
+        if key.waves is not None:
+            scores = scores + key.waves.tile(tile).shift(waves)[:, 0]
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         token = tile * tiles.TOKENS + jnp.arange(tiles.TOKENS)[None]
