@@ -278,7 +278,8 @@ def _walk_body(
         valid = (token >= i * tile)[None] & (token[None] < tokens[:, None])
         positions = jnp.broadcast_to(token + key.num_sinks, valid.shape)
         mask = visible(query_positions, positions, valid, window)
-        return attend_tokens(folded, decode(key, keys), decode(value, values), mask, shift)
+        waves = key.quantizer.waves(Context(rotary=angles(i)), folded.dtype)
+        return attend_tokens(folded, decode(key, keys), decode(value, values), mask, shift, waves)
 
     # Folded values may have another width than the model's.
     width = jax.eval_shape(lambda: one(0, fetch(key, 0), fetch(value, 0))).numerator.shape[-1]

@@ -51,9 +51,19 @@ class Partial:
 
 
 def attend_tokens(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shift: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    shift: jax.Array | None = None,
+    waves: jax.Array | None = None,
 ) -> Partial:
-    """Attention of q [B, Hkv, G, S, D], scaled, over k, v [B, T, Hkv, D] where mask [B, S, T]."""
+    """Attention of q [B, Hkv, G, S, D], scaled, over k, v [B, T, Hkv, D] where mask [B, S, T].
+
+    `shift` f32[B, Hkv, G, S] is added to scores. `waves` [T, C] are more channels of keys, alike
+    for all sequences and heads; q has C more, too.
+    """
+    q, more = jnp.split(q, [k.shape[-1]], axis=-1)
     if q.shape[3] == 1:
         # The same product with the keys as left operand, which need not be transposed then: for one
         # query per head XLA:CPU is up to twice as fast.
@@ -61,6 +71,10 @@ def attend_tokens(
         scores = jnp.moveaxis(scores, 2, -1)
     else:
         scores = jnp.einsum("bhgsd,bthd->bhgst", q, k, preferred_element_type=jnp.float32)
+    if waves is not None:
+        scores = scores + jnp.einsum(
+            "bhgsc,tc->bhgst", more, waves, preferred_element_type=jnp.float32
+        )
     if shift is not None:
         scores = scores + shift[..., None]
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)

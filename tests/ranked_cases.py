@@ -34,14 +34,23 @@ def encode(quantizer, queries, chunks, rotary=None):
         state = quantizer.observe_query(q, nq.Context(state=state))
     payloads = []
     for n, chunk in enumerate(chunks):
-        state = quantizer.observe(chunk, nq.Context(state=state))
+        state = quantizer.observe(chunk, context(state, n, len(chunk), rotary))
         payloads.append(quantizer.quantize(chunk, context(state, n, len(chunk), rotary)))
     return state, jax.tree.map(lambda *a: jnp.stack(a), *payloads)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decode(quantizer, state, payloads, folded=False, rotary=None):
-    """[chunks, group, HEADS, DIM], of folded tokens more channels."""
-    of = quantizer.dequantize_folded if folded else quantizer.dequantize
-    one = lambda payload, n: of(payload, context(state, n, quantizer.group, rotary))
+    """[chunks, group, HEADS, DIM]; of folded tokens all channels."""
+
+    def one(payload, n):
+        about = context(state, n, quantizer.group, rotary)
+        if not folded:
+            return quantizer.dequantize(payload, about)
+        x = quantizer.dequantize_folded(payload, about)
+        waves = quantizer.waves(about)
+        if waves is None:
+            return x
+        return jnp.concatenate([x, jnp.stack([waves] * HEADS, axis=1)], axis=-1)
+
     return jax.vmap(one)(payloads, jnp.arange(len(jax.tree.leaves(payloads)[0])))

@@ -71,7 +71,8 @@ def oracle(q, k, quantizer, rotary=None):
 def test_digits_add_up_to_the_nearest_level(bits, rotary):
     q, k = draw(seed=bits)
     quantizer = make(bits)
-    state, payloads = run(quantizer, q, k, rotary)
+    keys = turned(k).astype(np.float32) if rotary else k
+    state, payloads = run(quantizer, q, keys, rotary)
     wrong = np.abs(
         decode(quantizer, state, payloads, False, rotary) - oracle(q, k, quantizer, rotary)
     )
@@ -106,12 +107,11 @@ def test_means_that_rope_turns_need_no_bits():
     """Keys that are hardly more than their mean before RoPE: after it, tiles are full of it."""
     q, k = draw(seed=4)
     k = 0.1 * k + 10
-    error = {}
-    for name in (True, False):
-        quantizer = make(2, unrotated=name)
-        x = k if name else turned(k).astype(np.float32)
-        found = decode(quantizer, *run(quantizer, q, x, ROTARY), False, ROTARY)
-        error[name] = np.mean((np.asarray(found) - turned(k)) ** 2)
+    keys, error = turned(k).astype(np.float32), {}
+    for turning in (True, False):
+        quantizer = make(2, turning=turning)
+        found = decode(quantizer, *run(quantizer, q, keys, ROTARY), False, ROTARY)
+        error[turning] = np.mean((np.asarray(found) - keys) ** 2)
     assert error[True] < 0.1 * error[False]
 
 

@@ -96,7 +96,8 @@ class Quantizer:
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         """(q', shift) such that <q, key> = <q', folded key> + shift.
 
-        `q` is [..., heads, head_dim] with KV heads; q' is [..., heads, channels of a folded key];
+        `q` is [..., heads, head_dim] with KV heads; q' is [..., heads, channels of a folded key],
+        those that meet `waves` at the end;
         `shift` is [..., heads] or None for zero.
         """
         return q, None
@@ -104,6 +105,12 @@ class Quantizer:
     def dequantize_folded(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
         """Like `dequantize`, without the map that `fold_queries` or `unfold_output` takes over."""
         return self.dequantize(payload, context, dtype)
+
+    def waves(self, context: Context, dtype=jnp.float32) -> jax.Array | None:
+        """[tokens, channels] that folded keys have beside those of `dequantize_folded`, alike for
+        all heads and sequences, so that they need not be stored: functions of the position, of
+        which `context.rotary` has the angles. None for none. `fold_queries` returns as many."""
+        return None
 
     def tiled_codes(self, body: Payload, context: Context) -> TiledCodes | VectorCodes | None:
         """What a fused kernel reads of a body, leaves [batch, groups, ...], in place of calling

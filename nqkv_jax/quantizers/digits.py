@@ -9,9 +9,10 @@ least: a channel gets the digit of another if what one digit leaves of it is mor
 of the other. Only the query, whose channels are picked for the slots, knows about it.
 
 Means of channels are large, and RoPE turns them, so that over a tile they would be most of what
-there is to code. So keys lose their means before RoPE and are coded after it. What a mean adds to
-the score of token t is, of each channel pair with the frequency f, a cos(f t) + b sin(f t), where a
-and b depend on the query alone: channels of a folded query that meet cosines and sines.
+there is to code. So keys lose the means that they have before RoPE, turned to where they are. What
+a mean adds to the score of token t is, of each channel pair with the frequency f, a cos(f t) +
+b sin(f t), where a and b depend on the query alone: channels of a folded query that meet cosines
+and sines.
 
 Scales are those of the least squared error among a few fractions of the largest magnitude.
 
@@ -35,7 +36,7 @@ from nqkv_jax.quantizers.block import (
     rounded,
     store,
 )
-from nqkv_jax.quantizers.ranked import Ranking, by_rank
+from nqkv_jax.quantizers.ranked import RankedState, Ranking, by_rank
 from nqkv_jax.quantizers.tiled import TiledPayload
 from nqkv_jax.rotary import RotaryAngles
 
@@ -74,12 +75,12 @@ class DigitQuantizer(Ranking):
     Attributes:
       bits: of a digit, 2, 3 or 4.
       ranking: see `Ranking`; "none" for one digit everywhere.
-      unrotated: whether keys come before RoPE; if not, they lose the means that they have after it.
+      turning: whether means are those before RoPE; if not, keys lose those that they have after it.
     """
 
     bits: int = dataclasses.field(metadata=_STATIC)
     ranking: str = dataclasses.field(default="queries", metadata=_STATIC)
-    unrotated: bool = dataclasses.field(default=True, metadata=_STATIC)
+    turning: bool = dataclasses.field(default=True, metadata=_STATIC)
 
     def __post_init__(self):
         if self.bits not in LEFT_BY_DIGIT:
@@ -93,11 +94,18 @@ class DigitQuantizer(Ranking):
     def check(self, heads: int, head_dim: int) -> None:
         tiles.check(head_dim, self.bits)
 
+    def observe(self, x: jax.Array, context: Context) -> RankedState:
+        x, angles = x.astype(jnp.float32), self._angles(context)
+        if angles is not None:
+            back = dataclasses.replace(angles, sin=-angles.sin, factor=1 / angles.factor)
+            x = _rotated(x, back)
+        return super().observe(x, context)
+
     def quantize(self, x: jax.Array, context: Context) -> TiledPayload:
         check_group("DigitQuantizer", x, self.group)
         self.check(*x.shape[1:])
         state = self.state(context)
-        x = _rotated(x.astype(jnp.float32) - state.mean[None], self._angles(context))
+        x = x.astype(jnp.float32) - self._means(state, context)
         x = jnp.moveaxis(x, 0, -1)  # [heads, D, 128]
         finite = jnp.all(jnp.isfinite(x), axis=(1, 2), keepdims=True)
         # A channel is coded once for each of its slots, alike; each keeps a digit.
@@ -121,15 +129,14 @@ class DigitQuantizer(Ranking):
         add = lambda zero, channels, x: zero.at[:, channels].add(x)
         per_head = jax.vmap(add, in_axes=(1, 0, 1), out_axes=1)
         x = per_head(jnp.zeros_like(slots), state.layout.channel, slots)
-        mean = jnp.broadcast_to(state.mean[None], x.shape)
-        return (x + _rotated(mean, self._angles(context))).astype(dtype)
+        return (x + self._means(state, context)).astype(dtype)
 
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         state = self.state(context)
         align = lambda a: jnp.broadcast_to(a, q.shape)
         slots = jnp.take_along_axis(q, align(state.layout.channel), axis=-1)
         q, mean, half, factor = q.astype(jnp.float32), align(state.mean), 0, 1.0
-        if context.rotary is not None and self.unrotated:
+        if context.rotary is not None and self.turning:
             half, factor = len(context.rotary.inverse_frequencies), context.rotary.attention_factor
         (q1, q2, q), (m1, m2, m) = (jnp.split(a, [half, 2 * half], axis=-1) for a in (q, mean))
         waves = jnp.concatenate([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], axis=-1) * factor
@@ -138,17 +145,19 @@ class DigitQuantizer(Ranking):
     def dequantize_folded(
         self, payload: TiledPayload, context: Context, dtype=jnp.float32
     ) -> jax.Array:
-        """[128, heads, head_dim + R]: digits times scales, in their slots; cosines; sines."""
-        slots, angles = self._decoded(payload).astype(dtype), self._angles(context)
+        """[128, heads, head_dim]: digits times scales, in their slots."""
+        return self._decoded(payload).astype(dtype)
+
+    def waves(self, context: Context, dtype=jnp.float32) -> jax.Array | None:
+        """[tokens, R]: cosines and sines."""
+        angles = self._angles(context)
         if angles is None:
-            return slots
-        waves = jnp.concatenate([angles.cos, angles.sin], axis=-1).astype(dtype)
-        waves = jnp.broadcast_to(waves, (*slots.shape[:2], waves.shape[-1]))
-        return jnp.concatenate([slots, waves], axis=-1)
+            return None
+        return jnp.concatenate([angles.cos, angles.sin], axis=-1)[:, 0].astype(dtype)
 
     def tiled_codes(self, body: Payload, context: Context) -> TiledCodes:
         waves = None
-        if context.rotary is not None and self.unrotated:
+        if context.rotary is not None and self.turning:
             starts = context.rotary.at(context.positions[:: tiles.TOKENS])
             waves = Waves(starts=starts, places=context.rotary.at(jnp.arange(tiles.TOKENS)))
         return TiledCodes(
@@ -164,9 +173,15 @@ class DigitQuantizer(Ranking):
         codes = tiles.unpack(payload.words, self.bits, payload.scale.shape[-1])
         return self._codebook.decode(codes) * as_float32(payload.scale)[None]
 
+    def _means(self, state: RankedState, context: Context) -> jax.Array:
+        """f32[128, heads, head_dim], turned to the tokens' positions."""
+        means = jnp.broadcast_to(state.mean[None], (self.group, *state.mean.shape))
+        angles = self._angles(context)
+        return means if angles is None else _rotated(means, angles)
+
     def _angles(self, context: Context) -> RotaryAngles | None:
-        """By how much what is coded is rotated, after its mean is taken away."""
-        if not self.unrotated or context.rotary is None:
+        """By how much means are turned."""
+        if not self.turning or context.rotary is None:
             return None
         if isinstance(context.rotary, RotaryAngles):
             return context.rotary
@@ -203,10 +218,8 @@ def _owners(doubled: jax.Array, pairs: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(upper, pairs - 1 - rank, rank), upper
 
 
-def _rotated(x: jax.Array, angles: RotaryAngles | None) -> jax.Array:
-    """As `angles(x)`, with the same bits in every program; `x` where there are none."""
-    if angles is None:
-        return x
+def _rotated(x: jax.Array, angles: RotaryAngles) -> jax.Array:
+    """As `angles(x)`, with the same bits in every program."""
     cos, sin, half = angles.cos * angles.factor, angles.sin * angles.factor, angles.cos.shape[-1]
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     first, second = (

@@ -7,11 +7,11 @@ have widths of their own.
 Values are coded per token and head after a Hadamard rotation, which brings them near the normal
 distribution that their levels are for. The first 4 tokens stay in full precision.
 
-What fused kernels can read is the default: keys that lose the means of their channels before RoPE,
-which would turn them with the position, and are coded after it, in tiles of 128 tokens of evenly
-spaced codes. Some channels have two digits, as many have none, the others one, as is best for each
-head (`quantizers/digits.py`); scales of channels and means meet the query. The latest 0 to 127
-tokens stay in full precision. Keys cost bits + 0.125, values bits + 16 / head_dim.
+What fused kernels can read is the default: keys after RoPE, less the means that their channels have
+before it (with `keys=rotated`: after it), in tiles of 128 tokens of evenly spaced codes. Some
+channels have two digits, as many have none, the others one, as is best for each head
+(`quantizers/digits.py`); scales of channels and means meet the query. The latest 0 to 127 tokens
+stay in full precision. Keys cost bits + 0.125, values bits + 16 / head_dim.
 
 With `fused=False` it is the best that we found without regard to kernels: keys before RoPE over
 groups of 64 tokens, in five widths from bits + 2 down to bits - 2 (`quantizers/ranked.py`);
@@ -51,7 +51,6 @@ def nqkv_plus(
             "nqkv-plus: keys that a fused kernel reads are coded 128 at a time; group_size goes "
             f"with fused=False; got group_size={group_size}"
         )
-    rotated = keys == "rotated"
     if group_size is None:
         group_size = tiles.TOKENS if fused else 64
     if recent is None:
@@ -62,12 +61,12 @@ def nqkv_plus(
 
     def key_quantizer(head_dim):
         if fused:
-            return DigitQuantizer(bits, ranking=ranking, unrotated=not rotated)
+            return DigitQuantizer(bits, ranking=ranking, turning=keys == "unrotated")
         ranked, by = ranking != "none", "variance" if ranking == "none" else ranking
         pairs = head_dim // 2
         widths = widths_by_rank(bits, head_dim) if ranked else (bits,) * pairs
         key = RankedQuantizer(widths, group_size, ranking=by)
-        return key if rotated else Unrotated(key)
+        return key if keys == "rotated" else Unrotated(key)
 
     def layer(shape):
         if shape.head_dim % 2:
@@ -88,7 +87,7 @@ def nqkv_plus(
             sinks=sinks,
             key_window=window,
             value_window=window,
-            rotated=rotated,
+            rotated=fused or keys == "rotated",
         )
 
     return layer
