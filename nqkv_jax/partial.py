@@ -63,7 +63,8 @@ def attend_tokens(
     `shift` f32[B, Hkv, G, S] is added to scores. `waves` [T, C] are more channels of keys, alike
     for all sequences and heads; q has C more, too.
     """
-    q, more = jnp.split(q, [k.shape[-1]], axis=-1)
+    if waves is not None:
+        q, more = jnp.split(q, [q.shape[-1] - waves.shape[-1]], axis=-1)
     if q.shape[3] == 1:
         # The same product with the keys as left operand, which need not be transposed then: for one
         # query per head XLA:CPU is up to twice as fast.

@@ -44,7 +44,7 @@ def oracle(q, k, quantizer, rotary=None):
     rotated = turned if rotary else lambda x: x
     coded = rotated(k - means)
     for h in range(HEADS):
-        cost = k[0, :, h].var(0), (q[:, h] ** 2).sum((0, 1))
+        cost = (coded[0, :, h] ** 2).mean(0), (q[:, h] ** 2).sum((0, 1))
         pairs = (cost[0][:half] + cost[0][half:]) * (cost[1][:half] + cost[1][half:])
         order = np.argsort(-pairs)
         left = pairs[order] * LEFT_BY_DIGIT[quantizer.bits]

@@ -19,6 +19,10 @@ SCHEME = "nqkv:residual=128,codebook=cubic,centre=True,hadamard=True,sinks=4"
 CHANNELS = "nqkv-plus:bits=2"  # keys with a scale for every channel of a tile, some of two digits
 ROTARY = Rotary(inverse_frequencies=jnp.asarray(100.0 ** -(np.arange(DIM // 2) / (DIM // 2))))
 
+# What turning means has to mind: a factor, and channels that are not rotated.
+YARN = Rotary(inverse_frequencies=ROTARY.inverse_frequencies[:24], attention_factor=1.25)
+ROTARIES = {"rope": ROTARY, "yarn": YARN, "none": None}
+
 
 def tokens(count, seed=0):
     rng = np.random.default_rng(seed)
@@ -27,19 +31,29 @@ def tokens(count, seed=0):
 
 
 @functools.cache
-def prompted(scheme):
+def prompted(scheme, rotary="rope"):
     """A cache of a ragged batch: 420 and 150 tokens, of which 384 and 128 are encoded."""
     cache = nq.schemes.get(scheme).init(
         num_layers=1, batch=2, max_len=512, num_kv_heads=HEADS, head_dim=DIM
     )
-    attend = jax.jit(functools.partial(nq.attend, rotary=ROTARY))
+    attend = jax.jit(functools.partial(nq.attend, rotary=ROTARIES[rotary]))
     return attend(*tokens(420), cache, num_new=jnp.array([420, 150]))[1]
 
 
-@pytest.mark.parametrize("scheme, window", [(SCHEME, None), (SCHEME, 200), (CHANNELS, None)])
-def test_kernel_and_steps_agree(scheme, window):
-    cache, new = prompted(scheme), tokens(1, seed=1)
-    run = functools.partial(nq.attend, rotary=ROTARY, window=window)
+@pytest.mark.parametrize(
+    "scheme, window, rotary",
+    [
+        (SCHEME, None, "rope"),
+        (SCHEME, 200, "rope"),
+        (CHANNELS, None, "rope"),
+        (CHANNELS, 200, "yarn"),
+        (CHANNELS, None, "none"),
+        ("nqkv-plus:keys=rotated", None, "rope"),
+    ],
+)
+def test_kernel_and_steps_agree(scheme, window, rotary):
+    cache, new = prompted(scheme, rotary), tokens(1, seed=1)
+    run = functools.partial(nq.attend, rotary=ROTARIES[rotary], window=window)
     expected, after = jax.jit(functools.partial(run, implementation="xla"))(*new, cache)
     with pltpu.force_tpu_interpret_mode():
         fused = jax.jit(functools.partial(run, implementation="mosaic_tpu"))
@@ -48,8 +62,20 @@ def test_kernel_and_steps_agree(scheme, window):
     chex.assert_trees_all_equal(after, same)
 
 
-# What it takes to rotate the means of windows: a factor, and channels that are not rotated.
-YARN = Rotary(inverse_frequencies=ROTARY.inverse_frequencies[:24], attention_factor=1.25)
+@pytest.mark.parametrize("rotary", ROTARIES)
+def test_steps_are_what_the_decoded_view_says(rotary):
+    """Folded queries and keys against keys decoded in full, on which perplexities are measured."""
+    scheme, rotary = nq.schemes.get(CHANNELS), ROTARIES[rotary]
+    q, k, v = tokens(270)
+    attend = jax.jit(functools.partial(nq.attend, rotary=rotary))
+    cache = scheme.init(
+        num_layers=1, batch=2, max_len=270, num_kv_heads=HEADS, head_dim=DIM, dtype=jnp.float32
+    )
+    _, cache = attend(q[:, :-1], k[:, :-1], v[:, :-1], cache)
+    out, _ = attend(q[:, -1:], k[:, -1:], v[:, -1:], cache)
+    view = nq.DecodedView(scheme=scheme, num_layers=1, dtype=jnp.dtype(jnp.float32))
+    expected, _ = attend(q, k, v, view)
+    np.testing.assert_allclose(out[:, 0], expected[:, -1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +111,10 @@ def test_vectors_by_look_up_and_by_kernels_are_what_decoding_gives(scheme, monke
     np.testing.assert_allclose(fused, expected, rtol=0, atol=1e-5)
 
 
-def test_a_saved_cache_serves_the_kernel(tmp_path):
+@pytest.mark.parametrize("scheme", [SCHEME, CHANNELS])
+def test_a_saved_cache_serves_the_kernel(scheme, tmp_path):
     """Tiles are one layout for all platforms."""
-    cache, new = prompted(SCHEME), tokens(1, seed=2)
+    cache, new = prompted(scheme), tokens(1, seed=2)
     nq.save_cache(cache, tmp_path / "cache.safetensors")
     loaded = nq.load_cache(tmp_path / "cache.safetensors")
     chex.assert_trees_all_equal(loaded, cache)

@@ -97,8 +97,7 @@ class Quantizer:
         """(q', shift) such that <q, key> = <q', folded key> + shift.
 
         `q` is [..., heads, head_dim] with KV heads; q' is [..., heads, channels of a folded key],
-        those that meet `waves` at the end;
-        `shift` is [..., heads] or None for zero.
+        those that meet `waves` at the end; `shift` is [..., heads] or None for zero.
         """
         return q, None
 

@@ -36,7 +36,7 @@ from nqkv_jax.quantizers.block import (
     rounded,
     store,
 )
-from nqkv_jax.quantizers.ranked import RankedState, Ranking, by_rank
+from nqkv_jax.quantizers.ranked import Ranking, by_rank, token_mean
 from nqkv_jax.quantizers.tiled import TiledPayload
 from nqkv_jax.rotary import RotaryAngles
 
@@ -74,7 +74,7 @@ class DigitQuantizer(Ranking):
 
     Attributes:
       bits: of a digit, 2, 3 or 4.
-      ranking: see `Ranking`; "none" for one digit everywhere.
+      ranking: see `Ranking`; or "none", for one digit everywhere.
       turning: whether means are those before RoPE; if not, keys lose those that they have after it.
     """
 
@@ -94,18 +94,19 @@ class DigitQuantizer(Ranking):
     def check(self, heads: int, head_dim: int) -> None:
         tiles.check(head_dim, self.bits)
 
-    def observe(self, x: jax.Array, context: Context) -> RankedState:
-        x, angles = x.astype(jnp.float32), self._angles(context)
-        if angles is not None:
-            back = dataclasses.replace(angles, sin=-angles.sin, factor=1 / angles.factor)
-            x = _rotated(x, back)
-        return super().observe(x, context)
+    def centre(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        angles = self._angles(context)
+        if angles is None:
+            return super().centre(x, context)
+        back = dataclasses.replace(angles, sin=-angles.sin, factor=1 / angles.factor)
+        mean = token_mean(_rotated(x, back))[0]
+        return mean, x - self._turned(mean, len(x), context)
 
     def quantize(self, x: jax.Array, context: Context) -> TiledPayload:
         check_group("DigitQuantizer", x, self.group)
         self.check(*x.shape[1:])
         state = self.state(context)
-        x = x.astype(jnp.float32) - self._means(state, context)
+        x = x.astype(jnp.float32) - self._turned(state.mean, self.group, context)
         x = jnp.moveaxis(x, 0, -1)  # [heads, D, 128]
         finite = jnp.all(jnp.isfinite(x), axis=(1, 2), keepdims=True)
         # A channel is coded once for each of its slots, alike; each keeps a digit.
@@ -129,18 +130,23 @@ class DigitQuantizer(Ranking):
         add = lambda zero, channels, x: zero.at[:, channels].add(x)
         per_head = jax.vmap(add, in_axes=(1, 0, 1), out_axes=1)
         x = per_head(jnp.zeros_like(slots), state.layout.channel, slots)
-        return (x + self._means(state, context)).astype(dtype)
+        return (x + self._turned(state.mean, self.group, context)).astype(dtype)
 
     def fold_queries(self, q: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
         state = self.state(context)
         align = lambda a: jnp.broadcast_to(a, q.shape)
         slots = jnp.take_along_axis(q, align(state.layout.channel), axis=-1)
-        q, mean, half, factor = q.astype(jnp.float32), align(state.mean), 0, 1.0
-        if context.rotary is not None and self.turning:
-            half, factor = len(context.rotary.inverse_frequencies), context.rotary.attention_factor
-        (q1, q2, q), (m1, m2, m) = (jnp.split(a, [half, 2 * half], axis=-1) for a in (q, mean))
-        waves = jnp.concatenate([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], axis=-1) * factor
-        return jnp.concatenate([slots, waves.astype(slots.dtype)], axis=-1), jnp.sum(q * m, axis=-1)
+        rotary = context.rotary if self.turning else None
+        half = 0 if rotary is None else len(rotary.inverse_frequencies)
+        split = lambda a: jnp.split(a, [half, 2 * half], axis=-1)
+        q1, q2, q_rest = split(q.astype(jnp.float32))
+        m1, m2, m_rest = split(align(state.mean))
+        shift = jnp.sum(q_rest * m_rest, axis=-1)
+        if rotary is None:
+            return slots, shift
+        waves = jnp.concatenate([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], axis=-1)
+        waves = (waves * rotary.attention_factor).astype(q.dtype)
+        return jnp.concatenate([slots, waves], axis=-1), shift
 
     def dequantize_folded(
         self, payload: TiledPayload, context: Context, dtype=jnp.float32
@@ -168,25 +174,6 @@ class DigitQuantizer(Ranking):
             per_channel=True,
         )
 
-    def _decoded(self, payload: TiledPayload) -> jax.Array:
-        """f32[128, heads, head_dim]: of slots."""
-        codes = tiles.unpack(payload.words, self.bits, payload.scale.shape[-1])
-        return self._codebook.decode(codes) * as_float32(payload.scale)[None]
-
-    def _means(self, state: RankedState, context: Context) -> jax.Array:
-        """f32[128, heads, head_dim], turned to the tokens' positions."""
-        means = jnp.broadcast_to(state.mean[None], (self.group, *state.mean.shape))
-        angles = self._angles(context)
-        return means if angles is None else _rotated(means, angles)
-
-    def _angles(self, context: Context) -> RotaryAngles | None:
-        """By how much means are turned."""
-        if not self.turning or context.rotary is None:
-            return None
-        if isinstance(context.rotary, RotaryAngles):
-            return context.rotary
-        return context.rotary.at(context.positions)
-
     def lay_out(self, importance: jax.Array) -> DigitLayout:
         order, pairs = by_rank(importance), importance.shape[-1]
         ranked = jnp.take_along_axis(importance, order, axis=-1)
@@ -197,6 +184,24 @@ class DigitQuantizer(Ranking):
         rank, _ = _owners(doubled, pairs)
         pair = jnp.take_along_axis(order, rank, axis=-1)
         return DigitLayout(jnp.concatenate([pair, pair + pairs], axis=-1), doubled)
+
+    def _decoded(self, payload: TiledPayload) -> jax.Array:
+        """f32[128, heads, head_dim]: of slots."""
+        codes = tiles.unpack(payload.words, self.bits, payload.scale.shape[-1])
+        return self._codebook.decode(codes) * as_float32(payload.scale)[None]
+
+    def _turned(self, mean: jax.Array, tokens: int, context: Context) -> jax.Array:
+        """f32[tokens, heads, head_dim]: the means f32[heads, head_dim] where the tokens are."""
+        means, angles = jnp.broadcast_to(mean[None], (tokens, *mean.shape)), self._angles(context)
+        return means if angles is None else _rotated(means, angles)
+
+    def _angles(self, context: Context) -> RotaryAngles | None:
+        """By how much means are turned."""
+        if not self.turning or context.rotary is None:
+            return None
+        if isinstance(context.rotary, RotaryAngles):
+            return context.rotary
+        return context.rotary.at(context.positions)
 
     def _digits(self, layout: DigitLayout) -> tuple[jax.Array, jax.Array]:
         """bool[heads, head_dim, 1] each: whether the channel of a slot has two digits, and whether

@@ -73,6 +73,7 @@ class Ranking(Quantizer):
 
     Attributes:
       ranking: what pairs are ranked by: "queries" (times the variance of keys) or "variance".
+        Quantizers may know more.
     """
 
     ranking: str
@@ -81,6 +82,12 @@ class Ranking(Quantizer):
         """What `RankedState.layout` is to be, a pytree, for pairs of the importance
         f32[heads, head_dim / 2]. Done once per sequence, so that decoding has nothing to sort."""
         raise NotImplementedError
+
+    def centre(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+        """The means f32[heads, head_dim] of the first tokens f32[tokens, heads, head_dim], and what
+        is to be coded of them without."""
+        mean = token_mean(x)
+        return mean[0], x - mean
 
     def check_ranking(self, *more: str) -> None:
         known = ("queries", "variance", *more)
@@ -112,11 +119,11 @@ class Ranking(Quantizer):
     def observe(self, x: jax.Array, context: Context) -> RankedState:
         state, x = context.state, x.astype(jnp.float32)
         count = np.float32(x.shape[0])
-        mean = divide(pairwise_sum(x, 0), count)  # [1, heads, head_dim]
-        importance = _pair_sums(divide(pairwise_sum(rounded(jnp.square(x - mean)), 0), count)[0])
+        mean, coded = self.centre(x, context)
+        importance = _pair_sums(divide(pairwise_sum(rounded(jnp.square(coded)), 0), count)[0])
         if self.wants_queries:
             importance = importance * _pair_sums(state.energy)
-        found = mean[0], self.lay_out(importance)
+        found = mean, self.lay_out(importance)
         keep = lambda old, new: jnp.where(state.fitted, old, new)
         mean, layout = jax.tree.map(keep, (state.mean, state.layout), found)
         return dataclasses.replace(state, mean=mean, layout=layout, fitted=jnp.ones((), jnp.bool_))
@@ -244,6 +251,11 @@ class RankedQuantizer(Ranking):
         distinct = sorted(set(self.widths), reverse=True)
         first = [self.widths.index(bits) for bits in distinct] + [len(self.widths)]
         return [(b, slice(i, j)) for b, i, j in zip(distinct, first, first[1:], strict=False)]
+
+
+def token_mean(x: jax.Array) -> jax.Array:
+    """f32[1, heads, head_dim] of f32[tokens, heads, head_dim]."""
+    return divide(pairwise_sum(x, 0), np.float32(x.shape[0]))
 
 
 def by_rank(importance: jax.Array) -> jax.Array:

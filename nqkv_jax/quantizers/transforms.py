@@ -295,6 +295,9 @@ class Transformed(Wrapper):
         inner = dataclasses.replace(context, state=self._inner_state(context))
         return self.inner.dequantize_folded(payload, inner, dtype)
 
+    def waves(self, context: Context, dtype=jnp.float32) -> jax.Array | None:
+        return self.inner.waves(context, dtype)
+
     def tiled_codes(self, body: Payload, context: Context) -> TiledCodes | VectorCodes | None:
         return self.inner.tiled_codes(body, context)
 

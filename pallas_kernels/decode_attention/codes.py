@@ -16,7 +16,8 @@ from nqkv_jax.rotary import RotaryAngles
 class Waves:
     """Channels of keys that are not stored, cosines and then sines of the angles of a token.
 
-    A mean that RoPE turns is a combination of them, whose factors are channels of the query.
+    A mean that RoPE turns is a combination of them, whose factors are channels of the query. (So is
+    the `factor` of angles, of which only cosines and sines count here.)
 
     Attributes:
       starts: angles [tiles, 1, R / 2] of the first token of each tile.
@@ -149,11 +150,12 @@ class TiledCodes:
                     f"{self.num_heads} heads of {self.head_dim}"
                 )
         if self.waves is not None:
-            starts, places = (a.cos.shape[0] for a in (self.waves.starts, self.waves.places))
-            if (starts, places) != (self.num_tiles, tiles.TOKENS):
+            got = self.waves.starts.cos.shape, self.waves.places.cos.shape
+            expected = (self.num_tiles, 1, got[1][-1]), (tiles.TOKENS, 1, got[1][-1])
+            if got != expected:
                 raise ValueError(
-                    f"decode_attention: expected {what}.waves of {self.num_tiles} tiles and "
-                    f"{tiles.TOKENS} places; got {starts} and {places}"
+                    f"decode_attention: expected {what}.waves with angles {expected[0]} of tiles "
+                    f"and {expected[1]} of places; got {got[0]} and {got[1]}"
                 )
         if self.block_size % self.head_dim and self.head_dim % self.block_size:
             raise ValueError(

@@ -85,13 +85,17 @@ def decode_attention(
     q, waves = jnp.split(q, [head_dim], axis=-1)
     num_tiles = min(key.num_tiles, value.num_tiles)
     units = -(-num_tiles * 8 * key.codebook.bits // ROWS)
-    # As many programs as run at a time: what is on its way takes 64 KiB of each, of 227 KiB, and
-    # twice as much if there are two columns.
-    programs = MULTIPROCESSORS * (3 if head_dim <= tiles.LANES else 1)
+    # As many programs as run at a time: what is on its way takes 64 KiB of each, of 227 KiB, twice
+    # as much if there are two columns, and four bytes per token and query of what waves add.
+    columns, padded = max(1, head_dim // tiles.LANES), -(-group // 8) * 8
+    way = 64 * columns
+    if key.waves is not None:
+        way += STAGES * ROWS * 16 // key.codebook.bits * padded * 4 // 1024
+    programs = MULTIPROCESSORS * max(1, 227 // way)
     fill = -(-programs // (batch * heads))
     plan = Plan(
         head_dim=head_dim,
-        group=-(-group // 8) * 8,
+        group=padded,
         num_tiles=num_tiles,
         splits=max(1, min(fill, units // UNITS_PER_SPLIT)),
         key=Levels(key.codebook),
@@ -124,16 +128,16 @@ def decode_attention(
     per_channel = [key.scale] if plan.channels else []
     shift = []
     if plan.waves:  # columns beside the scores': [batch, heads, tiles, fields, field, group]
-        padded = jnp.pad(waves, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
-        columns = key.waves.shift(padded).transpose(0, 2, 1, 4, 3)
-        shift = [columns.reshape(*columns.shape[:3], plan.fields, plan.field, plan.group)]
+        waves = jnp.pad(waves, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
+        added = key.waves.shift(waves).transpose(0, 2, 1, 4, 3)
+        shift = [added.reshape(*added.shape[:3], plan.fields, plan.field, plan.group)]
 
     word_tiles = (plan.columns, plan.tiles * plan.field, plan.width)
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     half = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
     token_size = (STAGES, plan.fields, plan.tiles, plan.field)
     copies = 2 * plan.columns * plan.tiles + plan.arrays * plan.fields + plan.channels
-    copies += plan.waves * plan.fields
+    copies += plan.waves * plan.tiles * plan.fields
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
@@ -152,7 +156,7 @@ def decode_attention(
                 plgpu.SMEM((plan.tiles * plan.group, head_dim), jnp.float16, transforms=half)
                 for _ in per_channel
             ],
-            [plgpu.SMEM((*token_size, plan.group), jnp.float32) for _ in shift],
+            [plgpu.SMEM((STAGES, plan.fields, ROWS, plan.group), jnp.float32) for _ in shift],
             plgpu.SMEM((plan.per_byte, plan.group, ROWS), jnp.float16, transforms=half),
             plgpu.SMEM((head_dim, plan.group), jnp.float32),
             [plgpu.SMEM((plan.group,), jnp.float32) for _ in range(2)],
@@ -223,9 +227,11 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
                     done,
                 )
         for source, target in zip(shift_gmem, shift_smem, strict=True):
-            for k in range(plan.fields):
+            for n, k in itertools.product(range(plan.tiles), range(plan.fields)):
                 plgpu.copy_gmem_to_smem(
-                    source.at[batch, head, pl.ds(tile, plan.tiles), k], target.at[slot, k], done
+                    source.at[batch, head, tile + n, k],
+                    target.at[slot, k, pl.ds(n * plan.field, plan.field)],
+                    done,
                 )
         for source, target in zip(channel_gmem, channel_smem, strict=True):
             plgpu.copy_gmem_to_smem(
@@ -319,11 +325,7 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
             if plan.key_zero:
                 s = s + sums * per_token(1, slot, k)
             if plan.waves:
-                added = shift_smem[0].at[slot, k]  # [tiles, field, group]: contiguous
-                if plan.interpret:
-                    s = s + added[...].reshape(square)
-                else:
-                    s = s + plgpu.load(added.reshape(*square), layout=plgpu.Layout.WGMMA)
+                s = s + plgpu.load(shift_smem[0].at[slot, k], layout=plgpu.Layout.WGMMA)
             if plan.soft_cap is not None:
                 s = jnp.float32(plan.soft_cap) * jnp.tanh(s * jnp.float32(1 / plan.soft_cap))
             token = in_field + k * plan.field
