@@ -27,7 +27,7 @@ PLACES = {
     "kvq": ((-6, -4), "right"),
     "quarot": ((6, -3), "left"),
     "squat": ((-6, -3), "right"),
-    "nqkv-plus:bits=3": ((-6, -10), "right"),
+    "nqkv-plus:bits=3": ((-7, 1), "right"),
     "nqkv-plus:bits=2": ((-6, -3), "right"),
     "nqkv-plus": ((0, -13), "center"),
     "kivi:bits=3": ((0, 7), "center"),
