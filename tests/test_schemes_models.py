@@ -30,3 +30,21 @@ def test_generates(name, kind):
     assert result.cache_bytes == sum(a.nbytes for a in jax.tree.leaves(result.cache))
     planned = AbstractCaches(lm.config, schemes.get(spec), np.float32)(batch=2, max_len=80)
     assert planned.nbytes == result.cache_bytes
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_a_tile_is_filled_while_generating(kind):
+    """`nqkv-plus` as it is by default, which encodes 128 tokens at a time, after 4 sinks."""
+    lm = tiny(kind, tokenizer=False, num_attention_heads=2)
+    prompts = random_prompts(120, 5, seed=3)
+    result = generate(
+        lm, prompts, scheme="nqkv-plus", max_new_tokens=24, max_len=150, prefill_chunk=64
+    )
+    assert result.cache.lengths.tolist() == [120 + 23, 5 + 23]
+    for layer in result.cache.layers:
+        assert np.asarray(layer.key.state.fitted).tolist() == [True, False]
+        for side in (layer.key, layer.value):
+            words = np.abs(np.asarray(jax.tree.leaves(side.body)[0], np.int32))
+            assert words[0].any() and not words[1].any()
+    planned = AbstractCaches(lm.config, schemes.get("nqkv-plus"), np.float32)
+    assert planned(batch=2, max_len=150).nbytes == result.cache_bytes

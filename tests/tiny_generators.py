@@ -48,9 +48,9 @@ def language_model(model, config, *, tokenizer=None, dtype=np.float32):
 
 
 @functools.cache
-def tiny(kind="llama", seed=0, tokenizer=True):
+def tiny(kind="llama", seed=0, tokenizer=True, **changes):
     """A random model that never makes its end token by itself; scaled so that it is no parrot."""
-    hf = dict(model_type=kind, eos_token_id=EOS) | (OPT if kind == "opt" else LLAMA)
+    hf = dict(model_type=kind, eos_token_id=EOS) | (OPT if kind == "opt" else LLAMA) | changes
     config = families.config_from_hf(hf)
     model = families.build(config, seed=seed)
     rng = np.random.default_rng(seed)
