@@ -61,3 +61,13 @@ class Rotary:
         frequencies = jnp.expand_dims(self.inverse_frequencies, range(positions.ndim + 1))
         angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, R / 2]
         return RotaryAngles(cos=jnp.cos(angles), sin=jnp.sin(angles), factor=self.attention_factor)
+
+
+def amplitudes(q: jax.Array, x: jax.Array, half: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(a, b, c) with <q, x turned by the angles t> = sum_i (a_i cos t_i + b_i sin t_i) + c.
+
+    Of f32 `q` and `x` [..., head_dim], the first `half` pairs of which are turned: a and b are
+    [..., half]; c [..., 1] is the product of the other channels.
+    """
+    (q1, q2, q3), (x1, x2, x3) = (jnp.split(a, [half, 2 * half], axis=-1) for a in (q, x))
+    return q1 * x1 + q2 * x2, q2 * x1 - q1 * x2, jnp.sum(q3 * x3, axis=-1, keepdims=True)

@@ -38,7 +38,7 @@ from nqkv_jax.quantizers.block import (
 )
 from nqkv_jax.quantizers.ranked import Ranking, by_rank, token_mean
 from nqkv_jax.quantizers.tiled import TiledPayload
-from nqkv_jax.rotary import RotaryAngles
+from nqkv_jax.rotary import RotaryAngles, amplitudes
 
 _STATIC = {"static": True}
 # Of the largest magnitude, for the outermost level. Of 128 normal numbers the largest is about 2.7
@@ -138,15 +138,12 @@ class DigitQuantizer(Ranking):
         slots = jnp.take_along_axis(q, align(state.layout.channel), axis=-1)
         rotary = context.rotary if self.turning else None
         half = 0 if rotary is None else len(rotary.inverse_frequencies)
-        split = lambda a: jnp.split(a, [half, 2 * half], axis=-1)
-        q1, q2, q_rest = split(q.astype(jnp.float32))
-        m1, m2, m_rest = split(align(state.mean))
-        shift = jnp.sum(q_rest * m_rest, axis=-1)
+        cosine, sine, rest = amplitudes(q.astype(jnp.float32), align(state.mean), half)
         if rotary is None:
-            return slots, shift
-        waves = jnp.concatenate([q1 * m1 + q2 * m2, q2 * m1 - q1 * m2], axis=-1)
+            return slots, rest[..., 0]
+        waves = jnp.concatenate([cosine, sine], axis=-1)
         waves = (waves * rotary.attention_factor).astype(q.dtype)
-        return jnp.concatenate([slots, waves], axis=-1), shift
+        return jnp.concatenate([slots, waves], axis=-1), rest[..., 0]
 
     def dequantize_folded(
         self, payload: TiledPayload, context: Context, dtype=jnp.float32

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import as_float32
-from nqkv_jax.rotary import RotaryAngles
+from nqkv_jax.rotary import RotaryAngles, amplitudes
 
 CHANNELS = 8  # of a code
 ENTRIES = 256
@@ -118,13 +118,12 @@ class VectorCodes:
             shift = jnp.sum(q * mean, axis=-1, keepdims=True)
             shift = jnp.broadcast_to(shift, (*shift.shape[:-1], places))
         else:
-            half, factor = self.angles.cos.shape[-1], self.angles.factor
-            split = lambda a: jnp.split(a, [half, 2 * half], axis=-1)
-            (q1, q2, q3), (m1, m2, m3) = split(q), split(mean)
+            factor = self.angles.factor
+            cosine, sine, rest = amplitudes(q, mean, self.angles.cos.shape[-1])
             cos, sin = (a[:, 0] * factor for a in (self.angles.cos, self.angles.sin))
-            shift = product("bnwhgd,td->bnwhgt", q1 * m1 + q2 * m2, cos)
-            shift += product("bnwhgd,td->bnwhgt", q2 * m1 - q1 * m2, sin)
-            shift += jnp.sum(q3 * m3, axis=-1, keepdims=True)
+            shift = product("bnwhgd,td->bnwhgt", cosine, cos)
+            shift += product("bnwhgd,td->bnwhgt", sine, sin)
+            shift += rest
         shift = jnp.moveaxis(shift, 2, 4)  # [B, tiles, Hkv, G, windows, places]
         shift = shift.reshape(*shift.shape[:4], tiles.TOKENS)
         return shift * as_float32(self.weight)[:, :, :, None]
