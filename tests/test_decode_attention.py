@@ -18,14 +18,15 @@ from nqkv_jax.pallas_kernels.decode_attention import (
     decode_attention,
     mosaic_gpu,
     mosaic_gpu_levels,
+    mosaic_tpu_plan,
+    mosaic_tpu_rounding,
     triton_vectors,
 )
 
 SLOW = pytest.mark.slow
 LENGTHS = (0, 1, 200, 384)
-# A bfloat16 has 8 bits: levels and weights are off by up to 2^-9 each, of the largest value, and
-# scores by as much of the largest score.
-BFLOAT16 = 4e-3
+# A bfloat16 has 8 bits: a level or a query may be off by 2^-9.
+BFLOAT16 = 2e-3
 STRICT = pltpu.InterpretParams(
     uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True
 )
@@ -74,6 +75,58 @@ QUICK = (
 @pytest.mark.parametrize("name", QUICK)
 def test_mosaic_tpu_in_the_strict_interpreter(name):
     check(CASES[name], jnp.bfloat16, BFLOAT16, implementation="mosaic_tpu")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "name",
+    ["cubic4-signed", *(pytest.param(n, marks=SLOW) for n in ("cubic4-d64", "lloyd2", "plus4"))],
+)
+def test_mosaic_tpu_with_bfloat16_units(name, monkeypatch):
+    """Cubics are computed in bfloat16 then, from v6e on."""
+    monkeypatch.setattr(mosaic_tpu_plan, "_has_bfloat16_units", lambda: True)
+    check(CASES[name], jnp.bfloat16, BFLOAT16, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+@pytest.mark.parametrize(
+    "codebook, tolerance",
+    [
+        (codebooks.cubic_normal(4, 128), 7e-4),
+        (codebooks.cubic_normal(4, 128, signed=True), 1.1e-3),
+        (codebooks.cubic_normal(3, 128), 1e-4),
+        (codebooks.lloyd_max_normal(2), 2e-5),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_cubics_that_bfloat16_holds(codebook, tolerance, in_bfloat16):
+    """Up to a factor; rounding each level would leave up to 2^-9 of it."""
+    levels = np.asarray(codebook.levels)
+    slope, numbers = mosaic_tpu_rounding.rounded(codebook, in_bfloat16)
+    dtype = jnp.bfloat16 if in_bfloat16 else np.float32
+    t = (np.arange(levels.size) - (levels.size - 1) / 2).astype(dtype)
+    one, two, three = np.asarray(numbers).astype(dtype)
+    factors = t * (t * (t * three + two) + one) if two else t * (t * t * three + one)
+    factors = factors.astype(jnp.bfloat16).astype(np.float64)
+    np.testing.assert_allclose(
+        slope * factors + codebook.coefficients[0], levels, rtol=0, atol=tolerance * levels.max()
+    )
+
+
+@pytest.mark.parametrize(
+    "codebook, tolerance",
+    [
+        (codebooks.normal_float(4), 8e-4),
+        (codebooks.normal_float(2), 1e-5),
+        (codebooks.lloyd_max_normal(4), 3e-4),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_tables_that_bfloat16_holds(codebook, tolerance):
+    slope, factors = mosaic_tpu_rounding.rounded(codebook, False)
+    found = slope * np.asarray(factors).astype(jnp.bfloat16).astype(np.float64)
+    largest = max(codebook.levels)
+    np.testing.assert_allclose(found, codebook.levels, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -21,10 +21,15 @@ from jax.experimental.pallas import tpu as pltpu
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_tpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_common import (
+    FLOOR,
+    UNSEEN,
+    in_steps,
+    load_float32,
+    mix,
+    product,
+)
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_plan import Plan, Side, make_plan
-
-# Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
-UNSEEN, FLOOR = -1e30, -1e29
 
 
 def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
@@ -88,26 +93,6 @@ def decode_attention(
         name="decode_attention",
     )(lengths, first, queries, *codes, *added)
     return _collect(*results, plan, group)
-
-
-def in_steps(a, step: int, batched: bool = True) -> pl.BlockSpec:
-    """Of a [B, tiles, ...], `step` tiles at a time, on a grid of (B, steps); [tiles, ...] if not
-    `batched`.
-
-    `lengths` and `first` are prefetched. A step none of whose tokens is seen asks for the nearest
-    one that has some, which is there already.
-    """
-    tokens = step * tiles.TOKENS
-
-    def nearest(b, i, lengths, first):
-        last = jnp.maximum(jax.lax.div(lengths[b] - 1, jnp.int32(tokens)), 0)
-        return jnp.clip(i, jnp.minimum(jax.lax.div(first[b], jnp.int32(tokens)), last), last)
-
-    if not batched:
-        index = lambda b, i, *prefetched: (nearest(b, i, *prefetched),) + (0,) * (a.ndim - 1)
-        return pl.BlockSpec((step, *a.shape[1:]), index)
-    index = lambda b, i, *prefetched: (b, nearest(b, i, *prefetched)) + (0,) * (a.ndim - 2)
-    return pl.BlockSpec((1, step, *a.shape[2:]), index)
 
 
 def _expand(q: jax.Array, plan: Plan) -> jax.Array:
@@ -248,21 +233,6 @@ def _gather_lanes(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1)[:rows]
 
 
-def load_float32(x: jax.Array) -> jax.Array:
-    """Numbers as they are stored: i16 are the bits of float16, which Mosaic cannot load."""
-    if x.dtype != jnp.int16:
-        return x.astype(jnp.float32)
-    bits = x.astype(jnp.int32)
-    magnitude = bits & jnp.int32(0x7FFF)
-    rebiased = (magnitude << jnp.int32(13)) + jnp.int32(112 << 23)
-    normal = jax.lax.bitcast_convert_type(rebiased, jnp.float32)
-    # A product with 2^112 would do, but for subnormals, which are 0 here.
-    small = magnitude.astype(jnp.float32) * jnp.float32(2**-24)
-    value = jnp.where(magnitude < 0x400, small, normal)
-    value = jnp.where(magnitude >= 0x7C00, jnp.float32(jnp.nan), value)
-    return jnp.where(bits < 0, -value, value)
-
-
 def _scale_rows(scratch, side: Side, head, unit: int, plan: Plan) -> jax.Array:
     """f32[fold * blocks * group, 128]: the scales of a unit, for each row of a product."""
     block = side.codes.block_of(head)
@@ -313,13 +283,7 @@ def _products(left: list[jax.Array], unit: int, head, words, plan: Plan) -> list
         zero = jnp.zeros_like(left[0])
         apart = lambda n: [q if n == m else zero for m, q in enumerate(left)]
         left = [jnp.concatenate(apart(n), axis=1) for n in range(len(left))]
-    products = jax.lax.dot_general(
-        jnp.concatenate(left, axis=0),
-        jnp.concatenate(right, axis=1),
-        (((1,), (1,)), ((), ())),
-        precision=plan.precision,
-        preferred_element_type=jnp.float32,
-    )
+    products = product(jnp.concatenate(left, axis=0), jnp.concatenate(right, axis=1), 1)
     rows = left[0].shape[0]
     parts = [products[n * rows : (n + 1) * rows] for n in range(len(left))]
     return [side.levels.restore(part, plan.fold) for part in parts]
@@ -385,28 +349,21 @@ def _channel_scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
 def _mix(weights, head, words, scales, plan: Plan) -> jax.Array:
     """sum over tokens of weights * values, f32[rows * blocks, lanes]."""
     side = plan.value
-    ratio = jnp.float32(side.levels.offset / side.levels.slope)
     out = jnp.zeros((plan.rows * side.blocks, plan.lanes), jnp.float32)
-    constant = jnp.zeros((plan.rows * side.blocks, tiles.LANES), jnp.float32)
+    total = zeros = jnp.zeros((plan.rows * side.blocks, tiles.LANES), jnp.float32)
     pair = 1 + (plan.units % 2 == 0)
     for unit in range(0, plan.units, pair):
         left, right = [], []
         for n in range(unit, unit + pair):
             p = _per_block(weights[n], side.blocks, plan)
             scaled = p * _scale_rows(scales[0], side, head, n, plan)
-            scaled = side.levels.permute(scaled, plan.fold).astype(side.levels.dtype)
+            scaled = side.levels.permute(scaled, plan.fold)
             if side.levels.offset:
-                # Of what was rounded: the constant is large, and must cancel.
-                constant = constant + scaled.astype(jnp.float32) * ratio
+                total = total + scaled
             if len(scales) > 1:
-                constant = constant + p * _scale_rows(scales[1], side, head, n, plan)
+                zeros = zeros + p * _scale_rows(scales[1], side, head, n, plan)
             left.append(scaled)
             right.append(_unit_factors(words, side, head, n, plan))
-        out = out + jax.lax.dot_general(
-            jnp.concatenate(left, axis=1),
-            jnp.concatenate(right, axis=0),
-            (((1,), (0,)), ((), ())),
-            precision=plan.precision,
-            preferred_element_type=jnp.float32,
-        )
+        out = out + mix(jnp.concatenate(left, axis=1), jnp.concatenate(right, axis=0), 0)
+    constant = total * jnp.float32(side.levels.offset / side.levels.slope) + zeros
     return out + jnp.sum(constant, axis=-1, keepdims=True)

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nqkv_jax import tiles
 from nqkv_jax.codebooks import STEPS, Codebook
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_rounding import cubic, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +59,31 @@ class Levels:
 
     @property
     def slope(self) -> float:
+        if self._is_affine:
+            return self._polynomial[1]
+        if self._polynomial is None and self.paired:
+            return self.codebook.levels[8]
+        return self._scaled[0]
+
+    @property
+    def _is_affine(self) -> bool:
+        return self._polynomial is not None and len(self._polynomial) == 2
+
+    @property
+    def _scaled(self) -> tuple[float, tuple[float, ...]]:
+        """The slope, and the factors of a table or a cubic's coefficients but for the constant."""
+        if self.dtype == jnp.bfloat16:
+            return rounded(self.codebook, in_bfloat16=self.paired)
         if self._polynomial is None:
-            return self.codebook.levels[8] if self.paired else 1.0
-        return self._polynomial[1]
+            return 1.0, self.codebook.levels
+        return self._polynomial[1], tuple(c / self._polynomial[1] for c in self._polynomial[1:])
 
     @property
     def offset(self) -> float:
         if self._polynomial is None:
             return -(128 + STEPPED_ZERO) * self.slope if self.paired else 0.0
         constant, slope = self._polynomial[:2]
-        if len(self._polynomial) > 2:
+        if not self._is_affine:
             return constant
         return constant - slope * (self._middle + (128 if self.paired else 0))
 
@@ -118,18 +134,19 @@ class Levels:
         if self._polynomial is None:
             return _stepped(low)
         low_bits = self._bits - (high is not None)
-        cubic = len(self._polynomial) > 2
+        affine = self._is_affine
         # A bfloat16 has 7 bits of mantissa: 128 + code has the code in its lowest bits, and
         # 2^bits + code, of which the middle of the codes can be subtracted exactly, in its highest.
-        at = 7 - self._bits if cubic else 0
-        exponent = (127 + self._bits if cubic else 127 + 7) << 7
+        at = 0 if affine else 7 - self._bits
+        exponent = (127 + (7 if affine else self._bits)) << 7
         out = []
         for k in range(16 // low_bits):
             field = _halves(_shift(low, low_bits * k - at), (2**low_bits - 1) << at)
             if high is not None:
                 field = field | _halves(_shift(high, k - at - 2), 1 << (at + 2))
             x = pltpu.bitcast(field | _both(exponent), jnp.bfloat16)
-            out.append(self._cubic(x - jnp.bfloat16(2**self._bits + self._middle)) if cubic else x)
+            centred = lambda x: x - jnp.bfloat16(2**self._bits + self._middle)
+            out.append(x if affine else self._cubic(centred(x)))
         return jnp.concatenate(out, axis=0)
 
     def _single(self, low: jax.Array, high: jax.Array | None) -> jax.Array:
@@ -146,29 +163,23 @@ class Levels:
     def _level(self, code: jax.Array) -> jax.Array:
         """f32 factors of i32 codes."""
         if self._polynomial is None:
-            size = 2**self._bits
-            if size > tiles.LANES:
-                low = self._look_up(code & jnp.int32(127), self.codebook.levels[:128])
-                high = self._look_up(code & jnp.int32(127), self.codebook.levels[128:])
+            factors = self._scaled[1]
+            if len(factors) > tiles.LANES:
+                low = self._look_up(code & jnp.int32(127), factors[:128])
+                high = self._look_up(code & jnp.int32(127), factors[128:])
                 return jnp.where(code < 128, low, high)
-            return self._look_up(code, self.codebook.levels)
-        if len(self._polynomial) == 2:
+            return self._look_up(code, factors)
+        if self._is_affine:
             return code.astype(jnp.float32)
         return self._cubic(code.astype(jnp.float32) - jnp.float32(self._middle))
 
     def _cubic(self, t: jax.Array) -> jax.Array:
-        _, slope, square, cube = (np.asarray(c, t.dtype) for c in self._normalised())
-        if square == 0:
-            return t * (t * t * cube + slope)
-        return t * (t * (t * cube + square) + slope)
-
-    def _normalised(self) -> list[float]:
-        return [c / self.slope for c in self._polynomial]
+        return cubic(t, *(np.asarray(c, t.dtype) for c in self._scaled[1]))
 
     @staticmethod
     def _look_up(code: jax.Array, levels) -> jax.Array:
-        # What the compiler makes of a tree is shorter for 2 bits and longer for 4; for 3 it is 4 %
-        # shorter on v5e and 12 % longer on v6e (tests/aot/look_ups.py).
+        # What the compiler makes of a tree is shorter for 2 bits and longer for 4; for 3 it is 5 %
+        # shorter on v5e and 10 % longer on v6e (tests/aot/look_ups.py).
         return (select if len(levels) == 4 else gather)(code, levels)
 
 
@@ -206,13 +217,13 @@ def _stepped(words: jax.Array) -> jax.Array:
     every = lambda nibble: _both(nibble * 0x1111)
     ones = every(1)
     positive = _shift(words, 3) & ones
-    negative = (positive * jnp.int32(15)) ^ every(15)  # all bits of a nibble, or none
-    u = words ^ negative  # in the low three bits: codes from zero outwards
-    b21 = _shift(u, 2) & _shift(u, 1) & ones
+    # 1000 takes the highest bit off the codes that have it, 0111 mirrors the others.
+    mirror = positive + every(7)
+    u = words ^ mirror  # 0 .. 7: codes from zero outwards
+    b21 = _shift(u + every(2), 3) & ones  # 6 and 7
     b210 = b21 & u
     more = b21 + b210 + b210
-    # 8 + more, or 8 - more: what overflows a nibble on the way comes back.
-    nibbles = ((more ^ negative) + every(8)) - negative
+    nibbles = (more ^ mirror) + (ones - positive)  # 8 + more, or 8 - more
     # 2 code + nibble of the even and of the odd fields, a byte each.
     low, twice = _both(0x0F0F), _both(0x1E1E)
     even = (_shift(words, -1) & twice) + (nibbles & low)

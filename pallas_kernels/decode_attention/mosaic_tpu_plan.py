@@ -67,10 +67,6 @@ class Plan:
             return self.step, side.codes.num_heads, self.lanes
         return self.fold, self.units, side.codes.scale.shape[2], tiles.LANES
 
-    @property
-    def precision(self):
-        return "highest" if self.key.levels.dtype == jnp.float32 else None
-
     def token(self, row: int) -> jax.Array:
         """i32[1, 128]: the token, in its unit, of each lane of scores in a row of one place."""
         return self.fold * jax.lax.broadcasted_iota(jnp.int32, (1, tiles.LANES), 1) + row

@@ -18,11 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nqkv_jax import tiles
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu import (
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_common import (
     FLOOR,
     UNSEEN,
     in_steps,
     load_float32,
+    mix,
+    product,
 )
 from nqkv_jax.pallas_kernels.decode_attention.vectors import (
     CHANNELS,
@@ -61,10 +63,6 @@ class _Plan:
     def looks_up(self) -> bool:
         """Whether scores are looked up: not from as many queries on as decoding has gathers."""
         return self.key.bits == 1 and self.queries < (4 if self.dtype == jnp.bfloat16 else 8)
-
-    @property
-    def precision(self):
-        return "highest" if self.dtype == jnp.float32 else None
 
 
 def decode_attention(
@@ -197,7 +195,7 @@ def _kernel(lengths, first, q_ref, *refs, plan: _Plan):
                 else:
                     placed[n] = words
                     x = _entries(key_table, placed.at[n], plan, plan.key)
-                    s = _dot(q_ref[0, h], x, 0, plan)
+                    s = product(q_ref[0, h], x, 0)
                 s = s * key_scales[n, pl.ds(h, 1)]
                 if shift is not None:
                     s = s + _padded(shift[0, n, h], plan)
@@ -214,7 +212,7 @@ def _kernel(lengths, first, q_ref, *refs, plan: _Plan):
                 scaled = p * value_scales[n, pl.ds(h, 1)]
                 placed[n] = _in_rows(value_words[0, n, h], plan.value)
                 x = _entries(value_table, placed.at[n], plan, plan.value)
-                update = update + _dot(scaled.astype(plan.dtype), x, 1, plan)
+                update = update + mix(scaled, x, 1)
                 if mean is not None:
                     scaled = p * weights[0][n, pl.ds(h, 1)]
                     update = update + _means(scaled, mean[0, n, h])
@@ -310,13 +308,3 @@ def _means(weights: jax.Array, mean: jax.Array) -> jax.Array:
         # The mean of a window in which nothing is seen may be NaN.
         out = out + jnp.where(total == 0, 0.0, total * row)
     return out
-
-
-def _dot(left: jax.Array, right: jax.Array, contract: int, plan: _Plan) -> jax.Array:
-    return jax.lax.dot_general(
-        left,
-        right,
-        (((1,), (contract,)), ((), ())),
-        precision=plan.precision,
-        preferred_element_type=jnp.float32,
-    )

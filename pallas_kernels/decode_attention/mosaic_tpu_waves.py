@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import Waves
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_common import product
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_plan import Plan
 
 
@@ -37,16 +38,7 @@ def scores(q, starts, places, plan: Plan) -> list[jax.Array]:
         for tile in range(plan.step)
     ]
     turned = jnp.concatenate(turned, axis=0).astype(places.dtype)  # [tiles * group, lanes]
-    by_row = [
-        jax.lax.dot_general(
-            turned,
-            places[row],
-            (((1,), (1,)), ((), ())),
-            precision=plan.precision,
-            preferred_element_type=jnp.float32,
-        )
-        for row in range(plan.fold)
-    ]
+    by_row = [product(turned, places[row], 1) for row in range(plan.fold)]
     of_tile = lambda s, tile: s[tile * plan.group : (tile + 1) * plan.group]
     of_unit = lambda s, u: [of_tile(s, u * plan.fold + t) for t in range(plan.fold)]
     return [

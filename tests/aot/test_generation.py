@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.extend.core import jaxpr_as_fun
 from targets import TPUS, compile_for
 
 from nqkv_jax import schemes
@@ -37,19 +38,30 @@ def state_of(config, scheme, max_len, batch=BATCH):
     )  # fmt: skip
 
 
-def decode_loop(target, name, max_len, scheme=SCHEME):
+def decode_loop(name, max_len, scheme=SCHEME):
+    """The loop, and its arguments."""
     config, graphdef, params = model(name)
     state = state_of(config, scheme, max_len)
     run = functools.partial(decoding.decode, graphdef, sampling=Sampling(temperature=0.0))
-    loop = jax.jit(run, donate_argnums=1)
     arguments = params, state, state.done, SHAPE((1,), jnp.int32), SHAPE((), jnp.int32)
-    return compile_for(target, loop, *arguments), state.cache
+    return jax.jit(run, donate_argnums=1), arguments
 
 
-@pytest.mark.parametrize("name", ["opt-125m", "smollm2-135m", "llama-3-8b"])
+@functools.cache
+def traced(name):
+    """A loop that is traced once, for no target; its arguments, flat; and the cache in them."""
+    loop, arguments = decode_loop(name, 1024)
+    program = jaxpr_as_fun(loop.trace(*arguments).jaxpr)
+    start, size = (len(jax.tree.leaves(a)) for a in arguments[:2])
+    loop = jax.jit(program, donate_argnums=range(start, start + size))
+    return loop, jax.tree.leaves(arguments), arguments[1].cache
+
+
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
-def test_decoding(target, name):
-    compiled, cache = decode_loop(target, name, 1024)
+@pytest.mark.parametrize("name", ["opt-125m", "smollm2-135m", "llama-3-8b"])
+def test_one_traced_program_compiles_for_every_target(name, target):
+    loop, arguments, cache = traced(name)
+    compiled = compile_for(target, loop, *arguments)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
     if target in TPUS:
@@ -58,10 +70,11 @@ def test_decoding(target, name):
 
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
 def test_no_temporary_grows_with_the_cache(target):
-    temporary = [
-        decode_loop(target, "smollm2-135m", n)[0].memory_analysis().temp_size_in_bytes
-        for n in (1024, 2048)
-    ]
+    temporary = []
+    for max_len in (1024, 2048):
+        loop, arguments = decode_loop("smollm2-135m", max_len)
+        compiled = compile_for(target, loop, *arguments)
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     config = model("smollm2-135m")[0]
     # Less than one side of one layer decoded, of 60. What grows are scales, which the compiler
     # brings into VMEM ahead of the kernel.
