@@ -1,4 +1,4 @@
-"""The compilers accept every case; schedules and registers stay as few as recorded."""
+"""The compilers accept every case; schedules and registers stay as recorded."""
 
 import dataclasses
 import functools
@@ -52,8 +52,8 @@ def test_vmem_suffices_and_nothing_in_memory_grows_with_the_cache(heads, head_di
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
-def test_schedules_are_as_short_as_recorded(target):
-    """Within 10 %, so that a slower kernel, or compiler, does not go unnoticed."""
+def test_schedules_are_as_recorded(target):
+    """Within 10 %: what gets slower should not go unnoticed, and what gets faster is recorded."""
     recorded = {}
     for line in (HERE / "bundles.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -64,11 +64,11 @@ def test_schedules_are_as_short_as_recorded(target):
         row = json.loads(line)
         before = recorded[target, row["case"]]
         for loop in ("head", "step"):
-            assert row[loop] <= 1.1 * before[loop], (row, before)
+            assert abs(row[loop] - before[loop]) <= 0.1 * before[loop], (row, before)
         assert row["temporary_bytes"] == 0
 
 
-def test_registers_are_as_few_as_recorded():
+def test_registers_are_as_recorded():
     recorded = map(json.loads, (HERE / "registers.jsonl").read_text().splitlines())
     recorded = {row["case"]: row for row in recorded}
     command = [sys.executable, str(HERE / "registers.py")]
@@ -79,4 +79,4 @@ def test_registers_are_as_few_as_recorded():
         assert row["spilled_bytes"] == 0, row
         before = recorded[row["case"]]
         for count in ("registers", "instructions_per_element"):
-            assert row[count] <= 1.1 * before[count], (row, before)
+            assert abs(row[count] - before[count]) <= 0.1 * before[count], (row, before)
