@@ -59,6 +59,7 @@ def _cases():
     yield Case("uniform2-minmax-parts", codebooks.uniform(2), block=0.5, zero=True)
     yield Case("cubic3", cubic(3), group=4)
     yield Case("uniform3-minmax", codebooks.uniform(3), group=4, zero=True)
+    yield Case("uniform3-minmax-g16", codebooks.uniform(3), group=16, zero=True)
     yield Case("nf4-d64", codebooks.normal_float(4), head_dim=64, heads=3, block=3.0, group=3)
     yield Case("cubic4-d64", cubic(4), head_dim=64, heads=3, group=3)
     yield Case("uniform2-d64", codebooks.uniform(2), head_dim=64, group=4, zero=True)
@@ -72,6 +73,7 @@ def _cases():
     yield Case("keys4-values2", cubic(4), value_codebook=codebooks.uniform(2), group=8)
     yield Case("keys2-values4-d64", codebooks.uniform(2), value_codebook=cubic(4), head_dim=64)
     yield Case("plus4", digits(4), value_codebook=cubic(4), group=4, key_channels=True, waves=128)
+    yield Case("plus3", digits(3), value_codebook=cubic(3), group=4, key_channels=True, waves=128)
     yield Case("plus2", digits(2), value_codebook=EVEN, group=4, key_channels=True, waves=128)
     yield Case(
         "plus2-d64", digits(2), value_codebook=EVEN, heads=3, head_dim=64, group=3,

@@ -146,9 +146,10 @@ def test_mosaic_tpu(name, dtype, tolerance):
 GPU_SLOW = [
     "cubic4-signed", "uniform4-minmax", "integer4", "integer8", "lloyd2", "cubic4-d64",
     "integer8-d64", "soft-cap", "cubic4-d256", "uniform4-d256",
-    "nf4-across-heads", "nf4-d64", "plus4", "plus2", "waves-soft-cap",
+    "nf4-across-heads", "nf4-d64", "plus4", "plus3", "plus2", "waves-soft-cap",
+    "uniform3-minmax", "uniform3-minmax-g16", "channels3-d64", "nf3-d64", "channels4-d256", "nf2",
 ]  # fmt: skip
-GPU_QUICK = ["cubic4", "uniform2-d64", "window", "plus2-d64"]
+GPU_QUICK = ["cubic4", "uniform2-d64", "cubic3", "window", "plus2-d64"]
 
 
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -185,6 +186,7 @@ COMPUTED = (
     codebooks.cubic_normal(4, 128), codebooks.cubic_normal(4, 128, signed=True),
     codebooks.lloyd_max_normal(2), codebooks.integer(8), codebooks.uniform(2),
     codebooks.normal_float(4), codebooks.normal_float(2), codebooks.centred_integers(2),
+    codebooks.cubic_normal(3, 128), codebooks.uniform(3), codebooks.centred_integers(3),
 )  # fmt: skip
 
 
@@ -193,12 +195,19 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
     """Of every code, in every field of a word, as good as products in float16."""
     bits, levels = codebook.bits, mosaic_gpu_levels.Levels(codebook)
     assert levels.computed
-    codes = np.random.default_rng(0).integers(0, 2**bits, (16 // bits, 999))
+    low_bits = 2 if bits == 3 else bits
+    codes = np.random.default_rng(0).integers(0, 2**bits, (16 // low_bits, 999))
     codes[:, : 2**bits] = np.arange(2**bits)
-    words = sum(c << bits * k for k, c in enumerate(codes)).astype(np.uint16).view(np.int16)
+    word = lambda parts, size: jnp.asarray(
+        sum(c << size * k for k, c in enumerate(parts)).astype(np.uint16).view(np.int16)
+    )
+    words, high = word(codes % 2**low_bits, low_bits), None
+    per_part = 2 if bits == 3 else 8 // bits
     for k, expected in enumerate(np.asarray(codebook.levels)[codes]):
-        byte, field = divmod(k, 8 // bits)
-        found = levels.factor(jnp.asarray(words), jnp.int32(byte), field)
+        part, field = divmod(k, per_part)
+        if bits == 3:
+            high = word(codes[part * per_part :] >> 2, 1)
+        found = levels.factor(words, jnp.int32(part * per_part * low_bits), field, high)
         assert found.dtype == jnp.float16
         found = (np.asarray(found, np.float64) + levels.ratio) * levels.slope
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
@@ -214,8 +223,8 @@ def test_levels_that_the_gpu_kernel_would_have_to_look_up():
 def test_what_the_gpu_kernel_needs():
     for name, message in (
         ("stepped4", "levels that are computed"),
-        ("cubic3", "keys and values of 2, 4 or 8 bits alike; got 3 and 3"),
-        ("keys4-values2", "alike; got 4 and 2"),
+        ("cubic3-d256", "head_dim 64 or 128 with 3 bits; got 256"),
+        ("keys4-values2", "as many bits; got 4 and 2"),
         ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),
         ("uniform2-minmax-parts", "scales of whole heads"),
         ("channels2-minmax", "channels of keys without zeros"),

@@ -17,7 +17,7 @@ from flax import nnx
 from gpu import check, sweep
 from gpu.dense_cache import DenseCache
 from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
-from gpu.shapes import Format, Shape, coded_caches, formats, shapes, tiled
+from gpu.shapes import Format, Shape, coded_caches, formats, shapes, sides
 
 from nqkv_jax import schemes
 from nqkv_jax.models import families
@@ -216,7 +216,7 @@ def test_caches_take_the_bytes_that_are_reported():
                 lambda key, s=shape, b=form.bits: coded_caches(key, s, b, 3), jax.random.key(0)
             )
             assert len(cache) == 3
-            arrays = jax.tree.leaves([tiled(side, form) for side in cache[0]])
+            arrays = jax.tree.leaves(sides(cache[0], form))
             assert sum(a.size * a.dtype.itemsize for a in arrays) == form.nbytes(shape)
     assert Format().nbytes(shapes()[0]) == 4 * shapes()[0].elements
     assert shapes()[0].name == "b8-t32768-h32/8x128" and len({s.name for s in shapes()}) == 24

@@ -37,10 +37,17 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """What a cache holds; a codebook of None is bfloat16."""
+    """What a cache holds.
+
+    Attributes:
+      codebook: of keys and values; None for bfloat16.
+      zero: whether tokens have one beside their scale.
+      key_codebook: of keys, if they have one of their own, and scales of channels instead.
+    """
 
     codebook: codebooks.Codebook | None = None
     zero: bool = False
+    key_codebook: codebooks.Codebook | None = None
 
     @property
     def bits(self) -> int:
@@ -48,24 +55,35 @@ class Format:
 
     @property
     def name(self) -> str:
-        return "bf16" if self.codebook is None else self.codebook.name + "+zero" * self.zero
+        if self.codebook is None:
+            return "bf16"
+        keys = "" if self.key_codebook is None else f"{self.key_codebook.name}/"
+        return keys + self.codebook.name + "+zero" * self.zero
 
     def nbytes(self, shape: Shape) -> int:
         """Of keys and values, with their scales."""
-        scales = 0 if self.codebook is None else 2 * (1 + self.zero)  # bytes per token and head
+        # Per token and head. As many for channels: a head has as many as a tile has tokens.
+        scales = 0 if self.codebook is None else 2 * (1 + self.zero)
         tokens = shape.batch * shape.context * shape.num_kv_heads
         return 2 * (shape.elements * self.bits // 8 + tokens * scales)
 
 
 def formats() -> list[Format]:
     """Those with codes; of each width the first is also run in plain XLA."""
+    # What `nqkv-plus` has, but for the means of its keys.
+    plus = lambda bits, values: Format(
+        codebook=values, key_codebook=codebooks.centred_integers(bits)
+    )
     return [
         Format(codebook=codebooks.cubic_normal(4, 128)),
         Format(codebook=codebooks.integer(4)),
+        plus(4, codebooks.cubic_normal(4, 128)),
         Format(codebook=codebooks.normal_float(4)),
         Format(codebook=codebooks.uniform(4), zero=True),
         Format(codebook=codebooks.lloyd_max_normal(2)),
+        plus(2, codebooks.uniform_normal(2)),
         Format(codebook=codebooks.uniform(2), zero=True),
+        Format(codebook=codebooks.cubic_normal(3, 128)),
         Format(codebook=codebooks.integer(8)),
     ]
 
@@ -119,7 +137,13 @@ def coded_caches(key, shape: Shape, bits: int, copies: int) -> list[tuple[dict, 
     return [tuple(map(side, pair)) for pair in jax.random.split(key, (copies, 2))]
 
 
-def tiled(given: dict, form: Format) -> TiledCodes:
-    """A side of `coded_caches`, read as a format."""
-    given = given if form.zero else given | dict(zero=None)
-    return TiledCodes(**given, codebook=form.codebook)
+def sides(cache: tuple[dict, dict], form: Format) -> tuple[TiledCodes, TiledCodes]:
+    """Keys and values of one of `coded_caches`, read as a format.
+
+    The scales of a head's tokens are taken for those of its channels, where channels have them:
+    with head_dim 128 there are as many.
+    """
+    key, value = (given if form.zero else given | dict(zero=None) for given in cache)
+    channels = form.key_codebook is not None
+    key = TiledCodes(**key, codebook=form.key_codebook or form.codebook, per_channel=channels)
+    return key, TiledCodes(**value, codebook=form.codebook)

@@ -15,7 +15,7 @@ import numpy as np
 from gpu import timing, torch_sdpa
 from gpu.check import KERNEL, why_not
 from gpu.journal import Unit, reason_of
-from gpu.shapes import Format, Shape, bfloat16_caches, coded_caches, tiled
+from gpu.shapes import Format, Shape, bfloat16_caches, coded_caches, sides
 from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, decode_attention
 
 BFLOAT16 = ("jax.nn xla", "jax.nn cudnn", "torch")
@@ -24,18 +24,18 @@ DIFFERENCE = 1e-2  # of outputs in bfloat16, relative to the largest
 MEMORY = 0.8  # of the device, that caches of one shape may take together
 
 
-def abstract(shape: Shape, form: Format) -> list[TiledCodes]:
+def abstract(shape: Shape, form: Format) -> tuple[TiledCodes, TiledCodes]:
     """Shapes of keys and values."""
     make = lambda key: coded_caches(key, shape, form.bits, 1)[0]
-    return [tiled(side, form) for side in jax.eval_shape(make, jax.random.key(0))]
+    return sides(jax.eval_shape(make, jax.random.key(0)), form)
 
 
 def _attend(q, cache, form: Format, shape: Shape, implementation: str):
     """Like `dot_product_attention`, from codes: q and the result are [B, Hq, D]."""
-    key, value = (tiled(side, form) for side in cache)
+    key, value = sides(cache, form)
     lengths = jnp.full(shape.batch, shape.context, jnp.int32)
     grouped = q.reshape(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
-    scale = jnp.asarray(shape.head_dim**-0.5 / max(form.codebook.levels), q.dtype)
+    scale = jnp.asarray(shape.head_dim**-0.5 / max(key.codebook.levels), q.dtype)
     numerator, denominator, _ = decode_attention(
         grouped * scale, key, value, lengths, implementation=implementation
     )

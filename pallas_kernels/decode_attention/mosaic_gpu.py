@@ -22,11 +22,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
+    ROWS,
+    STAGES,
+    Plan,
+    low_bits,
+    make_plan,
+)
 
-STAGES = 2  # units on their way from memory
-MULTIPROCESSORS = 132  # of an H100
-UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
 
@@ -41,8 +44,11 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
         # Channels of values are rows of a tensor core's operand, 64 at a time.
         return f"head_dim 64, 128 or 256; got {key.head_dim}"
     bits = key.codebook.bits, value.codebook.bits
-    if bits[0] != bits[1] or bits[0] == 3:
-        return f"keys and values of 2, 4 or 8 bits alike; got {bits[0]} and {bits[1]}"
+    if bits[0] != bits[1]:
+        return f"keys and values of as many bits; got {bits[0]} and {bits[1]}"
+    if bits[0] == 3 and key.head_dim > tiles.LANES:
+        # Words on their way would be more than there is of shared memory.
+        return f"head_dim 64 or 128 with 3 bits; got {key.head_dim}"
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
@@ -53,8 +59,9 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):
         return "scales in float16"
     num_tiles = min(key.num_tiles, value.num_tiles)
-    if num_tiles * 8 * bits[0] < ROWS:
-        return f"at least {ROWS // (8 * bits[0])} tiles; got {num_tiles}"
+    field = 8 * low_bits(bits[0])
+    if num_tiles * field < ROWS:
+        return f"at least {ROWS // field} tiles; got {num_tiles}"
     return None
 
 
@@ -82,33 +89,8 @@ def decode_attention(
     `interpret` are `plgpu.InterpretGPUParams`, for tests.
     """
     (batch, heads, group, _), head_dim = q.shape, key.head_dim
+    plan = make_plan(q, key, value, soft_cap, interpret)
     q, waves = jnp.split(q, [head_dim], axis=-1)
-    num_tiles = min(key.num_tiles, value.num_tiles)
-    units = -(-num_tiles * 8 * key.codebook.bits // ROWS)
-    # As many programs as run at a time: what is on its way takes 64 KiB of each, of 227 KiB, twice
-    # as much if there are two columns, and four bytes per token and query of what waves add.
-    columns, padded = max(1, head_dim // tiles.LANES), -(-group // 8) * 8
-    way = 64 * columns
-    if key.waves is not None:
-        way += STAGES * ROWS * 16 // key.codebook.bits * padded * 4 // 1024
-    programs = MULTIPROCESSORS * max(1, 227 // way)
-    fill = -(-programs // (batch * heads))
-    plan = Plan(
-        head_dim=head_dim,
-        group=padded,
-        num_tiles=num_tiles,
-        splits=max(1, min(fill, units // UNITS_PER_SPLIT)),
-        key=Levels(key.codebook),
-        value=Levels(value.codebook),
-        key_block=key.block_size // head_dim,
-        value_block=value.block_size // head_dim,
-        key_zero=key.zero is not None,
-        value_zero=value.zero is not None,
-        channels=key.per_channel,
-        waves=key.waves is not None,
-        soft_cap=soft_cap,
-        interpret=interpret is not None,
-    )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
     sums = jnp.sum(q.astype(jnp.float16).astype(jnp.float32), axis=3)
     if plan.channels:  # queries wait, in columns, for the scales of every tile
@@ -116,7 +98,7 @@ def decode_attention(
     else:
         q = q.astype(jnp.float16)
     # Free reshapes: the words of a token in a column are a row, and so are the tokens of a field.
-    words = lambda a: a.reshape(*a.shape[:3], plan.columns, plan.field, plan.width)
+    words = lambda a: a.reshape(*a.shape[:3], -1, plan.width)
     fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)
     per_token = [
         fields(a)
@@ -132,12 +114,12 @@ def decode_attention(
         added = key.waves.shift(waves).transpose(0, 2, 1, 4, 3)
         shift = [added.reshape(*added.shape[:3], plan.fields, plan.field, plan.group)]
 
-    word_tiles = (plan.columns, plan.tiles * plan.field, plan.width)
+    word_tiles = (plan.planes, plan.columns, ROWS, plan.width)
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     half = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
     token_size = (STAGES, plan.fields, plan.tiles, plan.field)
-    copies = 2 * plan.columns * plan.tiles + plan.arrays * plan.fields + plan.channels
-    copies += plan.waves * plan.tiles * plan.fields
+    copies = 2 * plan.columns * plan.tiles * (2 * plan.planes - 1)
+    copies += plan.arrays * plan.fields + plan.channels + plan.waves * plan.tiles * plan.fields
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
@@ -157,7 +139,7 @@ def decode_attention(
                 for _ in per_channel
             ],
             [plgpu.SMEM((STAGES, plan.fields, ROWS, plan.group), jnp.float32) for _ in shift],
-            plgpu.SMEM((plan.per_byte, plan.group, ROWS), jnp.float16, transforms=half),
+            plgpu.SMEM((plan.per_part, plan.group, ROWS), jnp.float16, transforms=half),
             plgpu.SMEM((head_dim, plan.group), jnp.float32),
             [plgpu.SMEM((plan.group,), jnp.float32) for _ in range(2)],
             plgpu.Barrier(num_arrivals=2),
@@ -210,15 +192,24 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         # The last unit is moved back to fit; what an earlier one has seen is masked out.
         return jnp.clip(unit * plan.tiles, 0, plan.num_tiles - plan.tiles)
 
+    def copy_words(source, target, n, column, done):
+        low, high = plan.rows(column)
+        copy = lambda start, plane, at, size: plgpu.copy_gmem_to_smem(
+            source.at[pl.ds(start, size)],
+            target.at[plane, column, pl.ds(n * plan.field + at, size)],
+            done,
+        )
+        copy(low, 0, 0, plan.field)
+        if plan.planes == 2:  # a word has high bits for two rows: twice, so that each has its own
+            copy(high, 1, 0, plan.field // 2)
+            copy(high, 1, plan.field // 2, plan.field // 2)
+
     def fetch(step, slot):
         tile = first_tile(begin + jnp.minimum(step, jnp.maximum(steps - 1, 0)))
         done = barrier.at[slot]
         for n, c in itertools.product(range(plan.tiles), range(plan.columns)):
-            rows = pl.ds(n * plan.field, plan.field)
             for source, target in ((key_gmem, key_smem), (value_gmem, value_smem)):
-                plgpu.copy_gmem_to_smem(
-                    source.at[batch, tile + n, head, c], target.at[slot, c, rows], done
-                )
+                copy_words(source.at[batch, tile + n, head], target.at[slot], n, c, done)
         for source, target, block in zip(token_gmem, token_smem, blocks, strict=True):
             for k in range(plan.fields):
                 plgpu.copy_gmem_to_smem(
@@ -299,22 +290,37 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     value_array = plan.key_arrays
     needs_constant = plan.value_zero or plan.value.ratio != 0
 
-    def attend(slot, unit, byte, tile_sums, carry):
-        """Merges the fields of one byte of a unit's words."""
+    def load(words, slot, column, part, token_axis):
+        """A column of a unit, with tokens along an axis: what `Levels.factor` needs of it."""
+        planes = [words.at[slot, plane, column] for plane in range(plan.planes)]
+        low, *high = [(a.transpose((1, 0)) if token_axis else a)[...] for a in planes]
+        if not high:
+            return low, None
+        (high,) = high
+        row = plgpu.broadcasted_iota(jnp.int32, high.shape, token_axis, layout=plgpu.Layout.WGMMA)
+        upper = jax.lax.shift_right_logical(high, jnp.full_like(high, 8))
+        high = jnp.where((row & (plan.field // 2)) != 0, upper, high)
+        first_bit = (part * plan.per_part).astype(jnp.int16)
+        return low, jax.lax.shift_right_logical(high, jnp.full_like(high, first_bit))
+
+    def attend(slot, unit, part, tile_sums, carry):
+        """Merges the fields of one part of a unit's words."""
         numerators, denominator, constant, maximum = carry
         row = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
         log = plan.field.bit_length() - 1
         in_field = (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
         in_field = in_field + first_tile(unit) * tiles.TOKENS
         oldest_here = jnp.maximum(oldest, unit * unit_tokens)
+        bit = part * (plan.per_part * plan.low_bits)  # of a word, where the part begins
         scores = []
-        for n in range(plan.per_byte):
-            k = byte * plan.per_byte + n
+        keys = [load(key_smem, slot, c, part, 0) for c in range(plan.columns)]
+        for n in range(plan.per_part):
+            k = part * plan.per_part + n
             s = None
             for c in range(plan.columns):
-                factor = plan.key.factor(key_smem.at[slot, c][...], byte, n)
-                part = scores_of(factor, c, slot)
-                s = part if s is None else s + part
+                words, high = keys[c]
+                of_column = scores_of(plan.key.factor(words, bit, n, high), c, slot)
+                s = of_column if s is None else s + of_column
             if plan.key.ratio:
                 total = of_own_tile([by_column(t) for t in tile_sums]) if plan.channels else sums
                 s = s + total * jnp.float32(plan.key.ratio)
@@ -336,7 +342,7 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         denominator = denominator * by_column(old)
         constant = constant * by_column(old) if needs_constant else constant
         for n, s in enumerate(scores):
-            k = byte * plan.per_byte + n
+            k = part * plan.per_part + n
             p = jnp.exp(s - by_column(top))
             denominator = denominator + p
             scaled = p * (per_token(value_array, slot, k) * jnp.float32(plan.value.slope))
@@ -352,8 +358,9 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         size, merged = (plan.width, plan.group), []
         for c, numerator in enumerate(numerators):
             numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
-            for n in range(plan.per_byte):
-                factor = plan.value.factor(value_smem.at[slot, c].transpose((1, 0))[...], byte, n)
+            words, high = load(value_smem, slot, c, part, 1)
+            for n in range(plan.per_part):
+                factor = plan.value.factor(words, bit, n, high)
                 numerator = numerator + _matmul(factor, p_smem.at[n], size, plan)
             merged.append(numerator)
         plgpu.commit_smem()  # these reads come before what is written next
@@ -363,10 +370,10 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         slot = jax.lax.rem(i, jnp.int32(STAGES))
         plgpu.barrier_wait(barrier.at[slot])
         tile_sums = scale_queries(slot) if plan.channels else None
-        # A loop, not two copies: the compiler would compute all factors of a word at once, and they
+        # A loop, not copies: the compiler would compute all factors of a word at once, and they
         # do not fit into the registers.
-        one = lambda byte, carry: attend(slot, begin + i, byte, tile_sums, carry)
-        carry = jax.lax.fori_loop(0, 2, one, carry)
+        one = lambda part, carry: attend(slot, begin + i, part, tile_sums, carry)
+        carry = jax.lax.fori_loop(0, plan.parts, one, carry)
         fetch(i + STAGES, slot)
         return carry
 

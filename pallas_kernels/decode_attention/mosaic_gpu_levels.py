@@ -57,15 +57,24 @@ class Levels:
             return 0.0
         return self.codebook.coefficients[0] / self.slope
 
-    def factor(self, words: jax.Array, byte: jax.Array, field: int) -> jax.Array:
-        """float16 factors of one field of one byte, i32[], of int16 words."""
+    def factor(
+        self, words: jax.Array, shift: jax.Array, field: int, high: jax.Array | None = None
+    ) -> jax.Array:
+        """float16 factors of a field of int16 words, counted from the bit `shift` i32[] on.
+
+        Of 3 bits, words have the low two, and bit `field` of `high` int16 is the third.
+        """
         bits = self.codebook.bits
-        at = field * bits
-        words = jax.lax.shift_right_logical(
-            words, jnp.full_like(words, (8 * byte).astype(jnp.int16))
-        )
+        low_bits = bits if high is None else bits - 1
+        at = field * low_bits
+        words = jax.lax.shift_right_logical(words, jnp.full_like(words, shift.astype(jnp.int16)))
+        code = words & jnp.int16((2**low_bits - 1) << at)
+        if high is not None:
+            place = at + low_bits
+            high = jax.lax.shift_left(high, jnp.full_like(high, place - field))
+            code = code | (high & jnp.int16(1 << place))
         # The number 2^(10 - at) + code, whose last bit of mantissa is worth 2^-at.
-        number = (words & jnp.int16((2**bits - 1) << at)) | jnp.int16((25 - at) << 10)
+        number = code | jnp.int16((25 - at) << 10)
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
         base, middle = 2 ** (10 - at), (2**bits - 1) / 2
         if self.codebook.coefficients is None:

@@ -29,6 +29,7 @@ from decode_attention_cases import CASES, arguments
 from targets import compile_for
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, make_plan
 
 
 def tool(name: str) -> str:
@@ -61,8 +62,10 @@ def instructions_per_element(ptx: pathlib.Path, case) -> float:
     subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
     command = [tool("nvdisasm"), "-c", str(cubin)]
     sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # Of 64 rows of 16-bit words, keys and values, the codes of one byte.
-    elements = 2 * 64 * 8 // case.codebook.bits * case.head_dim
+    q, key, value, *_ = arguments(case, (1,), num_tiles=8)
+    plan = make_plan(q, key, value, None, None)
+    # Of 64 rows of words, keys and values, the fields of one part.
+    elements = 2 * ROWS * plan.per_part * case.head_dim
     return 128 * loop_length(sass) / elements
 
 
