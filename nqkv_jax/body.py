@@ -100,7 +100,7 @@ def attend_body(
     )
     arguments = (folded, shift, layer, tokens, query_positions)
     codes = jax.eval_shape(lambda: _tiled_codes(layer, rotary))
-    unsupported = functools.partial(_unsupported, layer=layer, codes=codes, queries=q.shape[3])
+    unsupported = functools.partial(_unsupported, layer=layer, codes=codes, queries=q.shape[2:4])
     fused = functools.partial(_fused, rotary=rotary, window=window)
     default = walk
     if q.shape[3] == 1 and all(isinstance(side, kernels.VectorCodes) for side in codes):
@@ -143,18 +143,23 @@ def _tiled_codes(
     return [of(layer.key, rotary), of(layer.value, None)]
 
 
-def _unsupported(kernel: str, layer: LayerCache, codes: list, queries: int) -> str | None:
-    """What a kernel would need to serve this body, whose codes are given, or None if it can."""
-    key, value = codes
+def _unsupported(
+    kernel: str, layer: LayerCache, codes: list, queries: tuple[int, int]
+) -> str | None:
+    """What a kernel would need to serve this body, or None if it can.
+
+    `codes` are the body's, `queries` the query heads per KV head and the queries per sequence.
+    """
+    (key, value), (group, tokens) = codes, queries
     if key is None or value is None:
         return (
             "keys and values in tiles, encoded 128 tokens at a time (for example "
             f"nqkv:residual=128); got {type(layer.key.quantizer).__name__} and "
             f"{type(layer.value.quantizer).__name__}"
         )
-    if queries > 1:
-        return f"one query per sequence; got {queries}"
-    return kernels.unsupported(kernel, key, value)
+    if tokens > 1:
+        return f"one query per sequence; got {tokens}"
+    return kernels.unsupported(kernel, key, value, group)
 
 
 def _fused(

@@ -223,7 +223,7 @@ def test_levels_that_the_gpu_kernel_would_have_to_look_up():
 def test_what_the_gpu_kernel_needs():
     for name, message in (
         ("stepped4", "levels that are computed"),
-        ("cubic3-d256", "head_dim 64 or 128 with 3 bits; got 256"),
+        ("cubic3-d256", "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 1 query"),
         ("keys4-values2", "as many bits; got 4 and 2"),
         ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),
         ("uniform2-minmax-parts", "scales of whole heads"),
@@ -232,6 +232,10 @@ def test_what_the_gpu_kernel_needs():
         q, key, value, lengths, _ = arguments(CASES[name], (10,))
         with pytest.raises(NotImplementedError, match=message):
             decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    large = dataclasses.replace(CASES["plus2"], group=32)
+    q, key, value, lengths, _ = arguments(large, (10,))
+    with pytest.raises(NotImplementedError, match="2 bits and 32 query heads per KV head take 2"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (10,), num_tiles=1)
     with pytest.raises(NotImplementedError, match="at least 2 tiles; got 1"):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")

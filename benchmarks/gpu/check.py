@@ -27,13 +27,13 @@ TOLERANCE = {KERNEL: 2e-3, VECTOR_KERNEL: 2e-3, "xla": 1e-4}
 SIZES = {"short": ((0, 1, 200, 384), 4), "long": ((8192, 5001, 129), 64)}
 
 
-def why_not(implementation: str, key, value) -> str | None:
+def why_not(implementation: str, key, value, group: int) -> str | None:
     """Why an implementation cannot run here."""
     if implementation == "xla":
         return None
     if jax.default_backend() != "gpu":
         return f"needs a Hopper GPU; this is {jax.default_backend()}"
-    reason = unsupported(implementation, key, value)
+    reason = unsupported(implementation, key, value, group)
     return reason and f"needs {reason}"
 
 
@@ -55,7 +55,7 @@ def _compile(case, implementation: str, size: str):
     """The arguments and the program, or why there is none."""
     lengths, num_tiles = SIZES[size]
     *arrays, first = arguments(case, lengths, num_tiles=num_tiles, dtype=jnp.bfloat16)
-    if reason := why_not(implementation, arrays[1], arrays[2]):
+    if reason := why_not(implementation, arrays[1], arrays[2], case.group):
         return reason
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation=implementation)
     program = jax.jit(run).lower(*arrays, first=first).compile()

@@ -143,7 +143,7 @@ class Measurement:
             elif row.implementation == "jax.nn cudnn" and not cuda:
                 row.skipped = f"needs a GPU; this is {jax.default_backend()}"
             elif row.implementation == KERNEL:
-                row.skipped = why_not(KERNEL, *abstract(self.shape, row.form))
+                row.skipped = why_not(KERNEL, *abstract(self.shape, row.form), self.shape.group)
             if row.skipped is None and row.store not in taken:
                 with_zeros = dataclasses.replace(row.form, zero=True)
                 size = self._copies(row) * with_zeros.nbytes(self.shape)

@@ -82,27 +82,29 @@ def decode_attention(
     kernel = lambda name: functools.partial(
         KERNELS[name][type(key)].decode_attention, soft_cap=soft_cap
     )
+    group = q.shape[2]
     if implementation in KERNELS:
-        if reason := unsupported(implementation, key, value):
+        if reason := unsupported(implementation, key, value, group):
             raise NotImplementedError(f"decode_attention: {implementation} needs {reason}")
         return kernel(implementation)(*arguments)
     by_platform = {
         platform: kernel(name)
         for name, platform in PLATFORMS.items()
-        if unsupported(name, key, value) is None
+        if unsupported(name, key, value, group) is None
     }
     if implementation == "xla" or not by_platform:
         return run(*arguments)
     return jax.lax.platform_dependent(*arguments, **by_platform, default=run)
 
 
-def unsupported(implementation: str, key: Codes, value: Codes) -> str | None:
-    """What a kernel would need to serve the case, or None if it can."""
+def unsupported(implementation: str, key: Codes, value: Codes, group: int) -> str | None:
+    """What a kernel would need to serve the case, of `group` query heads per KV head, or None if it
+    can."""
     kinds = KERNELS[implementation]
     if type(key) is not type(value) or type(key) not in kinds:
         served = " or ".join(f"two {kind.__name__}" for kind in kinds)
         return f"{served}; got {type(key).__name__} and {type(value).__name__}"
-    return kinds[type(key)].unsupported(key, value)
+    return kinds[type(key)].unsupported(key, value, group)
 
 
 def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:

@@ -24,6 +24,7 @@ from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     ROWS,
+    SHARED_MEMORY,
     STAGES,
     Plan,
     low_bits,
@@ -34,7 +35,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
 UNSEEN, FLOOR = -1e30, -1e29
 
 
-def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
+def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
     if jax.__version_info__ < (0, 11):
         return f"jax 0.11 or later; got {jax.__version__}"
@@ -46,9 +47,6 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
     bits = key.codebook.bits, value.codebook.bits
     if bits[0] != bits[1]:
         return f"keys and values of as many bits; got {bits[0]} and {bits[1]}"
-    if bits[0] == 3 and key.head_dim > tiles.LANES:
-        # Words on their way would be more than there is of shared memory.
-        return f"head_dim 64 or 128 with 3 bits; got {key.head_dim}"
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
@@ -62,6 +60,13 @@ def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
     field = 8 * low_bits(bits[0])
     if num_tiles * field < ROWS:
         return f"at least {ROWS // field} tiles; got {num_tiles}"
+    plan = make_plan(group, key, value, None, None)
+    if not plan.programs:
+        return (
+            f"at most {SHARED_MEMORY // 2**10 - 1} KiB of shared memory; head_dim {key.head_dim} "
+            f"with {bits[0]} bits and {group} query heads per KV head take "
+            f"{plan.shared_bytes // 2**10}"
+        )
     return None
 
 
@@ -89,7 +94,7 @@ def decode_attention(
     `interpret` are `plgpu.InterpretGPUParams`, for tests.
     """
     (batch, heads, group, _), head_dim = q.shape, key.head_dim
-    plan = make_plan(q, key, value, soft_cap, interpret)
+    plan = make_plan(group, key, value, soft_cap, interpret)
     q, waves = jnp.split(q, [head_dim], axis=-1)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
     sums = jnp.sum(q.astype(jnp.float16).astype(jnp.float32), axis=3)

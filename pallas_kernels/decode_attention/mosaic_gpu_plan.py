@@ -10,7 +10,8 @@ ROWS = 64  # of a tensor core's operand
 STAGES = 2  # units on their way from memory
 UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
 MULTIPROCESSORS = 132  # of an H100
-SHARED_MEMORY = 227  # KiB of each
+SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
+ALIGNMENT = 6 * 2**10  # what barriers and gaps between buffers take, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,25 @@ class Plan:
         """Those of both sides."""
         return self.key_arrays + 1 + self.value_zero
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a program takes."""
+        words = 2 * STAGES * self.planes * self.columns * ROWS * self.width * 2
+        scales = STAGES * self.arrays * tiles.TOKENS * self.tiles * 2
+        queries = self.group * self.head_dim * (4 if self.channels else 2)
+        if self.channels:
+            scales += STAGES * self.tiles * self.head_dim * 2
+            queries += self.tiles * self.group * self.head_dim * 2
+        shift = self.waves * STAGES * self.fields * ROWS * self.group * 4
+        weights = self.per_part * self.group * ROWS * 2
+        output = (self.head_dim + 3) * self.group * 4  # with its sums, and those of the queries
+        return words + scales + queries + shift + weights + output + ALIGNMENT
+
+    @property
+    def programs(self) -> int:
+        """That run on a multiprocessor at a time, as far as its memory goes; 0 if none fits."""
+        return SHARED_MEMORY // (self.shared_bytes + 2**10)
+
     def rows(self, column: int) -> tuple[int, int]:
         """Where the words of a column begin among the rows of a tile: low bits, and high bits."""
         high = self.field // 2  # rows of words with the high bits
@@ -99,14 +119,14 @@ def low_bits(bits: int) -> int:
     return 2 if bits == 3 else bits
 
 
-def make_plan(q, key: TiledCodes, value: TiledCodes, soft_cap: float | None, interpret) -> Plan:
-    """`q` [batch, Hkv, G, width] is not touched."""
-    (batch, heads, group, _), head_dim = q.shape, key.head_dim
-    padded = -(-group // 8) * 8
-    num_tiles = min(key.num_tiles, value.num_tiles)
+def make_plan(
+    group: int, key: TiledCodes, value: TiledCodes, soft_cap: float | None, interpret
+) -> Plan:
+    """For `group` query heads per KV head."""
+    head_dim, num_tiles = key.head_dim, min(key.num_tiles, value.num_tiles)
     plan = Plan(
         head_dim=head_dim,
-        group=padded,
+        group=-(-group // 8) * 8,
         num_tiles=num_tiles,
         splits=1,
         key=Levels(key.codebook),
@@ -120,11 +140,7 @@ def make_plan(q, key: TiledCodes, value: TiledCodes, soft_cap: float | None, int
         soft_cap=soft_cap,
         interpret=interpret is not None,
     )
-    # As many programs as run at a time: what is on its way takes 64 KiB of each for every plane
-    # and column, and four bytes per token and query of what waves add.
-    way = 64 * plan.columns * plan.planes
-    way += plan.waves * STAGES * ROWS * plan.fields * padded * 4 // 1024
-    programs = MULTIPROCESSORS * max(1, SHARED_MEMORY // way)
+    # As many programs as run at a time.
+    fill = -(-MULTIPROCESSORS * max(1, plan.programs) // (key.words.shape[0] * key.num_heads))
     units = -(-num_tiles // plan.tiles)
-    fill = -(-programs // (batch * heads))
     return dataclasses.replace(plan, splits=max(1, min(fill, units // UNITS_PER_SPLIT)))

@@ -32,7 +32,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_common import (
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_plan import Plan, Side, make_plan
 
 
-def unsupported(key: TiledCodes, value: TiledCodes) -> str | None:
+def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
     if tiles.LANES % key.head_dim and key.head_dim % tiles.LANES:
         return f"head_dim to divide 128 or be a multiple of it; got {key.head_dim}"

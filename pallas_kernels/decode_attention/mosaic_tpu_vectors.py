@@ -35,7 +35,7 @@ from nqkv_jax.pallas_kernels.decode_attention.vectors import (
 TILES_PER_STEP = 8
 
 
-def unsupported(key: VectorCodes, value: VectorCodes) -> str | None:
+def unsupported(key: VectorCodes, value: VectorCodes, group: int) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
     if key.head_dim % 32:
         return f"head_dim to be a multiple of 32; got {key.head_dim}"

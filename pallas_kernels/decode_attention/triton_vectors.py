@@ -24,7 +24,7 @@ TILES_PER_SPLIT = 4  # at least, as every split costs a merge
 UNSEEN, FLOOR = -1e30, -1e29
 
 
-def unsupported(key: VectorCodes, value: VectorCodes) -> str | None:
+def unsupported(key: VectorCodes, value: VectorCodes, group: int) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
     if key.head_dim not in (64, 128, 256):
         return f"head_dim 64, 128 or 256; got {key.head_dim}"

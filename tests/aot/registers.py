@@ -62,8 +62,8 @@ def instructions_per_element(ptx: pathlib.Path, case) -> float:
     subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
     command = [tool("nvdisasm"), "-c", str(cubin)]
     sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    q, key, value, *_ = arguments(case, (1,), num_tiles=8)
-    plan = make_plan(q, key, value, None, None)
+    _, key, value, *_ = arguments(case, (1,), num_tiles=8)
+    plan = make_plan(case.group, key, value, None, None)
     # Of 64 rows of words, keys and values, the fields of one part.
     elements = 2 * ROWS * plan.per_part * case.head_dim
     return 128 * loop_length(sass) / elements
@@ -92,7 +92,7 @@ def main() -> None:
         if case.window is not None:
             continue  # the same kernel as without, and not compiled again
         _, key, value, *_ = arguments(case, (1,), num_tiles=4)
-        if unsupported("mosaic_gpu", key, value) is None:
+        if unsupported("mosaic_gpu", key, value, case.group) is None:
             print(json.dumps(measure(case)), flush=True)
 
 

@@ -39,7 +39,10 @@ def test_the_loop_reads_every_cache_in_every_round(row):
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 2 * scores < row.form.nbytes(SHAPE) / 2
     if row.implementation == KERNEL:
-        assert decode_attention.unsupported(KERNEL, *sweep.abstract(SHAPE, row.form)) is None
+        assert (
+            decode_attention.unsupported(KERNEL, *sweep.abstract(SHAPE, row.form), SHAPE.group)
+            is None
+        )
     calls = {KERNEL: "mosaic_gpu", "jax.nn cudnn": "__cudnn$fmha"}.get(row.implementation)
     if calls:
         assert compiled.as_text().count(f'custom_call_target="{calls}') == row.copies
