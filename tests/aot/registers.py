@@ -2,9 +2,10 @@
 
     python tests/aot/registers.py > tests/aot/registers.jsonl
 
-Registers and spilled bytes per thread, and instructions per element of the cache: those of the
-innermost loop with tensor core products, times 128 threads, by the elements of keys and values that
-the loop reads. A count is static: what instructions wait for is not in it.
+Registers and spilled bytes per thread; programs that these and shared memory let run on a
+multiprocessor at a time; and instructions per element of the cache: those of the innermost loop
+with tensor core products, times 128 threads, by the elements of keys and values that the loop
+reads. A count is static: what instructions wait for is not in it.
 """
 
 import json
@@ -29,7 +30,7 @@ from decode_attention_cases import CASES, arguments
 from targets import compile_for
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, make_plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan, make_plan
 
 
 def tool(name: str) -> str:
@@ -57,16 +58,19 @@ def loop_length(sass: str) -> int:
     return min(found)
 
 
-def instructions_per_element(ptx: pathlib.Path, case) -> float:
+def instructions_per_element(ptx: pathlib.Path, plan: Plan) -> float:
     cubin = DUMP / "kernel.cubin"
     subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
     command = [tool("nvdisasm"), "-c", str(cubin)]
     sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    _, key, value, *_ = arguments(case, (1,), num_tiles=8)
-    plan = make_plan(case.group, key, value, None, None)
     # Of 64 rows of words, keys and values, the fields of one part.
-    elements = 2 * ROWS * plan.per_part * case.head_dim
+    elements = 2 * ROWS * plan.per_part * plan.head_dim
     return 128 * loop_length(sass) / elements
+
+
+def programs(registers: int) -> int:
+    """Of 128 threads, whose registers, in eights, are in the 65,536 of a multiprocessor."""
+    return 65536 // (128 * -(-registers // 8) * 8)
 
 
 def measure(case) -> dict:
@@ -79,11 +83,14 @@ def measure(case) -> dict:
     (ptx,) = DUMP.glob("decode_attention*.ptx")
     text = report.read_text()
     spilled = re.findall(r"(\d+) bytes spill stores", text)
+    registers = int(re.search(r"Used (\d+) registers", text)[1])
+    plan = make_plan(case.group, *arrays[1:3], case.soft_cap, None)
     return dict(
         case=case.name,
-        registers=int(re.search(r"Used (\d+) registers", text)[1]),
+        registers=registers,
         spilled_bytes=max(map(int, spilled)),
-        instructions_per_element=round(instructions_per_element(ptx, case), 2),
+        programs=min(plan.programs, programs(registers)),
+        instructions_per_element=round(instructions_per_element(ptx, plan), 2),
     )
 
 
