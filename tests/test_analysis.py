@@ -453,14 +453,3 @@ def test_smollm2_is_normal_along_tokens_and_not_within(smollm2, shared_data):
     assert 0.6 < min(share("rotated_keys", "channels") + share("values", "channels"))
     assert max(share("rotated_keys", "channels") + share("values", "channels")) < 0.9
     assert min(share("values", "standardised")) > 0.8
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    from nqkv_jax.models import from_pretrained
-    from nqkv_jax.models.checkpoint import CheckpointNotFoundError
-
-    try:
-        return from_pretrained("smollm2-135m", dtype="float32", progress=False)
-    except CheckpointNotFoundError as error:
-        pytest.skip(str(error))
