@@ -57,6 +57,8 @@ def _cases():
     yield Case("nf3-d64", codebooks.normal_float(3), head_dim=64)
     yield Case("lloyd2", codebooks.lloyd_max_normal(2), group=16)
     yield Case("uniform2-minmax-parts", codebooks.uniform(2), block=0.5, zero=True)
+    yield Case("cubic4-parts", cubic(4), block=0.5, group=4)
+    yield Case("cubic4-d256-parts", cubic(4), head_dim=256, block=0.25)
     yield Case("cubic3", cubic(3), group=4)
     yield Case("uniform3-minmax", codebooks.uniform(3), group=4, zero=True)
     yield Case("uniform3-minmax-g16", codebooks.uniform(3), group=16, zero=True)
@@ -68,9 +70,16 @@ def _cases():
     yield Case("cubic4-d256", cubic(4), head_dim=256, group=4)
     yield Case("uniform4-d256", codebooks.uniform(4), head_dim=256, group=4, zero=True)
     yield Case("cubic3-d256", cubic(3), head_dim=256)
+    yield Case("uniform2-d256-g16", codebooks.uniform(2), head_dim=256, group=16)
     yield Case("cubic4-d80", cubic(4), head_dim=80, group=1)
     yield Case("cubic4-d96", cubic(4), head_dim=96, group=4)
     yield Case("keys4-values2", cubic(4), value_codebook=codebooks.uniform(2), group=8)
+    yield Case(
+        "keys4-values2-minmax-parts", codebooks.uniform(4), value_codebook=codebooks.uniform(2),
+        group=4, zero=True, block=0.5,
+    )  # fmt: skip
+    yield Case("keys8-values4", codebooks.integer(8), value_codebook=cubic(4), group=4)
+    yield Case("keys3-values4-d64", cubic(3), value_codebook=cubic(4), head_dim=64, group=4)
     yield Case("keys2-values4-d64", codebooks.uniform(2), value_codebook=cubic(4), head_dim=64)
     yield Case("plus4", digits(4), value_codebook=cubic(4), group=4, key_channels=True, waves=128)
     yield Case("plus3", digits(3), value_codebook=cubic(3), group=4, key_channels=True, waves=128)

@@ -148,8 +148,10 @@ GPU_SLOW = [
     "integer8-d64", "soft-cap", "cubic4-d256", "uniform4-d256",
     "nf4-across-heads", "nf4-d64", "plus4", "plus3", "plus2", "waves-soft-cap",
     "uniform3-minmax", "uniform3-minmax-g16", "channels3-d64", "nf3-d64", "channels4-d256", "nf2",
+    "uniform2-d256-g16", "uniform2-minmax-parts", "cubic4-parts", "cubic4-d256-parts",
+    "keys8-values4", "keys3-values4-d64", "keys2-values4-d64", "keys4-values2-minmax-parts",
 ]  # fmt: skip
-GPU_QUICK = ["cubic4", "uniform2-d64", "cubic3", "window", "plus2-d64"]
+GPU_QUICK = ["cubic4", "uniform2-d64", "cubic3", "window", "plus2-d64", "keys4-values2"]
 
 
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -224,14 +226,17 @@ def test_what_the_gpu_kernel_needs():
     for name, message in (
         ("stepped4", "levels that are computed"),
         ("cubic3-d256", "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 1 query"),
-        ("keys4-values2", "as many bits; got 4 and 2"),
         ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),
-        ("uniform2-minmax-parts", "scales of whole heads"),
+        ("cubic3-d64-parts", "blocks of a multiple of 64 channels; got 32 and 32"),
         ("channels2-minmax", "channels of keys without zeros"),
     ):
         q, key, value, lengths, _ = arguments(CASES[name], (10,))
         with pytest.raises(NotImplementedError, match=message):
             decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    wide = dataclasses.replace(CASES["keys8-values4"], value_codebook=codebooks.uniform(2))
+    q, key, value, lengths, _ = arguments(wide, (10,))
+    with pytest.raises(NotImplementedError, match="at most twice the other's bits; got 8 and 2"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     large = dataclasses.replace(CASES["plus2"], group=32)
     q, key, value, lengths, _ = arguments(large, (10,))
     with pytest.raises(NotImplementedError, match="2 bits and 32 query heads per KV head take 2"):

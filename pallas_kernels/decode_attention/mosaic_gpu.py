@@ -22,12 +22,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
+    Source,
+    fetch,
+    memory,
+)
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     ROWS,
     SHARED_MEMORY,
     STAGES,
     Plan,
-    low_bits,
+    Side,
     make_plan,
 )
 
@@ -44,27 +49,27 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
     if key.head_dim not in (64, 128, 256):
         # Channels of values are rows of a tensor core's operand, 64 at a time.
         return f"head_dim 64, 128 or 256; got {key.head_dim}"
-    bits = key.codebook.bits, value.codebook.bits
-    if bits[0] != bits[1]:
-        return f"keys and values of as many bits; got {bits[0]} and {bits[1]}"
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
     if value.per_channel or (key.per_channel and key.zero is not None):
         return "values with scales of tokens, and channels of keys without zeros"
-    if key.blocks_per_head > 1 or value.blocks_per_head > 1:
-        return "scales of whole heads"
+    if any(side.block_size % ROWS for side in (key, value)):
+        sizes = key.block_size, value.block_size
+        return f"blocks of a multiple of {ROWS} channels; got {sizes[0]} and {sizes[1]}"
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):
         return "scales in float16"
-    num_tiles = min(key.num_tiles, value.num_tiles)
-    field = 8 * low_bits(bits[0])
-    if num_tiles * field < ROWS:
-        return f"at least {ROWS // field} tiles; got {num_tiles}"
     plan = make_plan(group, key, value, None, None)
+    bits = " and ".join(dict.fromkeys(str(side.bits) for side in plan.sides))
+    if max(side.pieces for side in plan.sides) > 2:
+        # All pieces of a field are decoded together, and have to fit into the registers.
+        return f"keys and values of which one has at most twice the other's bits; got {bits}"
+    if plan.num_tiles < plan.tiles:
+        return f"at least {plan.tiles} tiles; got {plan.num_tiles}"
     if not plan.programs:
         return (
             f"at most {SHARED_MEMORY // 2**10 - 1} KiB of shared memory; head_dim {key.head_dim} "
-            f"with {bits[0]} bits and {group} query heads per KV head take "
+            f"with {bits} bits and {group} query heads per KV head take "
             f"{plan.shared_bytes // 2**10}"
         )
     return None
@@ -97,74 +102,40 @@ def decode_attention(
     plan = make_plan(group, key, value, soft_cap, interpret)
     q, waves = jnp.split(q, [head_dim], axis=-1)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
-    sums = jnp.sum(q.astype(jnp.float16).astype(jnp.float32), axis=3)
-    if plan.channels:  # queries wait, in columns, for the scales of every tile
+    blocks = q.astype(jnp.float16).astype(jnp.float32).reshape(*q.shape[:3], plan.key.blocks, -1)
+    sums = jnp.swapaxes(jnp.sum(blocks, axis=4), 2, 3)
+    if plan.key.channels:  # queries wait, in columns, for the scales of every tile
         q = jnp.swapaxes(q, 2, 3).astype(jnp.float32)
     else:
         q = q.astype(jnp.float16)
     # Free reshapes: the words of a token in a column are a row, and so are the tokens of a field.
-    words = lambda a: a.reshape(*a.shape[:3], -1, plan.width)
+    words = lambda a: a.reshape(*a.shape[:3], -1, plan.stored_width)
     fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)
-    per_token = [
-        fields(a)
-        for s in (key, value)
-        if not s.per_channel
-        for a in (s.scale, s.zero)
-        if a is not None
-    ]
-    per_channel = [key.scale] if plan.channels else []
+    of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
     shift = []
     if plan.waves:  # columns beside the scores': [batch, heads, tiles, fields, field, group]
         waves = jnp.pad(waves, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
         added = key.waves.shift(waves).transpose(0, 2, 1, 4, 3)
         shift = [added.reshape(*added.shape[:3], plan.fields, plan.field, plan.group)]
-
-    word_tiles = (plan.planes, plan.columns, ROWS, plan.width)
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    half = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
-    token_size = (STAGES, plan.fields, plan.tiles, plan.field)
-    copies = 2 * plan.columns * plan.tiles * (2 * plan.planes - 1)
-    copies += plan.arrays * plan.fields + plan.channels + plan.waves * plan.tiles * plan.fields
+    source = Source(
+        words=(words(key.words), words(value.words)),
+        token_scales=tuple(
+            [fields(a) for a in of_tokens(side) if a is not None] for side in (key, value)
+        ),
+        channel_scales=[key.scale] if plan.key.channels else [],
+        shift=shift,
+    )
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(_kernel, plan=plan, treedef=jax.tree.structure(source)),
         out_type=(shape(head_dim, plan.group), shape(plan.group), shape(plan.group)),
-        scratch_types=[
-            plgpu.SMEM((head_dim, plan.group), jnp.float32)
-            if plan.channels
-            else plgpu.SMEM((plan.group, head_dim), jnp.float16, transforms=half),
-            plgpu.SMEM((plan.group,), jnp.float32),
-            plgpu.SMEM((STAGES, *word_tiles), jnp.int16, transforms=swizzled),
-            plgpu.SMEM((STAGES, *word_tiles), jnp.int16, transforms=swizzled),
-            [plgpu.SMEM(token_size, jnp.int16) for _ in per_token],
-            [plgpu.SMEM((STAGES, plan.tiles, head_dim), jnp.int16) for _ in per_channel],
-            [
-                plgpu.SMEM((plan.tiles * plan.group, head_dim), jnp.float16, transforms=half)
-                for _ in per_channel
-            ],
-            [plgpu.SMEM((STAGES, plan.fields, ROWS, plan.group), jnp.float32) for _ in shift],
-            plgpu.SMEM((plan.per_part, plan.group, ROWS), jnp.float16, transforms=half),
-            plgpu.SMEM((head_dim, plan.group), jnp.float32),
-            [plgpu.SMEM((plan.group,), jnp.float32) for _ in range(2)],
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
-        ],
+        scratch_types=[memory(plan)],
         kernel_name="decode_attention",
         grid=(plan.splits, heads, batch),
         grid_names=("split", "head", "batch"),
         **options,
-    )(
-        lengths,
-        first,
-        q,
-        sums,
-        words(key.words),
-        words(value.words),
-        *per_token,
-        *per_channel,
-        *shift,
-    )
+    )(lengths, first, q, sums, *jax.tree.leaves(source))
     top = jnp.max(maximum, axis=2, keepdims=True)
     weight = jnp.exp(maximum - top)
     denominator = jnp.sum(weight * denominator, axis=2)[..., :group]
@@ -173,14 +144,9 @@ def decode_attention(
     return numerator, denominator, jnp.where(denominator == 0, -jnp.inf, top[:, :, 0, :group])
 
 
-def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan: Plan):
-    token_gmem, refs = refs[: plan.arrays], refs[plan.arrays :]
-    channel_gmem, refs = refs[: plan.channels], refs[plan.channels :]
-    shift_gmem, refs = refs[: plan.waves], refs[plan.waves :]
-    numerator_gmem, denominator_gmem, maximum_gmem, *scratch = refs
-    q_smem, sums_smem, key_smem, value_smem, token_smem = scratch[:5]
-    channel_smem, scaled_smem, shift_smem, p_smem, out_smem, row_smem = scratch[5:11]
-    query_barrier, barrier = scratch[11:]
+def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
+    source = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
+    *outputs, smem = refs[treedef.num_leaves :]
     split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
     unit_tokens = plan.tiles * tiles.TOKENS
     length, oldest = lengths[batch], first[batch]
@@ -191,64 +157,30 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
     begin = begin + split * each
     steps = jnp.clip(units - split * each, 0, each)
 
-    blocks = [plan.key_block] * plan.key_arrays + [plan.value_block] * (1 + plan.value_zero)
-
     def first_tile(unit):
         # The last unit is moved back to fit; what an earlier one has seen is masked out.
         return jnp.clip(unit * plan.tiles, 0, plan.num_tiles - plan.tiles)
 
-    def copy_words(source, target, n, column, done):
-        low, high = plan.rows(column)
-        copy = lambda start, plane, at, size: plgpu.copy_gmem_to_smem(
-            source.at[pl.ds(start, size)],
-            target.at[plane, column, pl.ds(n * plan.field + at, size)],
-            done,
-        )
-        copy(low, 0, 0, plan.field)
-        if plan.planes == 2:  # a word has high bits for two rows: twice, so that each has its own
-            copy(high, 1, 0, plan.field // 2)
-            copy(high, 1, plan.field // 2, plan.field // 2)
-
-    def fetch(step, slot):
+    def fetch_step(step, slot):
         tile = first_tile(begin + jnp.minimum(step, jnp.maximum(steps - 1, 0)))
-        done = barrier.at[slot]
-        for n, c in itertools.product(range(plan.tiles), range(plan.columns)):
-            for source, target in ((key_gmem, key_smem), (value_gmem, value_smem)):
-                copy_words(source.at[batch, tile + n, head], target.at[slot], n, c, done)
-        for source, target, block in zip(token_gmem, token_smem, blocks, strict=True):
-            for k in range(plan.fields):
-                plgpu.copy_gmem_to_smem(
-                    source.at[batch, pl.ds(tile, plan.tiles), div(head, block), k],
-                    target.at[slot, k],
-                    done,
-                )
-        for source, target in zip(shift_gmem, shift_smem, strict=True):
-            for n, k in itertools.product(range(plan.tiles), range(plan.fields)):
-                plgpu.copy_gmem_to_smem(
-                    source.at[batch, head, tile + n, k],
-                    target.at[slot, k, pl.ds(n * plan.field, plan.field)],
-                    done,
-                )
-        for source, target in zip(channel_gmem, channel_smem, strict=True):
-            plgpu.copy_gmem_to_smem(
-                source.at[batch, pl.ds(tile, plan.tiles), head], target.at[slot], done
-            )
+        fetch(source, smem, batch, head, tile, slot, plan)
 
-    plgpu.copy_gmem_to_smem(q_gmem.at[batch, head], q_smem, query_barrier)
-    plgpu.copy_gmem_to_smem(sums_gmem.at[batch, head], sums_smem, query_barrier)
+    plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
+    plgpu.copy_gmem_to_smem(query_sums.at[batch, head], smem.sums, smem.queries_arrived)
     for slot in range(STAGES):
-        fetch(jnp.int32(slot), slot)
-    plgpu.barrier_wait(query_barrier)
+        fetch_step(jnp.int32(slot), slot)
+    plgpu.barrier_wait(smem.queries_arrived)
 
     square = (ROWS, plan.group)
     by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
     by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
-    needs_sums = not plan.channels and (plan.key_zero or plan.key.ratio != 0)
-    sums = by_column(sums_smem[...]) if needs_sums else None
     float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+    sums = None
+    if not plan.key.channels and (plan.key.zero or plan.key.levels.ratio != 0):
+        sums = [by_column(smem.sums.at[b][...]) for b in range(plan.key.blocks)]
 
-    def per_token(number, slot, k):
-        bits = token_smem[number].at[slot, k]  # [tiles, field]: contiguous
+    def per_token(array, slot, block, k):
+        bits = array.at[slot, block, k]  # [tiles, field]: contiguous
         return by_row(
             float32(bits[...].reshape(ROWS) if plan.interpret else bits.reshape(ROWS)[...])
         )
@@ -260,11 +192,11 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
             total, columns = None, pl.ds(tile * plan.group, plan.group)
             for c in range(0, plan.head_dim, ROWS):
                 rows = pl.ds(c, ROWS)
-                q = plgpu.load(q_smem.at[rows], layout=plgpu.Layout.WGMMA)
-                scaled = q * by_row(float32(channel_smem[0].at[slot, tile, rows][...]))
+                q = plgpu.load(smem.queries.at[rows], layout=plgpu.Layout.WGMMA)
+                scaled = q * by_row(float32(smem.channel_scales[0].at[slot, tile, rows][...]))
                 scaled = scaled.astype(jnp.float16)
-                scaled_smem[0].at[columns, rows].transpose((1, 0))[...] = scaled
-                if plan.key.ratio:
+                smem.scaled_queries[0].at[columns, rows].transpose((1, 0))[...] = scaled
+                if plan.key.levels.ratio:
                     # Of what was rounded: the constant is large, and must cancel.
                     part = jnp.sum(scaled.astype(jnp.float32), axis=0)
                     total = part if total is None else total + part
@@ -281,23 +213,45 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
             own = jnp.where(tile == n, part, own)
         return own
 
-    def scores_of(factor, column, slot):
+    def product_of(factor, column):
         """f32 square: of a column of keys' factors with the queries."""
         channels = pl.ds(column * plan.width, plan.width)
-        if not plan.channels:
-            q = q_smem if plan.columns == 1 else q_smem.at[:, channels]
-            return _matmul(factor, q, square, plan)
-        q = scaled_smem[0] if plan.columns == 1 else scaled_smem[0].at[:, channels]
+        of_column = lambda q: q if plan.columns == 1 else q.at[:, channels]
+        if not plan.key.channels:
+            return _matmul(factor, of_column(smem.queries), square, plan)
+        q = of_column(smem.scaled_queries[0])
         every = _matmul(factor, q, (ROWS, plan.tiles * plan.group), plan)
         cut = lambda n: jax.lax.slice(every, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
         return of_own_tile([cut(n) for n in range(plan.tiles)])
 
-    value_array = plan.key_arrays
-    needs_constant = plan.value_zero or plan.value.ratio != 0
+    def scores_of(products, slot, k, tile_sums):
+        """f32 square, of field k, from the products of its columns."""
+        scores, (levels, arrays) = None, (plan.key.levels, smem.token_scales[0])
+        per_block = plan.columns // plan.key.blocks
+        for b in range(plan.key.blocks):
+            s = functools.reduce(jnp.add, products[b * per_block : (b + 1) * per_block])
+            if levels.ratio:
+                own = of_own_tile([by_column(t) for t in tile_sums]) if tile_sums else sums[b]
+                s = s + own * jnp.float32(levels.ratio)
+            if plan.key.channels:
+                s = s * jnp.float32(levels.slope)
+            else:
+                s = s * (per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
+            if plan.key.zero:
+                s = s + sums[b] * per_token(arrays[1], slot, b, k)
+            scores = s if scores is None else scores + s
+        if plan.waves:
+            scores = scores + plgpu.load(smem.shift[0].at[slot, k], layout=plgpu.Layout.WGMMA)
+        if plan.soft_cap is not None:
+            cap = jnp.float32(plan.soft_cap)
+            scores = cap * jnp.tanh(scores * jnp.float32(1 / plan.soft_cap))
+        return scores
 
-    def load(words, slot, column, part, token_axis):
+    needs_constant = plan.value.zero or plan.value.levels.ratio != 0
+
+    def load(side: Side, words, slot, piece, column, part, token_axis):
         """A column of a unit, with tokens along an axis: what `Levels.factor` needs of it."""
-        planes = [words.at[slot, plane, column] for plane in range(plan.planes)]
+        planes = [words.at[slot, piece, plane, column] for plane in range(side.planes)]
         low, *high = [(a.transpose((1, 0)) if token_axis else a)[...] for a in planes]
         if not high:
             return low, None
@@ -308,6 +262,23 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         first_bit = (part * plan.per_part).astype(jnp.int16)
         return low, jax.lax.shift_right_logical(high, jnp.full_like(high, first_bit))
 
+    def weigh(p, n, slot, k, constant):
+        """Leaves weights for field n of a part, scaled as values are, block by block; adds what
+        does not depend on the codes to the constants."""
+        levels, arrays, merged = plan.value.levels, smem.token_scales[1], []
+        for b, c in enumerate(constant):
+            scaled = p * (per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
+            # What is stored for unseen tokens may be NaN. (A weight that is NaN is not 0.)
+            scaled = jnp.where(p == 0, jnp.float32(0), scaled).astype(jnp.float16)
+            smem.weights.at[n, b].transpose((1, 0))[...] = scaled
+            if levels.ratio:
+                c = c + scaled.astype(jnp.float32) * jnp.float32(levels.ratio)
+            if plan.value.zero:
+                zero = p * per_token(arrays[1], slot, b, k)
+                c = c + jnp.where(p == 0, jnp.float32(0), zero)
+            merged.append(c)
+        return tuple(merged)
+
     def attend(slot, unit, part, tile_sums, carry):
         """Merges the fields of one part of a unit's words."""
         numerators, denominator, constant, maximum = carry
@@ -316,70 +287,52 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         in_field = (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
         in_field = in_field + first_tile(unit) * tiles.TOKENS
         oldest_here = jnp.maximum(oldest, unit * unit_tokens)
-        bit = part * (plan.per_part * plan.low_bits)  # of a word, where the part begins
+        bit = part * (plan.per_part * plan.narrow_bits)  # of a word, where the part begins
+        products = [[] for _ in range(plan.per_part)]
+        for c, piece in itertools.product(range(plan.columns), range(plan.key.pieces)):
+            words, high = load(plan.key, smem.words[0], slot, piece, c, part, 0)
+            for n in range(piece, plan.per_part, plan.key.pieces):
+                factor = plan.key.levels.factor(words, bit, n // plan.key.pieces, high)
+                products[n].append(product_of(factor, c))
         scores = []
-        keys = [load(key_smem, slot, c, part, 0) for c in range(plan.columns)]
-        for n in range(plan.per_part):
+        for n, of_columns in enumerate(products):
             k = part * plan.per_part + n
-            s = None
-            for c in range(plan.columns):
-                words, high = keys[c]
-                of_column = scores_of(plan.key.factor(words, bit, n, high), c, slot)
-                s = of_column if s is None else s + of_column
-            if plan.key.ratio:
-                total = of_own_tile([by_column(t) for t in tile_sums]) if plan.channels else sums
-                s = s + total * jnp.float32(plan.key.ratio)
-            if plan.channels:
-                s = s * jnp.float32(plan.key.slope)
-            else:
-                s = s * (per_token(0, slot, k) * jnp.float32(plan.key.slope))
-            if plan.key_zero:
-                s = s + sums * per_token(1, slot, k)
-            if plan.waves:
-                s = s + plgpu.load(shift_smem[0].at[slot, k], layout=plgpu.Layout.WGMMA)
-            if plan.soft_cap is not None:
-                s = jnp.float32(plan.soft_cap) * jnp.tanh(s * jnp.float32(1 / plan.soft_cap))
             token = in_field + k * plan.field
             seen = (token < length) & (token >= oldest_here)
+            s = scores_of(of_columns, slot, k, tile_sums)
             scores.append(jnp.where(seen, s, jnp.float32(UNSEEN)))
         top = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
         old = jnp.exp(maximum - top)
         denominator = denominator * by_column(old)
-        constant = constant * by_column(old) if needs_constant else constant
+        if needs_constant:
+            constant = tuple(c * by_column(old) for c in constant)
         for n, s in enumerate(scores):
-            k = part * plan.per_part + n
             p = jnp.exp(s - by_column(top))
             denominator = denominator + p
-            scaled = p * (per_token(value_array, slot, k) * jnp.float32(plan.value.slope))
-            # What is stored for unseen tokens may be NaN. (A weight that is NaN is not 0.)
-            scaled = jnp.where(p == 0, jnp.float32(0), scaled).astype(jnp.float16)
-            p_smem.at[n].transpose((1, 0))[...] = scaled
-            if plan.value.ratio:
-                constant = constant + scaled.astype(jnp.float32) * jnp.float32(plan.value.ratio)
-            if plan.value_zero:
-                zero = p * per_token(value_array + 1, slot, k)
-                constant = constant + jnp.where(p == 0, jnp.float32(0), zero)
+            constant = weigh(p, n, slot, part * plan.per_part + n, constant)
         plgpu.commit_smem()
         size, merged = (plan.width, plan.group), []
         for c, numerator in enumerate(numerators):
             numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
-            words, high = load(value_smem, slot, c, part, 1)
-            for n in range(plan.per_part):
-                factor = plan.value.factor(words, bit, n, high)
-                numerator = numerator + _matmul(factor, p_smem.at[n], size, plan)
+            weights = smem.weights.at[:, plan.block(plan.value, c)]
+            for piece in range(plan.value.pieces):
+                words, high = load(plan.value, smem.words[1], slot, piece, c, part, 1)
+                for n in range(piece, plan.per_part, plan.value.pieces):
+                    factor = plan.value.levels.factor(words, bit, n // plan.value.pieces, high)
+                    numerator = numerator + _matmul(factor, weights.at[n], size, plan)
             merged.append(numerator)
         plgpu.commit_smem()  # these reads come before what is written next
         return tuple(merged), denominator, constant, top
 
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(STAGES))
-        plgpu.barrier_wait(barrier.at[slot])
-        tile_sums = scale_queries(slot) if plan.channels else None
+        plgpu.barrier_wait(smem.unit_arrived.at[slot])
+        tile_sums = scale_queries(slot) if plan.key.channels else None
         # A loop, not copies: the compiler would compute all factors of a word at once, and they
         # do not fit into the registers.
         one = lambda part, carry: attend(slot, begin + i, part, tile_sums, carry)
         carry = jax.lax.fori_loop(0, plan.parts, one, carry)
-        fetch(i + STAGES, slot)
+        fetch_step(i + STAGES, slot)
         return carry
 
     zeros = lambda *s: plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA)
@@ -387,23 +340,24 @@ def _kernel(lengths, first, q_gmem, sums_gmem, key_gmem, value_gmem, *refs, plan
         jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
     )
     numerators = tuple(zeros(plan.width, plan.group) for _ in range(plan.columns))
-    start = (numerators, zeros(*square), zeros(*square), floor)
+    constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
+    start = (numerators, zeros(*square), constant, floor)
     numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
     for slot in range(STAGES):
-        plgpu.barrier_wait(barrier.at[slot])
-    total = jnp.sum(constant, axis=0) if needs_constant else None
+        plgpu.barrier_wait(smem.unit_arrived.at[slot])
+    totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None
     for c, numerator in enumerate(numerators):
         if needs_constant:
+            total = totals[plan.block(plan.value, c)]
             numerator = numerator + jax.lax.broadcast_in_dim(total, numerator.shape, (1,))
         rows = pl.ds(c * plan.width, plan.width)
-        (out_smem if plan.columns == 1 else out_smem.at[rows])[...] = numerator
-    row_smem[0][...] = jnp.sum(denominator, axis=0)
-    row_smem[1][...] = maximum
+        (smem.numerator if plan.columns == 1 else smem.numerator.at[rows])[...] = numerator
+    smem.denominator[...] = jnp.sum(denominator, axis=0)
+    smem.maximum[...] = maximum
     plgpu.commit_smem()
-    place = (batch, head, split)
-    plgpu.copy_smem_to_gmem(out_smem, numerator_gmem.at[place])
-    plgpu.copy_smem_to_gmem(row_smem[0], denominator_gmem.at[place])
-    plgpu.copy_smem_to_gmem(row_smem[1], maximum_gmem.at[place])
+    results = (smem.numerator, smem.denominator, smem.maximum)
+    for result, output in zip(results, outputs, strict=True):
+        plgpu.copy_smem_to_gmem(result, output.at[batch, head, split])
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -1,6 +1,7 @@
 """How the GPU kernel cuts its work: what is static about a call."""
 
 import dataclasses
+import math
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
@@ -15,25 +16,19 @@ ALIGNMENT = 6 * 2**10  # what barriers and gaps between buffers take, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    head_dim: int
-    group: int  # padded to the 8 columns of a tensor core
-    num_tiles: int
-    splits: int
-    key: Levels
-    value: Levels
-    key_block: int  # heads that share a scale
-    value_block: int
-    key_zero: bool
-    value_zero: bool
-    channels: bool  # have the scales of keys, not tokens
-    waves: bool  # add to scores
-    soft_cap: float | None
-    interpret: bool
+class Side:
+    """Keys or values."""
+
+    levels: Levels
+    pieces: int  # of the rows of words, if the other side has fewer bits: see `Plan.field`
+    heads: int  # that share a scale
+    blocks: int  # of a head that have their own
+    zero: bool
+    channels: bool  # have the scales, not tokens
 
     @property
     def bits(self) -> int:
-        return self.key.codebook.bits
+        return self.levels.codebook.bits
 
     @property
     def low_bits(self) -> int:
@@ -45,9 +40,39 @@ class Plan:
         return 1 + (self.bits == 3)
 
     @property
+    def arrays(self) -> int:
+        """Scales and zeros of tokens."""
+        return (not self.channels) + self.zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    head_dim: int
+    group: int  # padded to the 8 columns of a tensor core
+    num_tiles: int
+    splits: int
+    key: Side
+    value: Side
+    waves: bool  # add to scores
+    soft_cap: float | None
+    interpret: bool
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.key, self.value
+
+    @property
+    def narrow_bits(self) -> int:
+        return min(side.low_bits for side in self.sides)
+
+    @property
     def field(self) -> int:
-        """Tokens per field of a tile."""
-        return 8 * self.low_bits
+        """Tokens per field of a tile, of the side with fewer bits.
+
+        Fields of the other are longer, and cut into pieces: its field k, of which piece h, are the
+        same tokens as field k * pieces + h.
+        """
+        return 8 * self.narrow_bits
 
     @property
     def fields(self) -> int:
@@ -56,63 +81,81 @@ class Plan:
     @property
     def per_part(self) -> int:
         """Fields that are decoded at a time: those of a byte, or fewer if they would not fit into
-        the registers, with as much beside them."""
-        if self.bits == 3:
-            return 2 if self.group == 8 else 1
-        polynomials = all(side.codebook.coefficients for side in (self.key, self.value))
-        return min(8 // self.bits, 4 if self.group == 8 and polynomials else 2)
+        the registers, with as much beside them. Always all pieces of a field."""
+        blocks, many = any(side.blocks > 1 for side in self.sides), self.group > 8
+        demands = blocks + many + (self.head_dim > tiles.LANES)
+        if any(side.bits == 3 for side in self.sides):
+            demands += 1
+        elif not all(side.levels.codebook.coefficients for side in self.sides):
+            demands = max(demands, 1)
+        fit = max(1, min(8 // self.narrow_bits, 4 >> demands))
+        return max(fit, *(side.pieces for side in self.sides))
 
     @property
     def parts(self) -> int:
         return self.fields // self.per_part
 
     @property
-    def width(self) -> int:
-        """Channels of a column: a tile's words are stored in columns of 128 channels."""
+    def stored_width(self) -> int:
+        """Channels of a column of a tile's words in memory."""
         return min(self.head_dim, tiles.LANES)
+
+    @property
+    def width(self) -> int:
+        """Channels of a column here: no more than share a scale."""
+        return min(self.stored_width, *(self.block_size(side) for side in self.sides))
 
     @property
     def columns(self) -> int:
         return self.head_dim // self.width
+
+    def block_size(self, side: Side) -> int:
+        """Channels of a head that share a scale."""
+        return self.head_dim // side.blocks
+
+    def block(self, side: Side, column: int) -> int:
+        """Of the channels of a column."""
+        return column * self.width // self.block_size(side)
 
     @property
     def tiles(self) -> int:
         """Of a unit."""
         return ROWS // self.field
 
-    @property
-    def key_arrays(self) -> int:
-        """Scales and zeros of the tokens of keys."""
-        return (not self.channels) + self.key_zero
+    def word_shape(self, side: Side) -> tuple[int, ...]:
+        """Of a unit."""
+        return side.pieces, side.planes, self.columns, ROWS, self.width
+
+    def scale_shape(self, side: Side) -> tuple[int, ...]:
+        """Of a unit's tokens."""
+        return side.blocks, self.fields, self.tiles, self.field
 
     @property
-    def arrays(self) -> int:
-        """Those of both sides."""
-        return self.key_arrays + 1 + self.value_zero
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the fields of a part, for each block of values."""
+        return self.per_part, self.value.blocks, self.group, ROWS
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that a program takes."""
-        words = 2 * STAGES * self.planes * self.columns * ROWS * self.width * 2
-        scales = STAGES * self.arrays * tiles.TOKENS * self.tiles * 2
-        queries = self.group * self.head_dim * (4 if self.channels else 2)
-        if self.channels:
+        words = sum(2 * STAGES * math.prod(self.word_shape(side)) for side in self.sides)
+        scales = sum(
+            2 * STAGES * side.arrays * math.prod(self.scale_shape(side)) for side in self.sides
+        )
+        queries = self.group * self.head_dim * (4 if self.key.channels else 2)
+        if self.key.channels:
             scales += STAGES * self.tiles * self.head_dim * 2
             queries += self.tiles * self.group * self.head_dim * 2
         shift = self.waves * STAGES * self.fields * ROWS * self.group * 4
-        weights = self.per_part * self.group * ROWS * 2
-        output = (self.head_dim + 3) * self.group * 4  # with its sums, and those of the queries
+        weights = 2 * math.prod(self.weight_shape)
+        # With its sums, and those of the queries.
+        output = (self.head_dim + 2 + self.key.blocks) * self.group * 4
         return words + scales + queries + shift + weights + output + ALIGNMENT
 
     @property
     def programs(self) -> int:
         """That run on a multiprocessor at a time, as far as its memory goes; 0 if none fits."""
         return SHARED_MEMORY // (self.shared_bytes + 2**10)
-
-    def rows(self, column: int) -> tuple[int, int]:
-        """Where the words of a column begin among the rows of a tile: low bits, and high bits."""
-        high = self.field // 2  # rows of words with the high bits
-        return column * self.field, self.columns * self.field + column * high
 
 
 def low_bits(bits: int) -> int:
@@ -124,18 +167,25 @@ def make_plan(
 ) -> Plan:
     """For `group` query heads per KV head."""
     head_dim, num_tiles = key.head_dim, min(key.num_tiles, value.num_tiles)
+    narrow = min(low_bits(codes.codebook.bits) for codes in (key, value))
+
+    def side(codes: TiledCodes) -> Side:
+        return Side(
+            levels=Levels(codes.codebook),
+            pieces=low_bits(codes.codebook.bits) // narrow,
+            heads=max(1, codes.block_size // head_dim),
+            blocks=codes.blocks_per_head,
+            zero=codes.zero is not None,
+            channels=codes.per_channel,
+        )
+
     plan = Plan(
         head_dim=head_dim,
         group=-(-group // 8) * 8,
         num_tiles=num_tiles,
         splits=1,
-        key=Levels(key.codebook),
-        value=Levels(value.codebook),
-        key_block=key.block_size // head_dim,
-        value_block=value.block_size // head_dim,
-        key_zero=key.zero is not None,
-        value_zero=value.zero is not None,
-        channels=key.per_channel,
+        key=side(key),
+        value=side(value),
         waves=key.waves is not None,
         soft_cap=soft_cap,
         interpret=interpret is not None,

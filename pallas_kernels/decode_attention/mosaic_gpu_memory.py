@@ -1,0 +1,123 @@
+"""The shared memory of a program of the GPU kernel, and the copies into it."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, STAGES, Plan, Side
+
+
+class Memory(NamedTuple):
+    """Buffers of a program; those that arrive with a unit have a slot for each stage ahead."""
+
+    queries: Any  # [group, head_dim]; f32[head_dim, group] if they wait for scales of channels
+    sums: Any  # f32[blocks of keys, group] of the queries
+    words: tuple[Any, Any]  # of keys and values, int16[STAGES, *Plan.word_shape]
+    token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
+    channel_scales: list  # of keys, int16[STAGES, tiles, head_dim]
+    scaled_queries: list  # float16[tiles * group, head_dim]
+    shift: list  # of the waves, f32[STAGES, fields, ROWS, group]
+    weights: Any  # float16[*Plan.weight_shape]
+    numerator: Any  # f32[head_dim, group]
+    denominator: Any  # f32[group]
+    maximum: Any  # f32[group]
+    queries_arrived: Any
+    unit_arrived: Any  # for each stage
+
+
+def memory(plan: Plan) -> Memory:
+    """What a program asks for."""
+    channels, f32, f16, i16 = plan.key.channels, jnp.float32, jnp.float16, jnp.int16
+    words = dict(transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    operand = dict(transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64)))
+    smem = plgpu.SMEM
+    queries = smem((plan.group, plan.head_dim), f16, **operand)
+    if channels:
+        queries = smem((plan.head_dim, plan.group), f32)
+    scaled = smem((plan.tiles * plan.group, plan.head_dim), f16, **operand)
+    return Memory(
+        queries=queries,
+        sums=smem((plan.key.blocks, plan.group), f32),
+        words=tuple(smem((STAGES, *plan.word_shape(side)), i16, **words) for side in plan.sides),
+        token_scales=tuple(
+            [smem((STAGES, *plan.scale_shape(side)), i16)] * side.arrays for side in plan.sides
+        ),
+        channel_scales=[smem((STAGES, plan.tiles, plan.head_dim), i16)] * channels,
+        scaled_queries=[scaled] * channels,
+        shift=[smem((STAGES, plan.fields, ROWS, plan.group), f32)] * plan.waves,
+        weights=smem(plan.weight_shape, f16, **operand),
+        numerator=smem((plan.head_dim, plan.group), f32),
+        denominator=smem((plan.group,), f32),
+        maximum=smem((plan.group,), f32),
+        queries_arrived=plgpu.Barrier(num_arrivals=2),
+        unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=STAGES),
+    )
+
+
+def _copies(plan: Plan) -> int:
+    """Of a unit, as `fetch` makes them."""
+    copies = plan.key.channels + plan.waves * plan.tiles * plan.fields
+    for side in plan.sides:
+        # The high bits of 3 come twice.
+        copies += plan.columns * plan.tiles * (side.pieces if side.planes == 1 else 3)
+        copies += side.arrays * side.blocks * plan.fields
+    return copies
+
+
+class Source(NamedTuple):
+    """Where a unit comes from: arrays in global memory, as the kernel is given them."""
+
+    words: tuple[Any, Any]
+    token_scales: tuple[list, list]
+    channel_scales: list
+    shift: list
+
+
+def fetch(
+    source: Source, memory: Memory, batch: jax.Array, head: jax.Array, tile: jax.Array,
+    slot: int | jax.Array, plan: Plan,
+) -> None:  # fmt: skip
+    """Starts the copies of the unit that begins with `tile`."""
+    done = memory.unit_arrived.at[slot]
+    copy = lambda a, b: plgpu.copy_gmem_to_smem(a, b, done)
+    for side, words, target in zip(plan.sides, source.words, memory.words, strict=True):
+        for n, column in itertools.product(range(plan.tiles), range(plan.columns)):
+            for rows, lanes, to in _word_copies(side, column, plan):
+                piece, plane, at = to
+                copy(
+                    words.at[batch, tile + n, head, rows, lanes],
+                    target.at[slot, piece, plane, column, pl.ds(n * plan.field + at, rows.size)],
+                )
+    for side, arrays, targets in zip(
+        plan.sides, source.token_scales, memory.token_scales, strict=True
+    ):
+        first = jax.lax.div(head, jnp.int32(side.heads)) * side.blocks
+        for array, target in zip(arrays, targets, strict=True):
+            for b, k in itertools.product(range(side.blocks), range(plan.fields)):
+                copy(array.at[batch, pl.ds(tile, plan.tiles), first + b, k], target.at[slot, b, k])
+    for array, target in zip(source.shift, memory.shift, strict=True):
+        for n, k in itertools.product(range(plan.tiles), range(plan.fields)):
+            copy(
+                array.at[batch, head, tile + n, k],
+                target.at[slot, k, pl.ds(n * plan.field, plan.field)],
+            )
+    for array, target in zip(source.channel_scales, memory.channel_scales, strict=True):
+        copy(array.at[batch, pl.ds(tile, plan.tiles), head], target.at[slot])
+
+
+def _word_copies(side: Side, column: int, plan: Plan):
+    """Of a column of a tile: (rows, lanes) in memory, and (piece, plane, first row) of where to."""
+    stored_column, lane = divmod(column * plan.width, plan.stored_width)
+    lanes = pl.ds(lane, plan.width)
+    low = plan.field * side.pieces  # rows of words with the low bits
+    for piece in range(side.pieces):
+        yield pl.ds(stored_column * low + piece * plan.field, plan.field), lanes, (piece, 0, 0)
+    if side.planes == 2:  # a word has high bits for two rows: twice, so that each has its own
+        high = low // 2
+        begin = plan.head_dim // plan.stored_width * low + stored_column * high
+        for at in (0, high):
+            yield pl.ds(begin, high), lanes, (0, 1, at)
