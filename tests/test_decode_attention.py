@@ -18,6 +18,7 @@ from nqkv_jax.pallas_kernels.decode_attention import (
     decode_attention,
     mosaic_gpu,
     mosaic_gpu_levels,
+    mosaic_gpu_words,
     mosaic_tpu_plan,
     mosaic_tpu_rounding,
     triton_vectors,
@@ -198,18 +199,21 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
     bits, levels = codebook.bits, mosaic_gpu_levels.Levels(codebook)
     assert levels.computed
     low_bits = 2 if bits == 3 else bits
-    codes = np.random.default_rng(0).integers(0, 2**bits, (16 // low_bits, 999))
+    # Words turn in pairs: those beside must not be seen.
+    codes = np.random.default_rng(0).integers(0, 2**bits, (16 // low_bits, 1000))
     codes[:, : 2**bits] = np.arange(2**bits)
     word = lambda parts, size: jnp.asarray(
         sum(c << size * k for k, c in enumerate(parts)).astype(np.uint16).view(np.int16)
     )
+    rotate = functools.partial(mosaic_gpu_words.rotate_pairs, interpret=True)
     words, high = word(codes % 2**low_bits, low_bits), None
     per_part = 2 if bits == 3 else 8 // bits
     for k, expected in enumerate(np.asarray(codebook.levels)[codes]):
         part, field = divmod(k, per_part)
         if bits == 3:
-            high = word(codes[part * per_part :] >> 2, 1)
-        found = levels.factor(words, jnp.int32(part * per_part * low_bits), field, high)
+            high = rotate(word(codes >> 2, 1), k - levels.place(field) - low_bits)
+        moved = rotate(words, part * per_part * low_bits - mosaic_gpu_levels.FIRST)
+        found = levels.factor(moved, field, high, jnp.int16(0))
         assert found.dtype == jnp.float16
         found = (np.asarray(found, np.float64) + levels.ratio) * levels.slope
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, Levels
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
     Source,
     fetch,
@@ -35,6 +35,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     Side,
     make_plan,
 )
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import rotate_pairs
 
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
@@ -249,18 +250,27 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
 
     needs_constant = plan.value.zero or plan.value.levels.ratio != 0
 
+    rotate = functools.partial(rotate_pairs, interpret=plan.interpret)
+    zero = (length >> 31).astype(jnp.int16)  # see `Levels.factor`
+
     def load(side: Side, words, slot, piece, column, part, token_axis):
-        """A column of a unit, with tokens along an axis: what `Levels.factor` needs of it."""
+        """A column of a unit, with tokens along an axis: words whose part begins at bit `FIRST`,
+        and those with the high bits of 3, in the lower byte."""
         planes = [words.at[slot, piece, plane, column] for plane in range(side.planes)]
         low, *high = [(a.transpose((1, 0)) if token_axis else a)[...] for a in planes]
+        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - FIRST)
         if not high:
             return low, None
         (high,) = high
         row = plgpu.broadcasted_iota(jnp.int32, high.shape, token_axis, layout=plgpu.Layout.WGMMA)
-        upper = jax.lax.shift_right_logical(high, jnp.full_like(high, 8))
-        high = jnp.where((row & (plan.field // 2)) != 0, upper, high)
-        first_bit = (part * plan.per_part).astype(jnp.int16)
-        return low, jax.lax.shift_right_logical(high, jnp.full_like(high, first_bit))
+        return low, jnp.where((row & (plan.field // 2)) != 0, rotate(high, 8), high)
+
+    def factor(side: Side, words, part, n):
+        """Of field n of a part."""
+        (low, high), field = words, n // side.pieces
+        if high is not None:
+            high = rotate(high, part * plan.per_part + n - side.levels.place(field) - side.low_bits)
+        return side.levels.factor(low, field, high, zero)
 
     def weigh(p, n, slot, k, constant):
         """Leaves weights for field n of a part, scaled as values are, block by block; adds what
@@ -287,13 +297,11 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         in_field = (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
         in_field = in_field + first_tile(unit) * tiles.TOKENS
         oldest_here = jnp.maximum(oldest, unit * unit_tokens)
-        bit = part * (plan.per_part * plan.narrow_bits)  # of a word, where the part begins
         products = [[] for _ in range(plan.per_part)]
         for c, piece in itertools.product(range(plan.columns), range(plan.key.pieces)):
-            words, high = load(plan.key, smem.words[0], slot, piece, c, part, 0)
+            words = load(plan.key, smem.words[0], slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
-                factor = plan.key.levels.factor(words, bit, n // plan.key.pieces, high)
-                products[n].append(product_of(factor, c))
+                products[n].append(product_of(factor(plan.key, words, part, n), c))
         scores = []
         for n, of_columns in enumerate(products):
             k = part * plan.per_part + n
@@ -316,10 +324,10 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
             weights = smem.weights.at[:, plan.block(plan.value, c)]
             for piece in range(plan.value.pieces):
-                words, high = load(plan.value, smem.words[1], slot, piece, c, part, 1)
+                words = load(plan.value, smem.words[1], slot, piece, c, part, 1)
                 for n in range(piece, plan.per_part, plan.value.pieces):
-                    factor = plan.value.levels.factor(words, bit, n // plan.value.pieces, high)
-                    numerator = numerator + _matmul(factor, weights.at[n], size, plan)
+                    left = factor(plan.value, words, part, n)
+                    numerator = numerator + _matmul(left, weights.at[n], size, plan)
             merged.append(numerator)
         plgpu.commit_smem()  # these reads come before what is written next
         return tuple(merged), denominator, constant, top

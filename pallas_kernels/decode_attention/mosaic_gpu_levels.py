@@ -9,6 +9,9 @@ import numpy as np
 
 from nqkv_jax.codebooks import Codebook
 
+# Where the fields of a part begin in a word that was moved for them: those of a byte then end
+# within the mantissa, and numbers have halves.
+FIRST = 2
 FIT = 1e-3  # error of levels that are computed instead of looked up, of the largest
 
 
@@ -34,9 +37,10 @@ def quantile_fit(codebook: Codebook) -> tuple[float, ...] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """level = slope * factor + offset.
+    """level = slope * factor + offset, with factors of about 1 at most.
 
-    The factor is t + square t^2 + cube t^3, for a codebook with coefficients, or as in
+    With t = (code - middle) / 2^(b-1), the factor of a + c t + d t^3 is t (t^2 + c / d): one operation
+    less than t + d / c t^3. Other polynomials have theirs in the latter form, and NormalFloat has
     `quantile_fit`.
     """
 
@@ -47,52 +51,66 @@ class Levels:
         return self.codebook.coefficients is not None or quantile_fit(self.codebook) is not None
 
     @property
+    def half(self) -> int:
+        return 2 ** (self.codebook.bits - 1)
+
+    @property
+    def polynomial(self) -> tuple[float, float, float, float] | None:
+        """Coefficients of 1, t, t^2 and t^3."""
+        if self.codebook.coefficients is None:
+            return None
+        padded = (*self.codebook.coefficients, 0.0, 0.0)[:4]
+        return tuple(c * self.half**i for i, c in enumerate(padded))
+
+    @property
     def slope(self) -> float:
-        return 1.0 if self.codebook.coefficients is None else self.codebook.coefficients[1]
+        if self.polynomial is None:
+            return 1.0
+        _, slope, square, cube = self.polynomial
+        return cube if cube and not square else slope
 
     @property
     def ratio(self) -> float:
         """offset / slope"""
-        if self.codebook.coefficients is None:
-            return 0.0
-        return self.codebook.coefficients[0] / self.slope
+        return 0.0 if self.polynomial is None else self.polynomial[0] / self.slope
+
+    def place(self, field: int) -> int:
+        """Of the first bit of a field of a part, in words as `factor` takes them."""
+        return FIRST + field * (2 if self.codebook.bits == 3 else self.codebook.bits)
 
     def factor(
-        self, words: jax.Array, shift: jax.Array, field: int, high: jax.Array | None = None
+        self, words: jax.Array, field: int, high: jax.Array | None, zero: jax.Array
     ) -> jax.Array:
-        """float16 factors of a field of int16 words, counted from the bit `shift` i32[] on.
+        """float16 factors of one field of the part of int16 words that begins at bit `FIRST`.
 
-        Of 3 bits, words have the low two, and bit `field` of `high` int16 is the third.
+        Of 3 bits, words have the low two, and the bit beside them of `high` int16 is the third.
+
+        `zero` int16[] is a 0 that the assembler does not know of: masks it knows, it puts into a
+        register again for every use.
         """
-        bits = self.codebook.bits
+        bits, at = self.codebook.bits, self.place(field)
         low_bits = bits if high is None else bits - 1
-        at = field * low_bits
-        words = jax.lax.shift_right_logical(words, jnp.full_like(words, shift.astype(jnp.int16)))
-        code = words & jnp.int16((2**low_bits - 1) << at)
+        code = words & (jnp.int16((2**low_bits - 1) << at) | zero)
         if high is not None:
-            place = at + low_bits
-            high = jax.lax.shift_left(high, jnp.full_like(high, place - field))
-            code = code | (high & jnp.int16(1 << place))
-        # The number 2^(10 - at) + code, whose last bit of mantissa is worth 2^-at.
-        number = code | jnp.int16((25 - at) << 10)
+            code = code | (high & (jnp.int16(1 << (at + low_bits)) | zero))
+        # Below the exponent of `base`, the last bit of a code is worth 1 / half.
+        exponent = 10 - at - (bits - 1)
+        number, base = code | jnp.int16((15 + exponent) << 10), 2.0**exponent
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
-        base, middle = 2 ** (10 - at), (2**bits - 1) / 2
-        if self.codebook.coefficients is None:
-            return self._quantile(number - jnp.float16(base + 2 ** (bits - 1) - 1))
-        if at:
-            t = number - jnp.float16(base + middle)
-        else:
-            # In one step it would not be exact. XLA, which an interpreter uses, would merge two.
-            t = jax.lax.optimization_barrier(number - jnp.float16(base)) - jnp.float16(middle)
-        _, slope, square, cube = (*self.codebook.coefficients, 0.0, 0.0)[:4]
-        half = lambda c: jnp.float16(c / slope)
-        if square:
-            return t * (t * (t * half(cube) + half(square)) + jnp.float16(1))
-        return t * (t * t * half(cube) + jnp.float16(1)) if cube else t
+        if self.polynomial is None:
+            return self._quantile(number - jnp.float16(base + (self.half - 1) / self.half))
+        t = number - jnp.float16(base + (self.half - 0.5) / self.half)
+        _, slope, square, cube = self.polynomial
+        if not cube:
+            return t
+        if not square:
+            return t * (t * t + jnp.float16(slope / cube))
+        constant = lambda c: jnp.float16(c / slope)
+        return t * (t * (t * constant(cube) + constant(square)) + jnp.float16(1))
 
-    def _quantile(self, u: jax.Array) -> jax.Array:
-        half = 2 ** (self.codebook.bits - 1)
-        x = jnp.minimum(u * jnp.float16(1 / half), u * jnp.float16(1 / max(half - 1, 1)))
+    def _quantile(self, x: jax.Array) -> jax.Array:
+        """Of x = u / 2^(b-1), which is stretched below 0."""
+        x = jnp.minimum(x, x * jnp.float16(self.half / (self.half - 1)))
         *odd, value = (jnp.float16(c) for c in quantile_fit(self.codebook))
         for c in reversed(odd):
             value = value * (x * x) + c
