@@ -39,9 +39,9 @@ def quantile_fit(codebook: Codebook) -> tuple[float, ...] | None:
 class Levels:
     """level = slope * factor + offset, with factors of about 1 at most.
 
-    With t = (code - middle) / 2^(b-1), the factor of a + c t + d t^3 is t (t^2 + c / d): one operation
-    less than t + d / c t^3. Other polynomials have theirs in the latter form, and NormalFloat has
-    `quantile_fit`.
+    With t = (code - middle) / 2^(b-1), the factor of a + c t + d t^3 is t (t^2 + c / d): one
+    operation less than t + d / c t^3. Other polynomials have theirs in the latter form, and
+    NormalFloat has `quantile_fit`.
     """
 
     codebook: Codebook
