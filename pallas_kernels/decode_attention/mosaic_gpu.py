@@ -132,6 +132,7 @@ def decode_attention(
         functools.partial(_kernel, plan=plan, treedef=jax.tree.structure(source)),
         out_type=(shape(head_dim, plan.group), shape(plan.group), shape(plan.group)),
         scratch_types=[memory(plan)],
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=plan.reduction_bytes),
         kernel_name="decode_attention",
         grid=(plan.splits, heads, batch),
         grid_names=("split", "head", "batch"),
@@ -167,7 +168,6 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         fetch(source, smem, batch, head, tile, slot, plan)
 
     plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
-    plgpu.copy_gmem_to_smem(query_sums.at[batch, head], smem.sums, smem.queries_arrived)
     for slot in range(STAGES):
         fetch_step(jnp.int32(slot), slot)
     plgpu.barrier_wait(smem.queries_arrived)
@@ -178,7 +178,8 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
     sums = None
     if not plan.key.channels and (plan.key.zero or plan.key.levels.ratio != 0):
-        sums = [by_column(smem.sums.at[b][...]) for b in range(plan.key.blocks)]
+        column = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        sums = [by_column(column(query_sums.at[batch, head, b])) for b in range(plan.key.blocks)]
 
     def per_token(array, slot, block, k):
         bits = array.at[slot, block, k]  # [tiles, field]: contiguous
@@ -353,20 +354,25 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
     for slot in range(STAGES):
         plgpu.barrier_wait(smem.unit_arrived.at[slot])
+    # From registers: shared memory for these would cost a program.
     totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None
+    numerator_gmem, denominator_gmem, maximum_gmem = (a.at[batch, head, split] for a in outputs)
     for c, numerator in enumerate(numerators):
         if needs_constant:
             total = totals[plan.block(plan.value, c)]
             numerator = numerator + jax.lax.broadcast_in_dim(total, numerator.shape, (1,))
         rows = pl.ds(c * plan.width, plan.width)
-        (smem.numerator if plan.columns == 1 else smem.numerator.at[rows])[...] = numerator
-    smem.denominator[...] = jnp.sum(denominator, axis=0)
-    smem.maximum[...] = maximum
-    plgpu.commit_smem()
-    results = (smem.numerator, smem.denominator, smem.maximum)
-    for result, output in zip(results, outputs, strict=True):
-        plgpu.copy_smem_to_gmem(result, output.at[batch, head, split])
-    plgpu.wait_smem_to_gmem(0)
+        _store(numerator_gmem if plan.columns == 1 else numerator_gmem.at[rows], numerator)
+    _store(denominator_gmem, jnp.sum(denominator, axis=0))
+    _store(maximum_gmem, maximum)
+
+
+def _store(target, x: jax.Array) -> None:
+    """To global memory, also where that is less than a cache line for each warp."""
+    if jax.__version_info__ < (0, 12):
+        target[...] = x
+    else:
+        plgpu.store(target, x, optimized=False)
 
 
 def _matmul(left: jax.Array, right, shape: tuple[int, int], plan: Plan) -> jax.Array:

@@ -15,16 +15,12 @@ class Memory(NamedTuple):
     """Buffers of a program; those that arrive with a unit have a slot for each stage ahead."""
 
     queries: Any  # [group, head_dim]; f32[head_dim, group] if they wait for scales of channels
-    sums: Any  # f32[blocks of keys, group] of the queries
     words: tuple[Any, Any]  # of keys and values, int16[STAGES, *Plan.word_shape]
     token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
     channel_scales: list  # of keys, int16[STAGES, tiles, head_dim]
     scaled_queries: list  # float16[tiles * group, head_dim]
     shift: list  # of the waves, f32[STAGES, fields, ROWS, group]
     weights: Any  # float16[*Plan.weight_shape]
-    numerator: Any  # f32[head_dim, group]
-    denominator: Any  # f32[group]
-    maximum: Any  # f32[group]
     queries_arrived: Any
     unit_arrived: Any  # for each stage
 
@@ -41,7 +37,6 @@ def memory(plan: Plan) -> Memory:
     scaled = smem((plan.tiles * plan.group, plan.head_dim), f16, **operand)
     return Memory(
         queries=queries,
-        sums=smem((plan.key.blocks, plan.group), f32),
         words=tuple(smem((STAGES, *plan.word_shape(side)), i16, **words) for side in plan.sides),
         token_scales=tuple(
             [smem((STAGES, *plan.scale_shape(side)), i16)] * side.arrays for side in plan.sides
@@ -50,10 +45,7 @@ def memory(plan: Plan) -> Memory:
         scaled_queries=[scaled] * channels,
         shift=[smem((STAGES, plan.fields, ROWS, plan.group), f32)] * plan.waves,
         weights=smem(plan.weight_shape, f16, **operand),
-        numerator=smem((plan.head_dim, plan.group), f32),
-        denominator=smem((plan.group,), f32),
-        maximum=smem((plan.group,), f32),
-        queries_arrived=plgpu.Barrier(num_arrivals=2),
+        queries_arrived=plgpu.Barrier(num_arrivals=1),
         unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=STAGES),
     )
 

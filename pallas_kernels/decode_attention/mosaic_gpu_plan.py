@@ -12,7 +12,7 @@ STAGES = 2  # units on their way from memory
 UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
-ALIGNMENT = 6 * 2**10  # what barriers and gaps between buffers take, at most
+ALIGNMENT = 2**10  # of a buffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +136,26 @@ class Plan:
         return self.per_part, self.value.blocks, self.group, ROWS
 
     @property
+    def reduction_bytes(self) -> int:
+        """For sums and maxima over rows, of a square: the four warps exchange a pair of columns for
+        each thread at a time."""
+        return 4 * 32 * 8 * (self.group // 8)
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory that a program takes."""
-        words = sum(2 * STAGES * math.prod(self.word_shape(side)) for side in self.sides)
-        scales = sum(
-            2 * STAGES * side.arrays * math.prod(self.scale_shape(side)) for side in self.sides
-        )
-        queries = self.group * self.head_dim * (4 if self.key.channels else 2)
-        if self.key.channels:
-            scales += STAGES * self.tiles * self.head_dim * 2
-            queries += self.tiles * self.group * self.head_dim * 2
-        shift = self.waves * STAGES * self.fields * ROWS * self.group * 4
-        weights = 2 * math.prod(self.weight_shape)
-        # With its sums, and those of the queries.
-        output = (self.head_dim + 2 + self.key.blocks) * self.group * 4
-        return words + scales + queries + shift + weights + output + ALIGNMENT
+        buffers = [2 * STAGES * math.prod(self.word_shape(side)) for side in self.sides]
+        for side in self.sides:
+            buffers += [2 * STAGES * math.prod(self.scale_shape(side))] * side.arrays
+        queries = self.group * self.head_dim
+        buffers.append(queries * (4 if self.key.channels else 2))
+        if self.key.channels:  # their scales, and queries with them
+            buffers += [2 * STAGES * self.tiles * self.head_dim, 2 * self.tiles * queries]
+        if self.waves:
+            buffers.append(4 * STAGES * self.fields * ROWS * self.group)
+        buffers.append(2 * math.prod(self.weight_shape))
+        aligned = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers)
+        return aligned + self.reduction_bytes + 8 * (1 + STAGES)  # barriers
 
     @property
     def programs(self) -> int:

@@ -85,6 +85,10 @@ def measure(case) -> dict:
     spilled = re.findall(r"(\d+) bytes spill stores", text)
     registers = int(re.search(r"Used (\d+) registers", text)[1])
     plan = make_plan(case.group, *arrays[1:3], case.soft_cap, None)
+    layouts = next(DUMP.glob("decode_attention*.after_layout_inference.txt")).read_text()
+    shared = int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", layouts)[1])
+    if shared != plan.shared_bytes:
+        raise RuntimeError(f"{case}: the plan has {plan.shared_bytes} bytes, the program {shared}")
     return dict(
         case=case.name,
         registers=registers,
