@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax import codebooks, tiles
-from nqkv_jax.pallas_kernels.decode_attention import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, Waves
+from nqkv_jax.rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Format:
     Attributes:
       codebook: of keys and values; None for bfloat16.
       zero: whether tokens have one beside their scale.
-      key_codebook: of keys, if they have one of their own, and scales of channels instead.
+      key_codebook: of keys, if they have one of their own, scales of channels instead, and waves.
     """
 
     codebook: codebooks.Codebook | None = None
@@ -70,7 +71,7 @@ class Format:
 
 def formats() -> list[Format]:
     """Those with codes; of each width the first is also run in plain XLA."""
-    # What `nqkv-plus` has, but for the means of its keys.
+    # What `nqkv-plus` has.
     plus = lambda bits, values: Format(
         codebook=values, key_codebook=codebooks.centred_integers(bits)
     )
@@ -145,5 +146,13 @@ def sides(cache: tuple[dict, dict], form: Format) -> tuple[TiledCodes, TiledCode
     """
     key, value = (given if form.zero else given | dict(zero=None) for given in cache)
     channels = form.key_codebook is not None
-    key = TiledCodes(**key, codebook=form.key_codebook or form.codebook, per_channel=channels)
+    waves = None
+    if channels:
+        half, num_tiles = key["scale"].shape[-1] // 2, key["words"].shape[1]
+        rotary = Rotary(inverse_frequencies=1e4 ** -(jnp.arange(half) / half))
+        starts = rotary.at(tiles.TOKENS * jnp.arange(num_tiles))
+        waves = Waves(starts=starts, places=rotary.at(jnp.arange(tiles.TOKENS)))
+    key = TiledCodes(
+        **key, waves=waves, codebook=form.key_codebook or form.codebook, per_channel=channels
+    )
     return key, TiledCodes(**value, codebook=form.codebook)

@@ -36,8 +36,11 @@ def _attend(q, cache, form: Format, shape: Shape, implementation: str):
     lengths = jnp.full(shape.batch, shape.context, jnp.int32)
     grouped = q.reshape(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
     scale = jnp.asarray(shape.head_dim**-0.5 / max(key.codebook.levels), q.dtype)
+    grouped = grouped * scale
+    if key.waves is not None:
+        grouped = jnp.concatenate([grouped, grouped], axis=-1)  # what meets them
     numerator, denominator, _ = decode_attention(
-        grouped * scale, key, value, lengths, implementation=implementation
+        grouped, key, value, lengths, implementation=implementation
     )
     return (numerator / denominator[..., None]).reshape(q.shape)
 

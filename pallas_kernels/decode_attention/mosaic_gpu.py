@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, Levels
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
@@ -101,7 +102,7 @@ def decode_attention(
     """
     (batch, heads, group, _), head_dim = q.shape, key.head_dim
     plan = make_plan(group, key, value, soft_cap, interpret)
-    q, waves = jnp.split(q, [head_dim], axis=-1)
+    q, meeting_waves = jnp.split(q, [head_dim], axis=-1)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
     blocks = q.astype(jnp.float16).astype(jnp.float32).reshape(*q.shape[:3], plan.key.blocks, -1)
     sums = jnp.swapaxes(jnp.sum(blocks, axis=4), 2, 3)
@@ -113,23 +114,19 @@ def decode_attention(
     words = lambda a: a.reshape(*a.shape[:3], -1, plan.stored_width)
     fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)
     of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
-    shift = []
-    if plan.waves:  # columns beside the scores': [batch, heads, tiles, fields, field, group]
-        waves = jnp.pad(waves, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
-        added = key.waves.shift(waves).transpose(0, 2, 1, 4, 3)
-        shift = [added.reshape(*added.shape[:3], plan.fields, plan.field, plan.group)]
+    added = waves.operands(key.waves, meeting_waves, plan) if plan.wave_rows else []
     source = Source(
         words=(words(key.words), words(value.words)),
         token_scales=tuple(
             [fields(a) for a in of_tokens(side) if a is not None] for side in (key, value)
         ),
         channel_scales=[key.scale] if plan.key.channels else [],
-        shift=shift,
     )
+    arrays = source, added
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
-        functools.partial(_kernel, plan=plan, treedef=jax.tree.structure(source)),
+        functools.partial(_kernel, plan=plan, treedef=jax.tree.structure(arrays)),
         out_type=(shape(head_dim, plan.group), shape(plan.group), shape(plan.group)),
         scratch_types=[memory(plan)],
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=plan.reduction_bytes),
@@ -137,7 +134,7 @@ def decode_attention(
         grid=(plan.splits, heads, batch),
         grid_names=("split", "head", "batch"),
         **options,
-    )(lengths, first, q, sums, *jax.tree.leaves(source))
+    )(lengths, first, q, sums, *jax.tree.leaves(arrays))
     top = jnp.max(maximum, axis=2, keepdims=True)
     weight = jnp.exp(maximum - top)
     denominator = jnp.sum(weight * denominator, axis=2)[..., :group]
@@ -147,7 +144,7 @@ def decode_attention(
 
 
 def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
-    source = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
+    source, added = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
     *outputs, smem = refs[treedef.num_leaves :]
     split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
     unit_tokens = plan.tiles * tiles.TOKENS
@@ -168,6 +165,8 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         fetch(source, smem, batch, head, tile, slot, plan)
 
     plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
+    for places, target in zip(added[2:], smem.places, strict=True):
+        plgpu.copy_gmem_to_smem(places, target, smem.queries_arrived)
     for slot in range(STAGES):
         fetch_step(jnp.int32(slot), slot)
     plgpu.barrier_wait(smem.queries_arrived)
@@ -206,6 +205,14 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         plgpu.commit_smem()
         return sums
 
+    def shift_unit(loaded):
+        """Leaves what waves add to the scores of a unit."""
+        waves.turn(loaded, smem.turned[0], plan)
+        plgpu.commit_smem()
+        size = (ROWS, waves.HALVES * plan.tiles * plan.group)
+        waves.leave(_matmul(smem.places[0][...], smem.turned[0], size, plan), smem.shift[0], plan)
+        plgpu.commit_smem()
+
     def of_own_tile(parts):
         """Each row of the part of its tile."""
         log = plan.field.bit_length() - 1
@@ -242,8 +249,8 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             if plan.key.zero:
                 s = s + sums[b] * per_token(arrays[1], slot, b, k)
             scores = s if scores is None else scores + s
-        if plan.waves:
-            scores = scores + plgpu.load(smem.shift[0].at[slot, k], layout=plgpu.Layout.WGMMA)
+        if plan.wave_rows:
+            scores = scores + of_own_tile(waves.of_field(smem.shift[0], k, plan))
         if plan.soft_cap is not None:
             cap = jnp.float32(plan.soft_cap)
             scores = cap * jnp.tanh(scores * jnp.float32(1 / plan.soft_cap))
@@ -335,6 +342,10 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
 
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(STAGES))
+        if plan.wave_rows:
+            wave_queries, starts, _ = added
+            of_unit = wave_queries.at[batch, head], starts, first_tile(begin + i)
+            shift_unit(waves.load(*of_unit, plan))
         plgpu.barrier_wait(smem.unit_arrived.at[slot])
         tile_sums = scale_queries(slot) if plan.key.channels else None
         # A loop, not copies: the compiler would compute all factors of a word at once, and they

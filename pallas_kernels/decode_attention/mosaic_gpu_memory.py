@@ -19,7 +19,10 @@ class Memory(NamedTuple):
     token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
     channel_scales: list  # of keys, int16[STAGES, tiles, head_dim]
     scaled_queries: list  # float16[tiles * group, head_dim]
-    shift: list  # of the waves, f32[STAGES, fields, ROWS, group]
+    # Of the waves, as in `mosaic_gpu_waves`.
+    places: list
+    turned: list
+    shift: list
     weights: Any  # float16[*Plan.weight_shape]
     queries_arrived: Any
     unit_arrived: Any  # for each stage
@@ -27,7 +30,8 @@ class Memory(NamedTuple):
 
 def memory(plan: Plan) -> Memory:
     """What a program asks for."""
-    channels, f32, f16, i16 = plan.key.channels, jnp.float32, jnp.float16, jnp.int16
+    channels, waves, halves = plan.key.channels, plan.wave_rows > 0, 2 * plan.tiles
+    f32, f16, i16 = jnp.float32, jnp.float16, jnp.int16
     words = dict(transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
     operand = dict(transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64)))
     smem = plgpu.SMEM
@@ -43,16 +47,18 @@ def memory(plan: Plan) -> Memory:
         ),
         channel_scales=[smem((STAGES, plan.tiles, plan.head_dim), i16)] * channels,
         scaled_queries=[scaled] * channels,
-        shift=[smem((STAGES, plan.fields, ROWS, plan.group), f32)] * plan.waves,
+        places=[smem((ROWS, 2 * plan.wave_rows), f16, **operand)] * waves,
+        turned=[smem((halves * plan.group, 2 * plan.wave_rows), f16, **operand)] * waves,
+        shift=[smem((halves * ROWS, plan.group), f32)] * waves,
         weights=smem(plan.weight_shape, f16, **operand),
-        queries_arrived=plgpu.Barrier(num_arrivals=1),
+        queries_arrived=plgpu.Barrier(num_arrivals=1 + waves),
         unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=STAGES),
     )
 
 
 def _copies(plan: Plan) -> int:
     """Of a unit, as `fetch` makes them."""
-    copies = plan.key.channels + plan.waves * plan.tiles * plan.fields
+    copies = int(plan.key.channels)
     for side in plan.sides:
         # The high bits of 3 come twice.
         copies += plan.columns * plan.tiles * (side.pieces if side.planes == 1 else 3)
@@ -66,7 +72,6 @@ class Source(NamedTuple):
     words: tuple[Any, Any]
     token_scales: tuple[list, list]
     channel_scales: list
-    shift: list
 
 
 def fetch(
@@ -91,12 +96,6 @@ def fetch(
         for array, target in zip(arrays, targets, strict=True):
             for b, k in itertools.product(range(side.blocks), range(plan.fields)):
                 copy(array.at[batch, pl.ds(tile, plan.tiles), first + b, k], target.at[slot, b, k])
-    for array, target in zip(source.shift, memory.shift, strict=True):
-        for n, k in itertools.product(range(plan.tiles), range(plan.fields)):
-            copy(
-                array.at[batch, head, tile + n, k],
-                target.at[slot, k, pl.ds(n * plan.field, plan.field)],
-            )
     for array, target in zip(source.channel_scales, memory.channel_scales, strict=True):
         copy(array.at[batch, pl.ds(tile, plan.tiles), head], target.at[slot])
 

@@ -53,7 +53,7 @@ class Plan:
     splits: int
     key: Side
     value: Side
-    waves: bool  # add to scores
+    wave_rows: int  # of cosines, and of sines, that add to scores; 0 for none
     soft_cap: float | None
     interpret: bool
 
@@ -151,11 +151,13 @@ class Plan:
         buffers.append(queries * (4 if self.key.channels else 2))
         if self.key.channels:  # their scales, and queries with them
             buffers += [2 * STAGES * self.tiles * self.head_dim, 2 * self.tiles * queries]
-        if self.waves:
-            buffers.append(4 * STAGES * self.fields * ROWS * self.group)
+        if self.wave_rows:  # places, queries turned to half tiles, and what these give
+            halves = 2 * self.tiles * self.group
+            buffers += [2 * size * 2 * self.wave_rows for size in (ROWS, halves)]
+            buffers.append(4 * ROWS * halves)
         buffers.append(2 * math.prod(self.weight_shape))
         aligned = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers)
-        return aligned + self.reduction_bytes + 8 * (1 + STAGES)  # barriers
+        return aligned + self.reduction_bytes + 8 * (1 + STAGES)  # of barriers
 
     @property
     def programs(self) -> int:
@@ -191,7 +193,7 @@ def make_plan(
         splits=1,
         key=side(key),
         value=side(value),
-        waves=key.waves is not None,
+        wave_rows=0 if key.waves is None else -(-key.waves.width // (2 * ROWS)) * ROWS,
         soft_cap=soft_cap,
         interpret=interpret is not None,
     )

@@ -3,9 +3,9 @@
     python tests/aot/registers.py > tests/aot/registers.jsonl
 
 Registers and spilled bytes per thread; programs that these and shared memory let run on a
-multiprocessor at a time; and instructions per element of the cache: those of the innermost loop
-with tensor core products, times 128 threads, by the elements of keys and values that the loop
-reads. A count is static: what instructions wait for is not in it.
+multiprocessor at a time; and instructions per element of the cache: those of the loop over it,
+times 128 threads, by the elements of keys and values that it reads. A count is static: what
+instructions wait for is not in it.
 """
 
 import json
@@ -30,7 +30,8 @@ from decode_attention_cases import CASES, arguments
 from targets import compile_for
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan, make_plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import Plan, make_plan
+from nqkv_jax.tiles import TOKENS
 
 
 def tool(name: str) -> str:
@@ -42,8 +43,9 @@ def tool(name: str) -> str:
     raise RuntimeError(f"expected {name} in the packages nvidia-cuda-nvcc and -nvdisasm")
 
 
-def loop_length(sass: str) -> int:
-    """Instructions of the shortest loop that has a product on the tensor core."""
+def loops(sass: str) -> list[int]:
+    """Instructions of the innermost loop that has a product on the tensor core, and of those around
+    it."""
     labels, products, count, found = {}, [], 0, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
@@ -53,9 +55,10 @@ def loop_length(sass: str) -> int:
             target = re.search(r"BRA.*`\((\.L\w+)\)", line)
             begin = labels.get(target[1]) if target else None  # known if it jumps back
             if begin is not None and any(begin <= p <= count for p in products):
-                found.append(count - begin + 1)
+                found.append((count - begin + 1, begin, count))
             count += 1
-    return min(found)
+    _, first, last = min(found)
+    return sorted(length for length, begin, end in found if begin <= first and last <= end)
 
 
 def instructions_per_element(ptx: pathlib.Path, plan: Plan) -> float:
@@ -63,9 +66,11 @@ def instructions_per_element(ptx: pathlib.Path, plan: Plan) -> float:
     subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
     command = [tool("nvdisasm"), "-c", str(cubin)]
     sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # Of 64 rows of words, keys and values, the fields of one part.
-    elements = 2 * ROWS * plan.per_part * plan.head_dim
-    return 128 * loop_length(sass) / elements
+    part, *around = loops(sass)
+    # Where a unit is one part, its loop is gone.
+    unit = around[0] + (plan.parts - 1) * part if plan.parts > 1 else part
+    elements = 2 * plan.tiles * TOKENS * plan.head_dim
+    return 128 * unit / elements
 
 
 def programs(registers: int) -> int:
