@@ -1,11 +1,13 @@
 """Whole generation loops compile for every accelerator, with the packed cache carried in place."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from gpu.end_to_end import kernel_is_automatic
 from jax.extend.core import jaxpr_as_fun
 from targets import TPUS, compile_for
 
@@ -68,16 +70,25 @@ def test_one_traced_program_compiles_for_every_target(name, target):
         assert compiled.as_text().count("tpu_custom_call") >= len(cache.layers)
 
 
-@pytest.mark.parametrize("target", ["v5e", "v6e"])
-def test_no_temporary_grows_with_the_cache(target):
+@pytest.mark.parametrize(
+    "target, scheme",
+    [
+        ("v5e", SCHEME), ("v6e", SCHEME),
+        ("h100", SCHEME), ("h100", "nqkv-plus:bits=2"), ("h100", "kvq:residual=128"),
+    ],
+)  # fmt: skip
+def test_no_temporary_grows_with_the_cache(target, scheme):
     temporary = []
     for max_len in (1024, 2048):
-        loop, arguments = decode_loop("smollm2-135m", max_len)
-        compiled = compile_for(target, loop, *arguments)
+        with contextlib.nullcontext() if target in TPUS else kernel_is_automatic():
+            loop, arguments = decode_loop("smollm2-135m", max_len, scheme)
+            compiled = compile_for(target, loop, *arguments)
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     config = model("smollm2-135m")[0]
-    # Less than one side of one layer decoded, of 60. What grows are scales, which the compiler
-    # brings into VMEM ahead of the kernel.
+    kernel = "tpu_custom_call" if target in TPUS else "mosaic_gpu"
+    assert compiled.as_text().count(f'custom_call_target="{kernel}') == config.num_layers
+    # Less than one side of one layer decoded, of 60. What grow on a TPU are scales, which the
+    # compiler brings into VMEM ahead of the kernel.
     decoded = BATCH * 1024 * config.num_kv_heads * config.head_dim * 2
     assert temporary[1] - temporary[0] < decoded
 
