@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 import nqkv_jax as nq
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu
 from nqkv_jax.quantizers.tiled import TiledQuantizer, in_tiles
 from nqkv_jax.quantizers.tiled_vectors import TiledNSN
 from nqkv_jax.rotary import Rotary
@@ -34,7 +36,7 @@ def tokens(count, seed=0):
 def prompted(scheme, rotary="rope"):
     """A cache of a ragged batch: 420 and 150 tokens, of which 384 and 128 are encoded."""
     cache = nq.schemes.get(scheme).init(
-        num_layers=1, batch=2, max_len=512, num_kv_heads=HEADS, head_dim=DIM
+        num_layers=1, batch=2, max_len=640, num_kv_heads=HEADS, head_dim=DIM
     )
     attend = jax.jit(functools.partial(nq.attend, rotary=ROTARIES[rotary]))
     return attend(*tokens(420), cache, num_new=jnp.array([420, 150]))[1]
@@ -60,6 +62,29 @@ def test_kernel_and_steps_agree(scheme, window, rotary):
         out, same = fused(*new, cache)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
     chex.assert_trees_all_equal(after, same)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel for GPUs needs jax 0.11")
+@pytest.mark.parametrize(
+    "scheme, rotary",
+    [
+        (SCHEME, "rope"),
+        (CHANNELS, "yarn"),
+        ("kvq:residual=128", "rope"),
+        ("quanto", "rope"),
+    ],
+)
+def test_kernel_for_gpus_and_steps_agree(scheme, rotary, monkeypatch):
+    cache, new = prompted(scheme, rotary), tokens(1, seed=1)
+    run = functools.partial(nq.attend, rotary=ROTARIES[rotary])
+    expected, _ = jax.jit(functools.partial(run, implementation="xla"))(*new, cache)
+    interpreted = functools.partial(
+        mosaic_gpu.decode_attention, interpret=plgpu.InterpretGPUParams()
+    )
+    monkeypatch.setattr(mosaic_gpu, "decode_attention", interpreted)
+    out, _ = jax.jit(functools.partial(run, implementation="mosaic_gpu"))(*new, cache)
+    # Its products are in float16.
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("rotary", ROTARIES)
