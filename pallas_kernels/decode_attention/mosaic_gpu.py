@@ -23,11 +23,7 @@ from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, Levels
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
-    Source,
-    fetch,
-    memory,
-)
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Source, fetch, memory
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     ROWS,
     SHARED_MEMORY,
@@ -212,7 +208,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         """Leaves what waves add to the scores of a unit."""
         waves.turn(loaded, smem.turned[0], plan)
         plgpu.commit_smem()
-        size = (ROWS, waves.HALVES * plan.tiles * plan.group)
+        size = (ROWS, plan.halves * plan.group)
         waves.leave(_matmul(smem.places[0][...], smem.turned[0], size, plan), smem.shift[0], plan)
         plgpu.commit_smem()
 
@@ -297,8 +293,8 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             if levels.ratio:
                 c = c + scaled.astype(jnp.float32) * jnp.float32(levels.ratio)
             if plan.value.zero:
-                zero = p * per_token(arrays[1], slot, b, k)
-                c = c + jnp.where(p == 0, jnp.float32(0), zero)
+                moved = p * per_token(arrays[1], slot, b, k)
+                c = c + jnp.where(p == 0, jnp.float32(0), moved)
             merged.append(c)
         return tuple(merged)
 

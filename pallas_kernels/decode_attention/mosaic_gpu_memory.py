@@ -30,7 +30,7 @@ class Memory(NamedTuple):
 
 def memory(plan: Plan) -> Memory:
     """What a program asks for."""
-    channels, waves, halves = plan.key.channels, plan.wave_rows > 0, 2 * plan.tiles
+    channels, waves = plan.key.channels, plan.wave_rows > 0
     f32, f16, i16 = jnp.float32, jnp.float16, jnp.int16
     words = dict(transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
     operand = dict(transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64)))
@@ -48,8 +48,8 @@ def memory(plan: Plan) -> Memory:
         channel_scales=[smem((STAGES, plan.tiles, plan.head_dim), i16)] * channels,
         scaled_queries=[scaled] * channels,
         places=[smem((ROWS, 2 * plan.wave_rows), f16, **operand)] * waves,
-        turned=[smem((halves * plan.group, 2 * plan.wave_rows), f16, **operand)] * waves,
-        shift=[smem((halves * ROWS, plan.group), f32)] * waves,
+        turned=[smem((plan.halves * plan.group, 2 * plan.wave_rows), f16, **operand)] * waves,
+        shift=[smem((plan.halves * ROWS, plan.group), f32)] * waves,
         weights=smem(plan.weight_shape, f16, **operand),
         queries_arrived=plgpu.Barrier(num_arrivals=1 + waves),
         unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=STAGES),

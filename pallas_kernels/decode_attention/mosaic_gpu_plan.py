@@ -122,6 +122,11 @@ class Plan:
         """Of a unit."""
         return ROWS // self.field
 
+    @property
+    def halves(self) -> int:
+        """Half tiles of a unit."""
+        return self.tiles * tiles.TOKENS // ROWS
+
     def word_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit."""
         return side.pieces, side.planes, self.columns, ROWS, self.width
@@ -152,9 +157,9 @@ class Plan:
         if self.key.channels:  # their scales, and queries with them
             buffers += [2 * STAGES * self.tiles * self.head_dim, 2 * self.tiles * queries]
         if self.wave_rows:  # places, queries turned to half tiles, and what these give
-            halves = 2 * self.tiles * self.group
-            buffers += [2 * size * 2 * self.wave_rows for size in (ROWS, halves)]
-            buffers.append(4 * ROWS * halves)
+            turned = self.halves * self.group
+            buffers += [2 * size * 2 * self.wave_rows for size in (ROWS, turned)]
+            buffers.append(4 * ROWS * turned)
         buffers.append(2 * math.prod(self.weight_shape))
         aligned = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers)
         return aligned + self.reduction_bytes + 8 * (1 + STAGES)  # of barriers

@@ -15,8 +15,6 @@ from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import Waves
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
 
-HALVES = tiles.TOKENS // ROWS  # of a tile
-
 
 def operands(waves: Waves, q: jax.Array, plan: Plan) -> list[jax.Array]:
     """Of q [B, Hkv, G, R]: its cosines and sines f32[B, Hkv, 2, rows, group], those of where halves
@@ -49,8 +47,7 @@ def load(queries, starts, tile: jax.Array, plan: Plan) -> list:
     found = []
     for begin in range(0, plan.wave_rows, ROWS):
         rows = pl.ds(begin, ROWS)
-        halves = range(HALVES * plan.tiles)
-        at = [starts.at[tile * HALVES + n] for n in halves]
+        at = [starts.at[tile * (tiles.TOKENS // ROWS) + n] for n in range(plan.halves)]
         found.append(
             (
                 [square(queries.at[part, rows]) for part in range(2)],
@@ -76,7 +73,7 @@ def turn(loaded: list, turned, plan: Plan) -> None:
 def leave(product: jax.Array, shift, plan: Plan) -> None:
     """Leaves what a unit's tokens get in `shift` f32[128 * tiles, group], of the product f32[64,
     2 * tiles * group] of places with queries."""
-    for n in range(HALVES * plan.tiles):
+    for n in range(plan.halves):
         columns = jax.lax.slice(product, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
         shift.at[pl.ds(n * ROWS, ROWS)][...] = columns
 
