@@ -237,10 +237,14 @@ def test_what_the_gpu_kernel_needs():
         q, key, value, lengths, _ = arguments(CASES[name], (10,))
         with pytest.raises(NotImplementedError, match=message):
             decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
-    wide = dataclasses.replace(CASES["keys8-values4"], value_codebook=codebooks.uniform(2))
-    q, key, value, lengths, _ = arguments(wide, (10,))
-    with pytest.raises(NotImplementedError, match="at most twice the other's bits; got 8 and 2"):
-        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    for change, got in (
+        (dict(value_codebook=codebooks.uniform(2)), "got 8 and 2 bits, head_dim 128 and 4 query"),
+        (dict(head_dim=256, group=16), "got 8 and 4 bits, head_dim 256 and 16 query"),
+    ):
+        wide = dataclasses.replace(CASES["keys8-values4"], **change)
+        q, key, value, lengths, _ = arguments(wide, (10,))
+        with pytest.raises(NotImplementedError, match=f"twice the other's bits.*{got}"):
+            decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     large = dataclasses.replace(CASES["plus2"], group=32)
     q, key, value, lengths, _ = arguments(large, (10,))
     with pytest.raises(NotImplementedError, match="2 bits and 32 query heads per KV head take 2"):

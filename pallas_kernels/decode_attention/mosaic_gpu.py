@@ -59,9 +59,12 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
         return "scales in float16"
     plan = make_plan(group, key, value, None, None)
     bits = " and ".join(dict.fromkeys(str(side.bits) for side in plan.sides))
-    if max(side.pieces for side in plan.sides) > 2:
-        # All pieces of a field are decoded together, and have to fit into the registers.
-        return f"keys and values of which one has at most twice the other's bits; got {bits}"
+    if max(side.pieces for side in plan.sides) > min(2, plan.fitting):
+        # All pieces of a field are decoded together.
+        return (
+            "keys and values of which one has at most twice the other's bits, and registers for "
+            f"both; got {bits} bits, head_dim {key.head_dim} and {group} query heads per KV head"
+        )
     if plan.num_tiles < plan.tiles:
         return f"at least {plan.tiles} tiles; got {plan.num_tiles}"
     if not plan.programs:

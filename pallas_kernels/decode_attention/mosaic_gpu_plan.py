@@ -79,17 +79,21 @@ class Plan:
         return tiles.TOKENS // self.field
 
     @property
-    def per_part(self) -> int:
-        """Fields that are decoded at a time: those of a byte, or fewer if they would not fit into
-        the registers, with as much beside them. Always all pieces of a field."""
+    def fitting(self) -> int:
+        """Fields that fit into the registers at a time, with as much beside them: those of a byte,
+        or fewer."""
         blocks, many = any(side.blocks > 1 for side in self.sides), self.group > 8
         demands = blocks + many + (self.head_dim > tiles.LANES)
         if any(side.bits == 3 for side in self.sides):
             demands += 1
         elif not all(side.levels.codebook.coefficients for side in self.sides):
             demands = max(demands, 1)
-        fit = max(1, min(8 // self.narrow_bits, 4 >> demands))
-        return max(fit, *(side.pieces for side in self.sides))
+        return max(1, min(8 // self.narrow_bits, 4 >> demands))
+
+    @property
+    def per_part(self) -> int:
+        """Fields that are decoded at a time, always all pieces of a field."""
+        return max(self.fitting, *(side.pieces for side in self.sides))
 
     @property
     def parts(self) -> int:
