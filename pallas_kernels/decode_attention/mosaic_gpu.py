@@ -281,7 +281,8 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         """Of field n of a part."""
         (low, high), field = words, n // side.pieces
         if high is not None:
-            high = rotate(high, part * plan.per_part + n - side.levels.place(field) - side.low_bits)
+            place = side.levels.place(field) + side.levels.low_bits
+            high = rotate(high, part * plan.per_part + n - place)
         return side.levels.factor(low, field, high, zero)
 
     def weigh(p, n, slot, k, constant):

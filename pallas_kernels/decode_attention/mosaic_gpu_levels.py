@@ -37,7 +37,7 @@ def quantile_fit(codebook: Codebook) -> tuple[float, ...] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """level = slope * factor + offset, with factors of about 1 at most.
+    """level = slope * factor + offset, with factors of 4 at most.
 
     With t = (code - middle) / 2^(b-1), the factor of a + c t + d t^3 is t (t^2 + c / d): one
     operation less than t + d / c t^3. Other polynomials have theirs in the latter form, and
@@ -49,6 +49,11 @@ class Levels:
     @property
     def computed(self) -> bool:
         return self.codebook.coefficients is not None or quantile_fit(self.codebook) is not None
+
+    @property
+    def low_bits(self) -> int:
+        """Of a code, in its word; the third of 3 bits is in a plane of its own."""
+        return 2 if self.codebook.bits == 3 else self.codebook.bits
 
     @property
     def half(self) -> int:
@@ -76,7 +81,7 @@ class Levels:
 
     def place(self, field: int) -> int:
         """Of the first bit of a field of a part, in words as `factor` takes them."""
-        return FIRST + field * (2 if self.codebook.bits == 3 else self.codebook.bits)
+        return FIRST + field * self.low_bits
 
     def factor(
         self, words: jax.Array, field: int, high: jax.Array | None, zero: jax.Array
@@ -89,10 +94,9 @@ class Levels:
         register again for every use.
         """
         bits, at = self.codebook.bits, self.place(field)
-        low_bits = bits if high is None else bits - 1
-        code = words & (jnp.int16((2**low_bits - 1) << at) | zero)
+        code = words & (jnp.int16((2**self.low_bits - 1) << at) | zero)
         if high is not None:
-            code = code | (high & (jnp.int16(1 << (at + low_bits)) | zero))
+            code = code | (high & (jnp.int16(1 << (at + self.low_bits)) | zero))
         # Below the exponent of `base`, the last bit of a code is worth 1 / half.
         exponent = 10 - at - (bits - 1)
         number, base = code | jnp.int16((15 + exponent) << 10), 2.0**exponent

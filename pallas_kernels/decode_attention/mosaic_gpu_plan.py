@@ -31,11 +31,6 @@ class Side:
         return self.levels.codebook.bits
 
     @property
-    def low_bits(self) -> int:
-        """Of a code, in its word; the third of 3 bits is in a plane of its own."""
-        return low_bits(self.bits)
-
-    @property
     def planes(self) -> int:
         return 1 + (self.bits == 3)
 
@@ -63,7 +58,7 @@ class Plan:
 
     @property
     def narrow_bits(self) -> int:
-        return min(side.low_bits for side in self.sides)
+        return min(side.levels.low_bits for side in self.sides)
 
     @property
     def field(self) -> int:
@@ -174,21 +169,18 @@ class Plan:
         return SHARED_MEMORY // (self.shared_bytes + 2**10)
 
 
-def low_bits(bits: int) -> int:
-    return 2 if bits == 3 else bits
-
-
 def make_plan(
     group: int, key: TiledCodes, value: TiledCodes, soft_cap: float | None, interpret
 ) -> Plan:
     """For `group` query heads per KV head."""
     head_dim, num_tiles = key.head_dim, min(key.num_tiles, value.num_tiles)
-    narrow = min(low_bits(codes.codebook.bits) for codes in (key, value))
+    narrow = min(Levels(codes.codebook).low_bits for codes in (key, value))
 
     def side(codes: TiledCodes) -> Side:
+        levels = Levels(codes.codebook)
         return Side(
-            levels=Levels(codes.codebook),
-            pieces=low_bits(codes.codebook.bits) // narrow,
+            levels=levels,
+            pieces=levels.low_bits // narrow,
             heads=max(1, codes.block_size // head_dim),
             blocks=codes.blocks_per_head,
             zero=codes.zero is not None,

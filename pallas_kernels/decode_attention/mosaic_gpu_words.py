@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 
 def rotate_pairs(words: jax.Array, amount: jax.Array | int, interpret: bool) -> jax.Array:
@@ -31,9 +33,6 @@ def rotate_pairs(words: jax.Array, amount: jax.Array | int, interpret: bool) -> 
 
 
 def _rotate(context, words: mgpu.FragmentedArray, amount: mgpu.FragmentedArray):
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
     (by,), pair = amount.registers.flat, ir.IntegerType.get_signless(32)
     registers = words.registers.copy()
     for i, register in enumerate(registers.flat):
