@@ -91,10 +91,10 @@ def decode(
 
     def step(state: DecodeState) -> DecodeState:
         logits, cache = apply(
-            graphdef, params, state.token[:, None], state.cache,
+            graphdef, params, state.token[:, None], state.cache.defer_flush(),
             num_new=(~state.done).astype(jnp.int32), last_only=True,
         )  # fmt: skip
-        state = dataclasses.replace(state, cache=cache)
+        state = dataclasses.replace(state, cache=cache.flush())
         return _choose(state, logits, stop_ids, sampling)
 
     state = dataclasses.replace(state, done=state.done | stopped)

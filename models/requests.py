@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import schemes
-from nqkv_jax.cache import KVCache, Side
+from nqkv_jax.cache import KVCache
 from nqkv_jax.models.config import ModelConfig, check_tokens
 from nqkv_jax.models.sampling import GREEDY, Sampling
 from nqkv_jax.schemes.base import Scheme
+from nqkv_jax.side import Side
 
 _SMALLEST_BUCKET = 16
 

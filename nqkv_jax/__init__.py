@@ -14,7 +14,7 @@ Decoders, weights and generation are in `nqkv_jax.models`, which alone needs Fla
 
 from nqkv_jax import codebooks, packing, schemes
 from nqkv_jax.attention import attend
-from nqkv_jax.cache import KVCache, LayerCache, Window
+from nqkv_jax.cache import KVCache, LayerCache
 from nqkv_jax.decoded import DecodedView
 from nqkv_jax.quantize import QuantizedArray, dequantize, quantize, stored_bits
 from nqkv_jax.quantizers.base import Context, Quantizer
@@ -25,6 +25,7 @@ from nqkv_jax.quantizers.transforms import Centre, Hadamard, Rotation, Standardi
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.saving import load_cache, save_cache
+from nqkv_jax.side import Window
 
 __all__ = [
     "BlockQuantizer",

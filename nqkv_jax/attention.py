@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax.body import attend_body, decode_groups, slice_groups
-from nqkv_jax.cache import KVCache, LayerCache, Side
+from nqkv_jax.cache import KVCache, LayerCache
 from nqkv_jax.pallas_kernels import decode_attention as kernels
 from nqkv_jax.partial import Partial, attend_new, attend_tokens, visible
 from nqkv_jax.prefill import attend_prompt
 from nqkv_jax.rotary import Rotary
+from nqkv_jax.side import Side
 
 IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 
@@ -115,8 +116,9 @@ def attend(
         layer_cache = cache.layers[layer]
         observed = queries if layer_cache.rotated else unrotated
         out, layer_cache = _attend_cache(
-            q, k, v, observed, layer_cache, positions, num_new, rotary, window, implementation
-        )
+            q, k, v, observed, layer_cache, positions, num_new, rotary, window, implementation,
+            defer_flush=cache.deferring,
+        )  # fmt: skip
         layers = (*cache.layers[:layer], layer_cache, *cache.layers[layer + 1 :])
         cache = dataclasses.replace(cache, layers=layers)
     elif cache is None:
@@ -130,8 +132,9 @@ def attend(
 
 
 def _attend_cache(
-    q, k, v, observed, layer: LayerCache, query_positions, num_new, rotary, window, implementation
-) -> tuple[Partial, LayerCache]:
+    q, k, v, observed, layer: LayerCache, query_positions, num_new, rotary, window, implementation,
+    *, defer_flush: bool,
+) -> tuple[Partial, LayerCache]:  # fmt: skip
     """The queries are rotated and scaled, [B, Hkv, G, S, D]; k and v are as the model made them.
 
     `observed` [B, S, Hkv, G, D] are the queries that a quantizer may look at.
@@ -143,7 +146,8 @@ def _attend_cache(
         k = rotary(k, query_positions)
     # What the cache will hold is what attention sees, from the first token on.
     k, v = k.astype(layer.dtype), v.astype(layer.dtype)
-    updated = layer.append(k, v, num_new, rotary, observed if layer.wants_queries else None)
+    queries = observed if layer.wants_queries else None
+    updated = layer.append(k, v, num_new, rotary, queries, defer_flush=defer_flush)
     decoding = size == 1
     # The residual is read after the append when decoding (it holds the new token, and still holds
     # what was flushed just now), and before it otherwise (many new tokens overwrite the ring).

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax import tiles
-from nqkv_jax.cache import LayerCache, Side
+from nqkv_jax.cache import LayerCache
 from nqkv_jax.pallas_kernels import decode_attention as kernels
 from nqkv_jax.partial import TILE, Partial, attend_tokens, visible
 from nqkv_jax.quantizers.base import Context, Payload
 from nqkv_jax.rotary import Rotary, RotaryAngles
+from nqkv_jax.side import Side
 
 LOOK_UP_TILES = 8  # of vectors, that are prepared and looked up at a time
 

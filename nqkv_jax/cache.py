@@ -1,306 +1,48 @@
 """The cache: sinks | body | residual for keys and for values of every layer.
 
-One side (keys or values) of one layer keeps its first tokens in full precision (*sinks*), then the
-tokens that its quantizer has encoded (*body*), and the latest tokens in full precision (*residual*,
-a ring). How many tokens are where is a closed form of the length alone (`Window`), so that nothing
-but `lengths` has to be tracked, sequences of a batch are independent, and appending token by token
-or all at once leaves the same bits.
-
-What is written for one sequence is vmapped over the batch; encoding runs under one loop outside the
-vmap, so that a step in which no sequence completes a chunk costs nothing.
+See `nqkv_jax.side` for where tokens are. After every token, full residuals are encoded: layer by
+layer, or (`KVCache.defer_flush`) of all layers at once, after the last.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
+from nqkv_jax import side as sides
 from nqkv_jax.rotary import Rotary
+from nqkv_jax.side import Side, Waiting
 
 _STATIC = {"static": True}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Window:
-    """Which tokens of one side are in full precision.
-
-    Attributes:
-      keep: latest tokens that stay in full precision after a flush.
-      chunk: tokens that are encoded at a time; the residual grows to keep + chunk, then one chunk
-      leaves.
-
-    `keep=0, chunk=1` has no residual: a token is encoded as it arrives, and attention sees it as
-    decoded. With a residual, attention sees the current token in full precision and the flush comes
-    after. KIVI's keys are `keep=0, chunk=128`, its values `keep=128, chunk=1`.
-    """
-
-    keep: int = 0
-    chunk: int = 1
-
-    def __post_init__(self):
-        if self.keep < 0 or self.chunk < 1:
-            raise ValueError(f"Window: expected keep >= 0 and chunk >= 1; got {self}")
-
-    @property
-    def capacity(self) -> int:
-        """Slots of the residual ring."""
-        return 0 if self.immediate else self.keep + self.chunk
-
-    @property
-    def immediate(self) -> bool:
-        return self.keep == 0 and self.chunk == 1
-
-    def encoded(self, tokens):
-        """How many of `tokens` (int or array, without sinks) are encoded once they are appended."""
-        waiting = tokens - self.keep
-        waiting = max(waiting, 0) if isinstance(waiting, int) else jnp.maximum(waiting, 0)
-        return waiting // self.chunk * self.chunk
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Side:
-    """Keys or values of one layer.
+class Unflushed:
+    """A token was appended, and a chunk that it made due is still in the residual.
 
     Attributes:
-      sinks: [B, num_sinks, Hkv, D], the first tokens.
-      body: payload leaves [B, groups, ...]; group g holds tokens num_sinks + [g, g + 1) * group.
-      residual: [B, capacity, Hkv, D]; the token at position p is in slot (p - num_sinks) %
-      capacity.
-      state: the quantizer's per-sequence state, leaves [B, ...].
-      quantizer: a pytree; static unless it is calibrated.
+      lengths: i32[B], before that token.
+      rotary: how the model rotates keys.
     """
 
-    sinks: jax.Array
-    body: Payload
-    residual: jax.Array
-    state: State
-    quantizer: Quantizer
-    window: Window = dataclasses.field(metadata=_STATIC)
-
-    @property
-    def num_sinks(self) -> int:
-        return self.sinks.shape[1]
-
-    @property
-    def num_groups(self) -> int:
-        return jax.tree.leaves(self.body)[0].shape[1]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the body has room for."""
-        return self.num_groups * self.quantizer.group
-
-    def encoded(self, lengths: jax.Array) -> jax.Array:
-        """Body tokens of sequences of `lengths` tokens."""
-        return self.window.encoded(jnp.maximum(lengths - self.num_sinks, 0))
-
-
-def body_capacity(window: Window, num_sinks: int, max_len: int) -> int:
-    """Tokens that can ever be encoded on one side of a cache of `max_len` tokens."""
-    return window.encoded(max(max_len - num_sinks, 0))
-
-
-@functools.lru_cache
-def _payload_shape(structure, arrays: tuple, num_kv_heads: int, head_dim: int, dtype) -> Payload:
-    """Shapes of the payload of one group. Cached, as tracing it for every layer takes seconds."""
-
-    def one(arrays):
-        quantizer = jax.tree.unflatten(structure, arrays)
-        context = Context(
-            positions=jnp.zeros(quantizer.group, jnp.int32),
-            state=quantizer.init_state(num_kv_heads, head_dim),
-        )
-        return quantizer.quantize(
-            jnp.zeros((quantizer.group, num_kv_heads, head_dim), dtype), context
-        )
-
-    return jax.eval_shape(one, [jax.ShapeDtypeStruct(*a) for a in arrays])
-
-
-def init_side(
-    quantizer: Quantizer,
-    window: Window,
-    *,
-    num_sinks: int,
-    capacity: int,
-    batch: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype,
-) -> Side:
-    """An empty side; its body has room for `capacity` tokens, a multiple of the group."""
-    group = quantizer.group
-    if window.chunk % group:
-        raise ValueError(
-            f"cache: expected chunk to be a multiple of the quantizer's group of {group} tokens; "
-            f"got chunk={window.chunk}"
-        )
-    arrays, structure = jax.tree.flatten(quantizer)
-    shapes = tuple((a.shape, jnp.dtype(a.dtype)) for a in arrays)
-    payload = _payload_shape(structure, shapes, num_kv_heads, head_dim, jnp.dtype(dtype))
-    zeros = lambda a: jnp.zeros((batch, capacity // group, *a.shape), a.dtype)
-    state = quantizer.init_state(num_kv_heads, head_dim)
-    full = lambda tokens: jnp.zeros((batch, tokens, num_kv_heads, head_dim), dtype)
-    return Side(
-        sinks=full(num_sinks),
-        body=jax.tree.map(zeros, payload),
-        residual=full(window.capacity),
-        state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), state),
-        quantizer=quantizer,
-        window=window,
-    )
-
-
-def _write(buffer: jax.Array, rows: jax.Array, index: jax.Array, keep: jax.Array) -> jax.Array:
-    """Writes `rows` to `buffer[index]` where `keep`; one sequence."""
-    # Out-of-range rows are dropped, so that pads and tokens past max_len cannot reach what is
-    # cached.
-    index = jnp.where(keep, index, buffer.shape[0] + jnp.arange(index.shape[0]))
-    return buffer.at[index].set(rows, mode="drop", unique_indices=True)
-
-
-def _encode(
-    side: Side,
-    rotary: Rotary | None,
-    count: int,
-    body: Payload,
-    state: State,
-    residual: jax.Array,
-    x: jax.Array,
-    keys: tuple[jax.Array, jax.Array] | None,
-    start: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-) -> tuple[Payload, State]:
-    """Encodes body tokens first + [0, count) as far as they are below `last`; one sequence.
-
-    Token i comes from `x` [S, Hkv, D] if it is not older than `start`, else from the residual;
-    `keys` are residual and x of the other side. Of `side` only what all sequences share is used.
-    """
-    quantizer, group, capacity = side.quantizer, side.quantizer.group, side.window.capacity
-    token = first + jnp.arange(count)
-
-    def gather(residual, x):
-        rows = x[jnp.clip(token - start, 0, x.shape[0] - 1)]
-        if not capacity:
-            return rows
-        return jnp.where((token < start)[:, None, None], residual[token % capacity], rows)
-
-    rows, positions = gather(residual, x), token + side.num_sinks
-    context = Context(
-        positions=positions,
-        rotary=rotary,
-        state=state,
-        keys=None if keys is None else gather(*keys),
-    )
-    observed = quantizer.observe(rows, context)
-    state = jax.tree.map(lambda new, old: jnp.where(first < last, new, old), observed, state)
-    split = lambda a: a.reshape(count // group, group, *a.shape[1:])
-    quantize = lambda r, p: quantizer.quantize(r, Context(positions=p, rotary=rotary, state=state))
-    payload = jax.vmap(quantize)(split(rows), split(positions))
-    index = first // group + jnp.arange(count // group)
-    return jax.tree.map(
-        lambda b, p: _write(b, p, index, index * group < last), body, payload
-    ), state
-
-
-def _observe_queries(
-    quantizer: Quantizer,
-    state: State,
-    queries: jax.Array,
-    start: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-) -> State:
-    """The state after the queries of tokens [first, last), the first of `queries` being `start`."""
-
-    # One token at a time: the sums in a state then have one order, however tokens were appended.
-    def one(token, state):
-        return quantizer.observe_query(queries[token - start], Context(state=state))
-
-    return jax.lax.fori_loop(first, last, one, state)
-
-
-def append_side(
-    side: Side,
-    x: jax.Array,
-    lengths: jax.Array,
-    new_lengths: jax.Array,
-    rotary: Rotary | None,
-    *,
-    queries: jax.Array | None = None,
-    keys: tuple[jax.Array, jax.Array] | None = None,
-) -> Side:
-    """Appends x[b, :new_lengths[b] - lengths[b]] to sequence b.
-
-    Args:
-      x: [B, S, Hkv, D] in the dtype of the cache; rows past the valid ones are ignored.
-      lengths, new_lengths: i32[B], tokens before and after.
-      queries: [B, S, Hkv, G, D], for quantizers that want them.
-      keys: residual [B, capacity, Hkv, D] (before these tokens) and x of the key side, likewise.
-    """
-    wants_queries = side.quantizer.wants_queries
-    keys = keys if side.quantizer.wants_keys else None
-    num_sinks, window, size = side.num_sinks, side.window, x.shape[1]
-    offset = jnp.arange(size)
-    # Body tokens are counted from the first token after the sinks; sinks have negative numbers.
-    before, after = lengths - num_sinks, new_lengths - num_sinks
-    first, last = side.encoded(lengths), side.encoded(new_lengths)
-    observe_queries = jax.vmap(functools.partial(_observe_queries, side.quantizer))
-    # A chunk that ends at `at` is encoded when `keep` more tokens are there, and their queries are
-    # known by then.
-    due = lambda at: jnp.clip(at + window.keep, before, after)
-
-    def encode(step, carry, chunks):
-        (body, state), count = carry, chunks * window.chunk
-        begin = first + step * count
-        if wants_queries:
-            seen = jnp.where(step == 0, before, due(begin))
-            state = observe_queries(state, queries, before, seen, due(begin + count))
-        run = functools.partial(_encode, side, rotary, count)
-        return jax.vmap(run)(body, state, side.residual, x, keys, before, begin, last)
-
-    carry = (side.body, side.state)
-    if side.num_groups:
-        most = (size + window.chunk - 1) // window.chunk
-        # A state must see the chunks in order; without one, all of them are encoded side by side.
-        chunks = 1 if jax.tree.leaves(side.state) else most
-        steps = jnp.max((last - first + chunks * window.chunk - 1) // (chunks * window.chunk))
-        if window.immediate and chunks == most:
-            carry = encode(0, carry, chunks)
-        else:
-            carry = jax.lax.fori_loop(0, steps, lambda i, c: encode(i, c, chunks), carry)
-        if wants_queries:
-            seen = jnp.where(steps > 0, due(first + steps * window.chunk), before)
-            carry = (carry[0], observe_queries(carry[1], queries, before, seen, after))
-
-    def store(sinks, residual, x, before, after):
-        token = before + offset
-        fresh = token < after
-        sinks = _write(sinks, x, token + num_sinks, fresh & (token < 0))
-        if window.capacity:
-            latest = fresh & (token >= 0) & (token >= after - window.capacity)
-            residual = _write(residual, x, token % window.capacity, latest)
-        return sinks, residual
-
-    sinks, residual = side.sinks, side.residual
-    if num_sinks or window.capacity:
-        sinks, residual = jax.vmap(store)(sinks, residual, x, before, after)
-    return dataclasses.replace(side, sinks=sinks, body=carry[0], residual=residual, state=carry[1])
+    lengths: jax.Array
+    rotary: Rotary | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """One layer; `lengths` i32[B] valid tokens, `overflow` i32[B] tokens turned away."""
+    """One layer; `lengths` i32[B] valid tokens, `overflow` i32[B] tokens turned away.
+
+    `unflushed` is only there between a token whose flush was put off, and the flush.
+    """
 
     key: Side
     value: Side
     lengths: jax.Array
     overflow: jax.Array
+    unflushed: Unflushed | None = None
     max_len: int = dataclasses.field(metadata=_STATIC)
     num_kv_heads: int = dataclasses.field(metadata=_STATIC)
     head_dim: int = dataclasses.field(metadata=_STATIC)
@@ -312,6 +54,14 @@ class LayerCache:
         """Whether `append` needs the queries of the tokens."""
         return self.key.quantizer.wants_queries or self.value.quantizer.wants_queries
 
+    def check_flushed(self) -> None:
+        """Raises ValueError if a flush was put off, and has not come since."""
+        if self.unflushed is not None:
+            raise ValueError(
+                "cache: expected a flush after every token, as residuals have no room for more; "
+                "call cache.flush() after the last layer, before anything else"
+            )
+
     def append(
         self,
         k: jax.Array,
@@ -319,12 +69,16 @@ class LayerCache:
         num_new: jax.Array,
         rotary: Rotary | None,
         queries: jax.Array | None = None,
+        *,
+        defer_flush: bool = False,
     ) -> "LayerCache":
         """Appends `num_new` i32[B] of the tokens k, v [B, S, Hkv, D].
 
         Tokens past `max_len` are counted, not stored. `queries` [B, S, Hkv, G, D] are those of the
-        same tokens, rotated if the cached keys are, not scaled; needed if `wants_queries`.
+        same tokens, rotated if the cached keys are, not scaled; needed if `wants_queries`. With
+        `defer_flush`, see `KVCache.defer_flush`.
         """
+        self.check_flushed()
         if self.wants_queries and queries is None:
             raise ValueError(
                 "cache: this scheme encodes keys by the queries that they will meet; append needs "
@@ -332,14 +86,49 @@ class LayerCache:
             )
         wanted = self.lengths + num_new
         lengths = jnp.minimum(wanted, self.max_len)
-        beside = dict(queries=queries, keys=(self.key.residual, k))
-        return dataclasses.replace(
+        one_token, beside = k.shape[1] == 1, dict(queries=queries, keys=(self.key.residual, k))
+
+        def append(side, x):
+            if one_token and side.waits:
+                return sides.store(side, x, self.lengths, lengths)
+            return sides.append_side(side, x, self.lengths, lengths, rotary, **beside)
+
+        layer = dataclasses.replace(
             self,
-            key=append_side(self.key, k, self.lengths, lengths, rotary, **beside),
-            value=append_side(self.value, v, self.lengths, lengths, rotary, **beside),
+            key=append(self.key, k),
+            value=append(self.value, v),
             lengths=lengths,
             overflow=self.overflow + wanted - lengths,
         )
+        if not (one_token and (self.key.waits or self.value.waits)):
+            return layer
+        unflushed = Unflushed(lengths=self.lengths, rotary=rotary)
+        layer = dataclasses.replace(layer, unflushed=unflushed)
+        return layer if defer_flush else _flush((layer,))[0]
+
+
+def _flush(layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
+    """Encodes what waits, under one condition for all sides of the same window."""
+    by_window: dict = {}
+    for i, layer in enumerate(layers):
+        for name in ("key", "value"):
+            side = getattr(layer, name)
+            if layer.unflushed is None or not side.waits:
+                continue
+            waiting = Waiting(
+                side=side,
+                lengths=layer.unflushed.lengths,
+                new_lengths=layer.lengths,
+                rotary=layer.unflushed.rotary,
+                keys=layer.key.residual if side.quantizer.wants_keys else None,
+            )
+            by_window.setdefault(side.window, {})[i, name] = waiting
+    changed = [dict(unflushed=None) for _ in layers]
+    for group in by_window.values():
+        flushed = sides.flush(list(group.values()))
+        for (i, name), side in zip(group, flushed, strict=True):
+            changed[i][name] = side
+    return tuple(dataclasses.replace(a, **new) for a, new in zip(layers, changed, strict=True))
 
 
 @jax.tree_util.register_dataclass
@@ -349,6 +138,7 @@ class KVCache:
 
     layers: tuple[LayerCache, ...]
     scheme: str = dataclasses.field(metadata=_STATIC)  # the string form, for messages
+    deferring: bool = dataclasses.field(default=False, metadata=_STATIC)  # see `defer_flush`
 
     @property
     def batch(self) -> int:
@@ -371,6 +161,22 @@ class KVCache:
     def positions(self, num_tokens: int) -> jax.Array:
         """i32[B, num_tokens], positions of the next tokens."""
         return self.lengths[:, None] + jnp.arange(num_tokens)[None, :]
+
+    def defer_flush(self) -> "KVCache":
+        """The same cache, in which `attend` leaves chunks that are due in the residual.
+
+        Then `flush` has to be called once all layers have the next token, and encodes them all
+        under one condition. That leaves the same bits, and on a GPU it is faster: a condition is
+        evaluated by the host, which has to wait for it. (Prompts are not put off.)
+
+            logits, cache = model(token, cache.defer_flush())
+            cache = cache.flush()
+        """
+        return dataclasses.replace(self, deferring=True)
+
+    def flush(self) -> "KVCache":
+        """Encodes what `defer_flush` has put off."""
+        return dataclasses.replace(self, layers=_flush(self.layers), deferring=False)
 
     @property
     def nbytes(self) -> int:

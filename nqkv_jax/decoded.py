@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax.body import decode_groups
-from nqkv_jax.cache import Side
 from nqkv_jax.partial import Partial, mix, visible
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, Scheme
+from nqkv_jax.side import Side
 from nqkv_jax.stand_in import StandIn
 
 QUERY_TILE = 256  # queries at a time: bounds the scores to [heads, QUERY_TILE, tokens]

@@ -21,8 +21,12 @@ _KEY = "nqkv_cache"  # of the metadata
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
-    """Writes `cache`, as it is, to one safetensors file; an existing one is replaced."""
+    """Writes `cache`, as it is, to one safetensors file; an existing one is replaced.
+
+    Raises: ValueError: a flush was put off (`KVCache.defer_flush`), and has not come since.
+    """
     layer = cache.layers[0]
+    layer.check_flushed()
     about = dict(
         version=1,
         scheme=cache.scheme,

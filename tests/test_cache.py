@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nqkv_jax as nq
-from nqkv_jax.cache import Window
+from nqkv_jax.side import Window
 
 # Of all laws below, so that they share compiled programs. The length ends within a group of every
 # scheme, and a piece fills several.

@@ -14,9 +14,9 @@ from hypothesis.extra import numpy as hnp
 
 import nqkv_jax as nq
 from nqkv_jax import codebooks, packing
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers import BlockQuantizer, HQQQuantizer
 from nqkv_jax.schemes import LayerShape
+from nqkv_jax.side import Window
 
 SHAPE = LayerShape(num_kv_heads=2, head_dim=128)
 CONTEXT = nq.Context()

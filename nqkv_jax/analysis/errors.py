@@ -18,12 +18,12 @@ from nqkv_jax import schemes
 from nqkv_jax.analysis import plots
 from nqkv_jax.analysis.activations import LayerActivations, record
 from nqkv_jax.body import decode_groups
-from nqkv_jax.cache import Side, body_capacity
 from nqkv_jax.decoded import DecodedView
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.partial import attend_new
 from nqkv_jax.plan import AbstractCaches
 from nqkv_jax.schemes.base import LayerScheme, LayerShape, Scheme
+from nqkv_jax.side import Side, body_capacity
 
 ROUNDING = 1e-12  # relative squared errors of float32 arithmetic are below it
 

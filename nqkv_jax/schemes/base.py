@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.cache import KVCache, LayerCache, Window, body_capacity, init_side
+from nqkv_jax.cache import KVCache, LayerCache
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.tiled import in_tiles
+from nqkv_jax.side import Window, body_capacity, init_side
 
 DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 

@@ -9,10 +9,10 @@ Source: Liu et al. (2024), arXiv 2402.02750; G = 32 and R = 128 are the paper's,
 """
 
 from nqkv_jax import codebooks
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import DTYPES, LayerScheme, LayerShape, one_of, register
+from nqkv_jax.side import Window
 
 
 def sides(

@@ -21,13 +21,13 @@ Every piece can be switched off, to see what it buys.
 """
 
 from nqkv_jax import codebooks, tiles
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.digits import DigitQuantizer
 from nqkv_jax.quantizers.ranked import RankedQuantizer, widths_by_rank
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import LayerScheme, one_of, register
+from nqkv_jax.side import Window
 
 
 @register("nqkv-plus")

@@ -23,10 +23,10 @@ Source: Son et al. (2025), arXiv 2505.18231. It leaves open by which distance ma
 together).
 """
 
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.nsn import NSNKeys, NSNQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed
 from nqkv_jax.schemes.base import LayerScheme, one_of, register
+from nqkv_jax.side import Window
 
 RESIDUAL = {1: 128, 2: 64}
 

@@ -17,10 +17,10 @@ are counted from the first token of a sequence, in prompts too.
 """
 
 from nqkv_jax import codebooks
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.outlier_tokens import OutlierTokens
 from nqkv_jax.schemes.base import LayerScheme, one_of, register
+from nqkv_jax.side import Window
 
 
 @register("ott")

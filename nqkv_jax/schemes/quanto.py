@@ -17,10 +17,10 @@ bits, and keep scales in the dtype of the model.
 """
 
 from nqkv_jax import codebooks
-from nqkv_jax.cache import Window
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.schemes.base import DTYPES, LayerScheme, block_window, one_of, register
+from nqkv_jax.side import Window
 
 
 @register("quanto")

@@ -91,6 +91,11 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
     # compiler brings into VMEM ahead of the kernel.
     decoded = BATCH * 1024 * config.num_kv_heads * config.head_dim * 2
     assert temporary[1] - temporary[0] < decoded
+    if target not in TPUS:
+        # The host evaluates conditions: beside that of the loop, one for the flush of all layers.
+        computations = compiled.as_text().split("\n\n")
+        (step,) = (c for c in computations if f'custom_call_target="{kernel}' in c)
+        assert step.count(" while(") == 1
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
