@@ -90,7 +90,7 @@ class LayerCache:
 
         def append(side, x):
             if one_token and side.waits:
-                return sides.store(side, x, self.lengths, lengths)
+                return sides.append_token(side, x, self.lengths, lengths, queries=queries)
             return sides.append_side(side, x, self.lengths, lengths, rotary, **beside)
 
         layer = dataclasses.replace(

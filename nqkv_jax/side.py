@@ -97,9 +97,8 @@ class Side:
 
     @property
     def waits(self) -> bool:
-        """Whether a chunk can be encoded after the token that makes it due is in the residual, and
-        nothing but that is needed then."""
-        return self.num_groups > 0 and self.window.capacity > 0 and not self.quantizer.wants_queries
+        """Whether a chunk can be encoded after the token that makes it due is in the residual."""
+        return self.num_groups > 0 and self.window.capacity > 0
 
     def encoded(self, lengths: jax.Array) -> jax.Array:
         """Body tokens of sequences of `lengths` tokens."""
@@ -309,6 +308,27 @@ def store(side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.Array) 
         side.sinks, side.residual, x, lengths - num_sinks, new_lengths - num_sinks
     )
     return dataclasses.replace(side, sinks=sinks, residual=residual)
+
+
+def append_token(
+    side: Side,
+    x: jax.Array,
+    lengths: jax.Array,
+    new_lengths: jax.Array,
+    *,
+    queries: jax.Array | None = None,
+) -> Side:
+    """Like `append_side` of x [B, 1, Hkv, D], to a side that waits (`Side.waits`) for `flush`."""
+    side = store(side, x, lengths, new_lengths)
+    if not side.quantizer.wants_queries:
+        return side
+
+    def observe(state, queries, fresh):
+        observed = side.quantizer.observe_query(queries[0], Context(state=state))
+        return jax.tree.map(lambda new, old: jnp.where(fresh, new, old), observed, state)
+
+    state = jax.vmap(observe)(side.state, queries, new_lengths > lengths)
+    return dataclasses.replace(side, state=state)
 
 
 class Waiting(NamedTuple):

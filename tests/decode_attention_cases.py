@@ -73,6 +73,13 @@ def _cases():
     yield Case("uniform2-d256-g16", codebooks.uniform(2), head_dim=256, group=16)
     yield Case("cubic4-d80", cubic(4), head_dim=80, group=1)
     yield Case("cubic4-d96", cubic(4), head_dim=96, group=4)
+    yield Case(
+        "plus4-d80", digits(4), value_codebook=cubic(4), heads=3, head_dim=80, group=4,
+        key_channels=True, waves=32,
+    )  # fmt: skip
+    yield Case(
+        "uniform2-minmax-d96", codebooks.uniform(2), heads=2, head_dim=96, block=2.0, zero=True
+    )
     yield Case("keys4-values2", cubic(4), value_codebook=codebooks.uniform(2), group=8)
     yield Case(
         "keys4-values2-minmax-parts", codebooks.uniform(4), value_codebook=codebooks.uniform(2),

@@ -150,9 +150,12 @@ GPU_SLOW = [
     "nf4-across-heads", "nf4-d64", "plus4", "plus3", "plus2", "waves-soft-cap",
     "uniform3-minmax", "uniform3-minmax-g16", "channels3-d64", "nf3-d64", "channels4-d256", "nf2",
     "uniform2-d256-g16", "uniform2-minmax-parts", "cubic4-parts", "cubic4-d256-parts",
+    "cubic4-d96", "plus4-d80", "uniform2-minmax-d96",
     "keys8-values4", "keys3-values4-d64", "keys2-values4-d64", "keys4-values2-minmax-parts",
 ]  # fmt: skip
-GPU_QUICK = ["cubic4", "uniform2-d64", "cubic3", "window", "plus2-d64", "keys4-values2"]
+GPU_QUICK = [
+    "cubic4", "uniform2-d64", "cubic3", "window", "plus2-d64", "keys4-values2", "cubic4-d80",
+]  # fmt: skip
 
 
 needs_mosaic_gpu = pytest.mark.skipif(
@@ -230,7 +233,6 @@ def test_what_the_gpu_kernel_needs():
     for name, message in (
         ("stepped4", "levels that are computed"),
         ("cubic3-d256", "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 1 query"),
-        ("cubic4-d96", "head_dim 64, 128 or 256; got 96"),
         ("cubic3-d64-parts", "blocks of a multiple of 64 channels; got 32 and 32"),
         ("channels2-minmax", "channels of keys without zeros"),
     ):
@@ -245,6 +247,10 @@ def test_what_the_gpu_kernel_needs():
         q, key, value, lengths, _ = arguments(wide, (10,))
         with pytest.raises(NotImplementedError, match=f"twice the other's bits.*{got}"):
             decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    narrow = dataclasses.replace(CASES["cubic4"], head_dim=48)
+    q, key, value, lengths, _ = arguments(narrow, (10,))
+    with pytest.raises(NotImplementedError, match="needs head_dim 64 to 256; got 48"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     large = dataclasses.replace(CASES["plus2"], group=32)
     q, key, value, lengths, _ = arguments(large, (10,))
     with pytest.raises(NotImplementedError, match="2 bits and 32 query heads per KV head take 2"):

@@ -13,7 +13,7 @@ import nqkv_jax as nq
 
 MAX_LEN, PROMPT, STEPS, LAYERS = 80, 40, 30, 2
 # Of a state and sinks; of two windows and keys before RoPE; of values that want keys; of keys that
-# want queries, so that only values wait.
+# want queries.
 SCHEMES = [
     "nqkv:codebook=signed_cubic,residual=16,centre=True,hadamard=True,sinks=4",
     "kivi:bits=4,group_size=16,residual=48,sinks=1,keys=unrotated",
@@ -51,7 +51,7 @@ def decode(cache, q, k, v, num_new, *, defer):
 def test_deferred_flushes_leave_the_same_bits(spec):
     prompt, tokens = make_qkv(PROMPT), make_qkv(STEPS, seed=1)
     cache = make_cache(spec, max_len=MAX_LEN, num_layers=LAYERS)
-    assert cache.layers[1].value.waits
+    assert cache.layers[1].key.waits and cache.layers[1].value.waits
     lengths = jnp.asarray([PROMPT, PROMPT - 9], jnp.int32)
     # A prompt is not put off, whatever the cache says.
     _, deferring = jax.jit(step)(cache.defer_flush(), *prompt, lengths)

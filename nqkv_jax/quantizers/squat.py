@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import sequential_vmap
 
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, Wrapper
 from nqkv_jax.quantizers.block import divide, pairwise_sum, rounded
@@ -103,7 +104,12 @@ class QueryAware(Wrapper):
             mean = divide(trace, np.float32(head_dim))
             strength = divide(strength, jnp.where(mean > 0, mean, np.float32(1)))
         if self.subspace is not None and self.subspace < head_dim:
-            values, vectors = jnp.linalg.eigh(gram)  # ascending
+            # On CPUs matrix by matrix: jaxlib's LAPACK shares a batch among the threads of the pool
+            # that runs it, and waits for them. Calls for several layers at a time would wait for
+            # each other.
+            eigh = lambda a: tuple(jnp.linalg.eigh(a))
+            one_by_one = jax.vmap(sequential_vmap(eigh))
+            values, vectors = jax.lax.platform_dependent(gram, cpu=one_by_one, default=eigh)
             values, vectors = values[:, -self.subspace :], vectors[..., -self.subspace :]
             scaled = _times(vectors, jnp.maximum(values, np.float32(0))[:, None])
             gram = pairwise_sum(_times(scaled[:, :, None], vectors[:, None]), -1)[..., 0]

@@ -44,15 +44,14 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
         return f"jax 0.11 or later; got {jax.__version__}"
     if capability := _other_capability():
         return f"a Hopper GPU (compute capability 9.0); got {capability}"
-    if key.head_dim not in (64, 128, 256):
-        # Channels of values are rows of a tensor core's operand, 64 at a time.
-        return f"head_dim 64, 128 or 256; got {key.head_dim}"
+    if not 64 <= key.head_dim <= 256:
+        return f"head_dim 64 to 256; got {key.head_dim}"
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
     if value.per_channel or (key.per_channel and key.zero is not None):
         return "values with scales of tokens, and channels of keys without zeros"
-    if any(side.block_size % ROWS for side in (key, value)):
+    if any(side.blocks_per_head > 1 and side.block_size % ROWS for side in (key, value)):
         sizes = key.block_size, value.block_size
         return f"blocks of a multiple of {ROWS} channels; got {sizes[0]} and {sizes[1]}"
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):
@@ -176,6 +175,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     square = (ROWS, plan.group)
     by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
     by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
+    row_of = lambda shape: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
     float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
     sums = None
     if not plan.key.channels and (plan.key.zero or plan.key.levels.ratio != 0):
@@ -193,7 +193,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         sums = []
         for tile in range(plan.tiles):
             total, columns = None, pl.ds(tile * plan.group, plan.group)
-            for c in range(0, plan.head_dim, ROWS):
+            for n, c in enumerate(plan.squares(plan.head_dim)):
                 rows = pl.ds(c, ROWS)
                 q = plgpu.load(smem.queries.at[rows], layout=plgpu.Layout.WGMMA)
                 scaled = q * by_row(float32(smem.channel_scales[0].at[slot, tile, rows][...]))
@@ -201,7 +201,10 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
                 smem.scaled_queries[0].at[columns, rows].transpose((1, 0))[...] = scaled
                 if plan.key.levels.ratio:
                     # Of what was rounded: the constant is large, and must cancel.
-                    part = jnp.sum(scaled.astype(jnp.float32), axis=0)
+                    part = scaled.astype(jnp.float32)
+                    if c < n * ROWS:  # some were there before
+                        part = jnp.where(row_of(square) >= n * ROWS - c, part, jnp.float32(0))
+                    part = jnp.sum(part, axis=0)
                     total = part if total is None else total + part
             sums.append(total)
         plgpu.commit_smem()
@@ -218,7 +221,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     def of_own_tile(parts):
         """Each row of the part of its tile."""
         log = plan.field.bit_length() - 1
-        tile = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA) >> log
+        tile = row_of(square) >> log
         own = parts[0]
         for n, part in enumerate(parts[1:], start=1):
             own = jnp.where(tile == n, part, own)
@@ -265,10 +268,12 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     rotate = functools.partial(rotate_pairs, interpret=plan.interpret)
     zero = (length >> 31).astype(jnp.int16)  # see `Levels.factor`
 
-    def load(side: Side, words, slot, piece, column, part, token_axis):
-        """A column of a unit, with tokens along an axis: words whose part begins at bit `FIRST`,
-        and those with the high bits of 3, in the lower byte."""
+    def load(side: Side, words, slot, piece, column, part, token_axis, channels=None):
+        """A column of a unit, or some channels of it, with tokens along an axis: words whose part
+        begins at bit `FIRST`, and those with the high bits of 3, in the lower byte."""
         planes = [words.at[slot, piece, plane, column] for plane in range(side.planes)]
+        if channels is not None:
+            planes = [a.at[:, channels] for a in planes]
         low, *high = [(a.transpose((1, 0)) if token_axis else a)[...] for a in planes]
         low = rotate(low, part * (plan.per_part * plan.narrow_bits) - FIRST)
         if not high:
@@ -305,7 +310,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     def attend(slot, unit, part, tile_sums, carry):
         """Merges the fields of one part of a unit's words."""
         numerators, denominator, constant, maximum = carry
-        row = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
+        row = row_of(square)
         log = plan.field.bit_length() - 1
         in_field = (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
         in_field = in_field + first_tile(unit) * tiles.TOKENS
@@ -332,12 +337,14 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             denominator = denominator + p
             constant = weigh(p, n, slot, part * plan.per_part + n, constant)
         plgpu.commit_smem()
-        size, merged = (plan.width, plan.group), []
-        for c, numerator in enumerate(numerators):
+        merged = []
+        for (c, start, count), numerator in zip(plan.operands, numerators, strict=True):
+            size = (count, plan.group)
+            channels = None if count == plan.width else pl.ds(start, count)
             numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
             weights = smem.weights.at[:, plan.block(plan.value, c)]
             for piece in range(plan.value.pieces):
-                words = load(plan.value, smem.words[1], slot, piece, c, part, 1)
+                words = load(plan.value, smem.words[1], slot, piece, c, part, 1, channels)
                 for n in range(piece, plan.per_part, plan.value.pieces):
                     left = factor(plan.value, words, part, n)
                     numerator = numerator + _matmul(left, weights.at[n], size, plan)
@@ -364,7 +371,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     floor = plgpu.layout_cast(
         jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
     )
-    numerators = tuple(zeros(plan.width, plan.group) for _ in range(plan.columns))
+    numerators = tuple(zeros(count, plan.group) for _, _, count in plan.operands)
     constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
     start = (numerators, zeros(*square), constant, floor)
     numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
@@ -373,12 +380,12 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     # From registers: shared memory for these would cost a program.
     totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None
     numerator_gmem, denominator_gmem, maximum_gmem = (a.at[batch, head, split] for a in outputs)
-    for c, numerator in enumerate(numerators):
+    for (c, start, count), numerator in zip(plan.operands, numerators, strict=True):
         if needs_constant:
             total = totals[plan.block(plan.value, c)]
             numerator = numerator + jax.lax.broadcast_in_dim(total, numerator.shape, (1,))
-        rows = pl.ds(c * plan.width, plan.width)
-        _store(numerator_gmem if plan.columns == 1 else numerator_gmem.at[rows], numerator)
+        rows = pl.ds(c * plan.width + start, count)
+        _store(numerator_gmem if count == plan.head_dim else numerator_gmem.at[rows], numerator)
     _store(denominator_gmem, jnp.sum(denominator, axis=0))
     _store(maximum_gmem, maximum)
 

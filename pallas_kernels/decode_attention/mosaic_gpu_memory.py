@@ -32,13 +32,18 @@ def memory(plan: Plan) -> Memory:
     """What a program asks for."""
     channels, waves = plan.key.channels, plan.wave_rows > 0
     f32, f16, i16 = jnp.float32, jnp.float16, jnp.int16
-    words = dict(transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-    operand = dict(transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64)))
     smem = plgpu.SMEM
-    queries = smem((plan.group, plan.head_dim), f16, **operand)
+
+    def swizzled(lanes):
+        tiling, swizzle = plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)
+        return dict(transforms=(tiling, swizzle))
+
+    words, operand = swizzled(plan.lanes), swizzled(32)
+    of_channels = swizzled(min(plan.lanes, 32))
+    queries = smem((plan.group, plan.head_dim), f16, **of_channels)
     if channels:
         queries = smem((plan.head_dim, plan.group), f32)
-    scaled = smem((plan.tiles * plan.group, plan.head_dim), f16, **operand)
+    scaled = smem((plan.tiles * plan.group, plan.head_dim), f16, **of_channels)
     return Memory(
         queries=queries,
         words=tuple(smem((STAGES, *plan.word_shape(side)), i16, **words) for side in plan.sides),

@@ -105,6 +105,24 @@ class Plan:
         return min(self.stored_width, *(self.block_size(side) for side in self.sides))
 
     @property
+    def lanes(self) -> int:
+        """Channels side by side in shared memory, in up to 128 bytes, which are swizzled."""
+        return math.gcd(self.width, ROWS)
+
+    @property
+    def operands(self) -> list[tuple[int, int, int]]:
+        """Column, first and number of channels of values that are rows of an operand together: of a
+        whole column, or if that is no multiple of 64, of 64, so that the last ones overlap."""
+        whole = self.width % ROWS == 0
+        count = self.width if whole else ROWS
+        starts = [0] if whole else self.squares(self.width)
+        return [(column, first, count) for column in range(self.columns) for first in starts]
+
+    def squares(self, channels: int) -> list[int]:
+        """The first channels of 64 each that cover all; the last ones may overlap."""
+        return [min(first, channels - ROWS) for first in range(0, channels, ROWS)]
+
+    @property
     def columns(self) -> int:
         return self.head_dim // self.width
 
