@@ -22,18 +22,23 @@ IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 def _read_tail(
     side: Side,
     other: Side,
+    token: jax.Array,
     first: jax.Array,
     encoded: jax.Array,
-    size: int,
     rotary: Rotary | None,
     rotated: bool,
     dtype,
 ) -> jax.Array:
-    """Body tokens first[b] + [0, size), [B, size, Hkv, D]: decoded below encoded[b], else raw."""
-    token = first[:, None] + jnp.arange(size)[None]
+    """Body tokens token[b], [B, size, Hkv, D]: decoded below encoded[b], else raw.
+
+    They are first[b] + [0, size), each at its number modulo size.
+    """
+    size, capacity = token.shape[1], side.window.capacity
     x = jnp.zeros((*token.shape, *side.sinks.shape[2:]), dtype)
-    if side.window.capacity:
-        ring = jax.vmap(lambda ring, t: ring[t % side.window.capacity])(side.residual, token)
+    if capacity:
+        ring = side.residual
+        if capacity < size:
+            ring = jax.vmap(lambda ring, t: ring[t % capacity])(ring, token)
         x = (ring if rotated or rotary is None else rotary(ring, token + side.num_sinks)).astype(
             dtype
         )
@@ -172,14 +177,15 @@ def _attend_cache(
         add(sinks, updated.value.sinks, at, at < length[:, None])
     tail = max(layer.key.window.capacity, layer.value.window.capacity)
     if tail:
-        at = num_sinks + common[:, None] + jnp.arange(tail)[None]
+        # In the order of the slots, so that the larger residual is read as it lies.
+        begin = common[:, None]
+        token = begin + (jnp.arange(tail)[None] - begin) % tail
+        key, value = source.key, source.value
         add(
-            _read_tail(
-                source.key, source.value, common, key_encoded, tail, rotary, layer.rotated, q.dtype
-            ),
-            _read_tail(source.value, source.key, common, value_encoded, tail, None, True, q.dtype),
-            at,
-            at < length[:, None],
+            _read_tail(key, value, token, common, key_encoded, rotary, layer.rotated, q.dtype),
+            _read_tail(value, key, token, common, value_encoded, None, True, q.dtype),
+            token + num_sinks,
+            token + num_sinks < length[:, None],
         )
     partial = Partial.empty(q)
     if keys:
