@@ -55,6 +55,8 @@ def _cases():
     yield Case("nf4-across-heads", codebooks.normal_float(4), block=2.0)
     yield Case("nf2", codebooks.normal_float(2), group=4)
     yield Case("nf3-d64", codebooks.normal_float(3), head_dim=64)
+    yield Case("lloyd4", codebooks.lloyd_max_normal(4), group=4)
+    yield Case("block4-signed", codebooks.block_normal(4, 256, signed=True), group=4)
     yield Case("lloyd2", codebooks.lloyd_max_normal(2), group=16)
     yield Case("uniform2-minmax-parts", codebooks.uniform(2), block=0.5, zero=True)
     yield Case("cubic4-parts", cubic(4), block=0.5, group=4)

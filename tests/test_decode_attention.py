@@ -150,7 +150,7 @@ GPU_SLOW = [
     "nf4-across-heads", "nf4-d64", "plus4", "plus3", "plus2", "waves-soft-cap",
     "uniform3-minmax", "uniform3-minmax-g16", "channels3-d64", "nf3-d64", "channels4-d256", "nf2",
     "uniform2-d256-g16", "uniform2-minmax-parts", "cubic4-parts", "cubic4-d256-parts",
-    "cubic4-d96", "plus4-d80", "uniform2-minmax-d96",
+    "lloyd4", "block4-signed", "cubic4-d96", "plus4-d80", "uniform2-minmax-d96",
     "keys8-values4", "keys3-values4-d64", "keys2-values4-d64", "keys4-values2-minmax-parts",
 ]  # fmt: skip
 GPU_QUICK = [
@@ -193,6 +193,9 @@ COMPUTED = (
     codebooks.lloyd_max_normal(2), codebooks.integer(8), codebooks.uniform(2),
     codebooks.normal_float(4), codebooks.normal_float(2), codebooks.centred_integers(2),
     codebooks.cubic_normal(3, 128), codebooks.uniform(3), codebooks.centred_integers(3),
+    codebooks.lloyd_max_normal(3), codebooks.lloyd_max_normal(4), codebooks.block_normal(4, 64),
+    codebooks.block_normal(4, 256), codebooks.block_normal(4, 256, signed=True),
+    codebooks.block_normal(3, 128, signed=True), codebooks.normal_float(3),
 )  # fmt: skip
 
 
@@ -223,15 +226,16 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
 
 
 def test_levels_that_the_gpu_kernel_would_have_to_look_up():
-    stretched = codebooks.normal_float(4, offset=0.99)  # with longer tails than x^9 follows
-    for codebook in (codebooks.stepped_normal(4, 64), codebooks.lloyd_max_normal(4), stretched):
+    levels = np.sort(np.random.default_rng(0).uniform(-1, 1, 16))
+    uneven = codebooks.Codebook(bits=4, levels=tuple(levels.tolist()), name="uneven")
+    for codebook in (codebooks.stepped_normal(4, 64), uneven):
         assert not mosaic_gpu_levels.Levels(codebook).computed
 
 
 @needs_mosaic_gpu
 def test_what_the_gpu_kernel_needs():
     for name, message in (
-        ("stepped4", "levels that are computed"),
+        ("stepped4", "levels that a polynomial of 9 operations gives; got stepped4@128"),
         ("cubic3-d256", "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 1 query"),
         ("cubic3-d64-parts", "blocks of a multiple of 64 channels; got 32 and 32"),
         ("channels2-minmax", "channels of keys without zeros"),

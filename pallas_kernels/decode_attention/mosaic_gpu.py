@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, MOST, Levels
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Source, fetch, memory
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     ROWS,
@@ -48,7 +48,7 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
         return f"head_dim 64 to 256; got {key.head_dim}"
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
-        return f"levels that are computed (uniform, integer, cubic, NF4); got {' and '.join(names)}"
+        return f"levels that a polynomial of {MOST} operations gives; got {' and '.join(names)}"
     if value.per_channel or (key.per_channel and key.zero is not None):
         return "values with scales of tokens, and channels of keys without zeros"
     if any(side.blocks_per_head > 1 and side.block_size % ROWS for side in (key, value)):

@@ -12,27 +12,66 @@ from nqkv_jax.codebooks import Codebook
 # Where the fields of a part begin in a word that was moved for them: those of a byte then end
 # within the mantissa, and numbers have halves.
 FIRST = 2
-FIT = 1e-3  # error of levels that are computed instead of looked up, of the largest
+FIT = 1e-3  # error of levels that are approximated, of the largest, in float16
+MOST = 9  # operations of an approximation, on two codes at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Approximation:
+    """Levels as a polynomial of t = (code - middle) / 2^(b-1).
+
+    Attributes:
+      coefficients: of 1, x, x^2 ..., or if `odd` of x, x^3, x^5 ...
+      stretched: x is not t but, with u = code - (2^(b-1) - 1) counted from the level at 0, u /
+        2^(b-1) above 0 and u / (2^(b-1) - 1) below. Both halves of NormalFloat are one odd function
+        of that, the quantile function of the normal distribution (Dettmers et al., 2023,
+        appendix E).
+    """
+
+    coefficients: tuple[float, ...]
+    odd: bool
+    stretched: bool
+
+    @property
+    def operations(self) -> int:
+        return len(self.coefficients) + (1 if self.odd else -1) + 2 * self.stretched
+
+    def __call__(self, x):
+        """Of float16 `x`, u / 2^(b-1) if it is to be stretched."""
+        *rest, value = (x.dtype.type(c) for c in self.coefficients)
+        by = x * x if self.odd else x
+        for c in reversed(rest):
+            value = value * by + c
+        return value * x if self.odd else value
 
 
 @functools.lru_cache
-def quantile_fit(codebook: Codebook) -> tuple[float, ...] | None:
-    """Coefficients of x, x^3 ... x^9 that give the levels of NormalFloat, or None.
+def approximation(codebook: Codebook) -> Approximation | None:
+    """The one with the fewest operations that has the levels within `FIT`, or None.
 
-    With u = code - (2^(b-1) - 1), counted from the level at 0, both halves of these levels are one
-    odd function, the quantile function of the normal distribution, of x = u / 2^(b-1) above 0 and
-    of x = u / (2^(b-1) - 1) below (Dettmers et al., 2023, appendix E). That takes ten operations on
-    two codes at once, where selecting from a table takes 15 on each, and more registers than there
+    Selecting from a table of 16 takes 15 operations on each code, and more registers than there
     are.
     """
-    half = 2 ** (codebook.bits - 1)
-    u = np.arange(2 * half) - (half - 1)
-    x = np.minimum(u / half, u / max(half - 1, 1))
-    powers = x[:, None] ** np.arange(1, 10, 2)
-    levels = np.asarray(codebook.levels)
-    fit = np.linalg.lstsq(powers, levels, rcond=None)[0]
-    close = np.abs(powers @ fit - levels).max() <= FIT * np.abs(levels).max()
-    return tuple(fit.tolist()) if close else None
+    half, levels = 2 ** (codebook.bits - 1), np.asarray(codebook.levels)
+    code = np.arange(2 * half)
+    middle, u = (code - (half - 0.5)) / half, code - (half - 1)
+    places = {False: middle, True: np.minimum(u / half, u / max(half - 1, 1))}
+    forms = [
+        Approximation((0.0,) * n, odd=odd, stretched=stretched)
+        for odd, stretched in ((True, False), (True, True), (False, False))
+        for n in range(2, MOST + 2)
+    ]
+    for form in sorted(forms, key=lambda form: form.operations):
+        if form.operations > MOST:
+            break
+        x, n = places[form.stretched], len(form.coefficients)
+        powers = x[:, None] ** (np.arange(n) * (2 if form.odd else 1) + form.odd)
+        fit = np.linalg.lstsq(powers, levels, rcond=None)[0]
+        found = dataclasses.replace(form, coefficients=tuple(fit.tolist()))
+        error = np.abs(found(x.astype(np.float16)).astype(np.float64) - levels).max()
+        if error <= FIT * np.abs(levels).max():
+            return found
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +80,14 @@ class Levels:
 
     With t = (code - middle) / 2^(b-1), the factor of a + c t + d t^3 is t (t^2 + c / d): one
     operation less than t + d / c t^3. Other polynomials have theirs in the latter form, and
-    NormalFloat has `quantile_fit`.
+    codebooks that are none have an `approximation`.
     """
 
     codebook: Codebook
 
     @property
     def computed(self) -> bool:
-        return self.codebook.coefficients is not None or quantile_fit(self.codebook) is not None
+        return self.codebook.coefficients is not None or approximation(self.codebook) is not None
 
     @property
     def low_bits(self) -> int:
@@ -101,9 +140,14 @@ class Levels:
         exponent = 10 - at - (bits - 1)
         number, base = code | jnp.int16((15 + exponent) << 10), 2.0**exponent
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
+        less = lambda x: number - jnp.float16(base + x / self.half)
         if self.polynomial is None:
-            return self._quantile(number - jnp.float16(base + (self.half - 1) / self.half))
-        t = number - jnp.float16(base + (self.half - 0.5) / self.half)
+            levels = approximation(self.codebook)
+            if not levels.stretched:
+                return levels(less(self.half - 0.5))
+            x = less(self.half - 1)
+            return levels(jnp.minimum(x, x * jnp.float16(self.half / (self.half - 1))))
+        t = less(self.half - 0.5)
         _, slope, square, cube = self.polynomial
         if not cube:
             return t
@@ -111,11 +155,3 @@ class Levels:
             return t * (t * t + jnp.float16(slope / cube))
         constant = lambda c: jnp.float16(c / slope)
         return t * (t * (t * constant(cube) + constant(square)) + jnp.float16(1))
-
-    def _quantile(self, x: jax.Array) -> jax.Array:
-        """Of x = u / 2^(b-1), which is stretched below 0."""
-        x = jnp.minimum(x, x * jnp.float16(self.half / (self.half - 1)))
-        *odd, value = (jnp.float16(c) for c in quantile_fit(self.codebook))
-        for c in reversed(odd):
-            value = value * (x * x) + c
-        return value * x
