@@ -19,29 +19,31 @@ from nqkv_jax.side import Side
 IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 
 
-def _read_tail(
+def _read_exact(
     side: Side,
     other: Side,
     token: jax.Array,
     first: jax.Array,
     encoded: jax.Array,
     rotary: Rotary | None,
-    rotated: bool,
     dtype,
 ) -> jax.Array:
-    """Body tokens token[b], [B, size, Hkv, D]: decoded below encoded[b], else raw.
+    """Sinks, then body tokens token[b]: [B, num_sinks + size, Hkv, D], decoded below encoded[b],
+    else as they are, and rotated by `rotary`.
 
-    They are first[b] + [0, size), each at its number modulo size.
+    The tokens are first[b] + [0, size), each at its number modulo size.
     """
-    size, capacity = token.shape[1], side.window.capacity
-    x = jnp.zeros((*token.shape, *side.sinks.shape[2:]), dtype)
-    if capacity:
-        ring = side.residual
-        if capacity < size:
-            ring = jax.vmap(lambda ring, t: ring[t % capacity])(ring, token)
-        x = (ring if rotated or rotary is None else rotary(ring, token + side.num_sinks)).astype(
-            dtype
-        )
+    size, capacity, num_sinks = token.shape[1], side.window.capacity, side.num_sinks
+    join = lambda sinks, tail: jnp.concatenate([sinks, tail], axis=1)
+    x = side.exact
+    if capacity < size:
+        tail = jnp.zeros((*token.shape, *x.shape[2:]), x.dtype)
+        if capacity:
+            tail = jax.vmap(lambda ring, t: ring[t % capacity])(side.residual, token)
+        x = join(side.sinks, tail)
+    if rotary is not None:
+        x = rotary(x, _positions(token, num_sinks))
+    x = x.astype(dtype)
     # With one window for both sides `first` is where the residual begins; else this side may be
     # ahead.
     if side.window != other.window and side.num_groups:
@@ -52,8 +54,15 @@ def _read_tail(
         decoded = decode_groups(side, payload, start, rotary=rotary, dtype=dtype, folded=False)
         index = jnp.clip(token - (start * group)[:, None], 0, count * group - 1)
         decoded = jax.vmap(lambda rows, i: rows[i])(decoded, index)
-        x = jnp.where((token < encoded[:, None])[:, :, None, None], decoded, x)
+        tail = jnp.where((token < encoded[:, None])[:, :, None, None], decoded, x[:, num_sinks:])
+        x = join(x[:, :num_sinks], tail)
     return x
+
+
+def _positions(token: jax.Array, num_sinks: int) -> jax.Array:
+    """i32[B, num_sinks + size], of sinks and of body tokens i32[B, size]."""
+    sinks = jnp.broadcast_to(jnp.arange(num_sinks), (token.shape[0], num_sinks))
+    return jnp.concatenate([sinks, token + num_sinks], axis=1)
 
 
 def attend(
@@ -161,37 +170,19 @@ def _attend_cache(
     key_encoded, value_encoded = encoded(layer.key), encoded(layer.value)
     common = jnp.minimum(key_encoded, value_encoded)
 
-    # All tokens in full precision are one segment: sinks | residual | new.
-    keys, values, positions, valid = [], [], [], []
-
-    def add(k, v, at, ok):
-        keys.append(k.astype(q.dtype)), values.append(v.astype(q.dtype))
-        positions.append(at), valid.append(ok)
-
-    num_sinks = layer.key.num_sinks
-    if num_sinks:
-        at = jnp.broadcast_to(jnp.arange(num_sinks), (q.shape[0], num_sinks))
-        sinks = updated.key.sinks
-        if rotary is not None and not layer.rotated:
-            sinks = rotary(sinks, at)
-        add(sinks, updated.value.sinks, at, at < length[:, None])
-    tail = max(layer.key.window.capacity, layer.value.window.capacity)
-    if tail:
-        # In the order of the slots, so that the larger residual is read as it lies.
+    # Sinks and residual are one segment. The residual is in the order of its slots, so that it is
+    # read as it lies.
+    partial, key, value = Partial.empty(q), source.key, source.value
+    tail = max(key.window.capacity, value.window.capacity)
+    if key.num_sinks + tail:
         begin = common[:, None]
-        token = begin + (jnp.arange(tail)[None] - begin) % tail
-        key, value = source.key, source.value
-        add(
-            _read_tail(key, value, token, common, key_encoded, rotary, layer.rotated, q.dtype),
-            _read_tail(value, key, token, common, value_encoded, None, True, q.dtype),
-            token + num_sinks,
-            token + num_sinks < length[:, None],
-        )
-    partial = Partial.empty(q)
-    if keys:
-        join = lambda parts: jnp.concatenate(parts, axis=1)
-        mask = visible(query_positions, join(positions), join(valid), window)
-        partial = attend_tokens(q, join(keys), join(values), mask)
+        token = begin + (jnp.arange(tail)[None] - begin) % max(tail, 1)
+        unrotated = None if layer.rotated else rotary
+        keys = _read_exact(key, value, token, common, key_encoded, unrotated, q.dtype)
+        values = _read_exact(value, key, token, common, value_encoded, None, q.dtype)
+        at = _positions(token, key.num_sinks)
+        mask = visible(query_positions, at, at < length[:, None], window)
+        partial = attend_tokens(q, keys, values, mask)
     if not decoding:
         fresh = k if rotary is None or layer.rotated else rotary(k, query_positions)
         ok = jnp.arange(size)[None] < num_new[:, None]

@@ -18,6 +18,7 @@ from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
 
 _KEY = "nqkv_cache"  # of the metadata
+_VERSION = 2  # of the names and shapes of arrays
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
@@ -28,7 +29,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
     layer = cache.layers[0]
     layer.check_flushed()
     about = dict(
-        version=1,
+        version=_VERSION,
         scheme=cache.scheme,
         num_layers=len(cache.layers),
         batch=cache.batch,
@@ -56,8 +57,13 @@ def load_cache(path: str | os.PathLike) -> KVCache:
             arrays = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"load_cache: {path} cannot be read as safetensors: {error}") from error
-    if not isinstance(about, dict) or about.pop("version", None) != 1:
+    if not isinstance(about, dict) or "version" not in about:
         raise ValueError(f"load_cache: {path} must be a file of save_cache; it is another")
+    if (version := about.pop("version")) != _VERSION:
+        raise ValueError(
+            f"load_cache: expected version {_VERSION} of the format; {path} has {version}. Read "
+            "the prompt again, and save it anew"
+        )
     scheme = schemes.get(about.pop("scheme"))
     like = scheme.abstract(**about | dict(dtype=jnp.dtype(about["dtype"])))
     expected = _arrays(like)

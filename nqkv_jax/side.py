@@ -67,24 +67,29 @@ class Side:
     """Keys or values of one layer.
 
     Attributes:
-      sinks: [B, num_sinks, Hkv, D], the first tokens.
+      exact: [B, num_sinks + capacity, Hkv, D], sinks and residual: one array, as attention sees
+      both. The token at position p of the residual is in its slot (p - num_sinks) % capacity.
       body: payload leaves [B, groups, ...]; group g holds tokens num_sinks + [g, g + 1) * group.
-      residual: [B, capacity, Hkv, D]; the token at position p is in slot (p - num_sinks) %
-      capacity.
       state: the quantizer's per-sequence state, leaves [B, ...].
       quantizer: a pytree; static unless it is calibrated.
     """
 
-    sinks: jax.Array
+    exact: jax.Array
     body: Payload
-    residual: jax.Array
     state: State
     quantizer: Quantizer
     window: Window = dataclasses.field(metadata=_STATIC)
+    num_sinks: int = dataclasses.field(metadata=_STATIC)
 
     @property
-    def num_sinks(self) -> int:
-        return self.sinks.shape[1]
+    def sinks(self) -> jax.Array:
+        """[B, num_sinks, Hkv, D], the first tokens."""
+        return self.exact[:, : self.num_sinks]
+
+    @property
+    def residual(self) -> jax.Array:
+        """[B, capacity, Hkv, D], the latest."""
+        return self.exact[:, self.num_sinks :]
 
     @property
     def num_groups(self) -> int:
@@ -150,14 +155,13 @@ def init_side(
     payload = _payload_shape(structure, shapes, num_kv_heads, head_dim, jnp.dtype(dtype))
     zeros = lambda a: jnp.zeros((batch, capacity // group, *a.shape), a.dtype)
     state = quantizer.init_state(num_kv_heads, head_dim)
-    full = lambda tokens: jnp.zeros((batch, tokens, num_kv_heads, head_dim), dtype)
     return Side(
-        sinks=full(num_sinks),
+        exact=jnp.zeros((batch, num_sinks + window.capacity, num_kv_heads, head_dim), dtype),
         body=jax.tree.map(zeros, payload),
-        residual=full(window.capacity),
         state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), state),
         quantizer=quantizer,
         window=window,
+        num_sinks=num_sinks,
     )
 
 
@@ -292,22 +296,19 @@ def append_side(
 def store(side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.Array) -> Side:
     """Puts the tokens of `append_side` into sinks and residual, those that stay in it."""
     num_sinks, capacity, offset = side.num_sinks, side.window.capacity, jnp.arange(x.shape[1])
-    if not num_sinks and not capacity:
+    if not num_sinks + capacity:
         return side
 
-    def one(sinks, residual, x, before, after):
+    def one(exact, x, before, after):
         token = before + offset
-        fresh = token < after
-        sinks = _write(sinks, x, token + num_sinks, fresh & (token < 0))
+        slot, stays = token, token < 0  # among the sinks
         if capacity:
-            latest = fresh & (token >= 0) & (token >= after - capacity)
-            residual = _write(residual, x, token % capacity, latest)
-        return sinks, residual
+            slot = jnp.where(stays, token, token % capacity)
+            stays = stays | (token >= after - capacity)
+        return _write(exact, x, num_sinks + slot, (token < after) & stays)
 
-    sinks, residual = jax.vmap(one)(
-        side.sinks, side.residual, x, lengths - num_sinks, new_lengths - num_sinks
-    )
-    return dataclasses.replace(side, sinks=sinks, residual=residual)
+    exact = jax.vmap(one)(side.exact, x, lengths - num_sinks, new_lengths - num_sinks)
+    return dataclasses.replace(side, exact=exact)
 
 
 def append_token(

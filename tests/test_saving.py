@@ -70,3 +70,11 @@ def test_another_layout_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("nqkv_jax.saving.schemes.get", lambda spec: other)
     with pytest.raises(ValueError, match=r"codes as uint8\[2, 16, 1, 2, 12\]; .* holds uint8\[2, "):
         nq.load_cache(tmp_path / "cache")
+
+
+def test_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("nqkv_jax.saving._VERSION", 1)
+    nq.save_cache(make_cache("nqkv", max_len=16), tmp_path / "cache")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"expected version 2 .* has 1\. Read the prompt again"):
+        nq.load_cache(tmp_path / "cache")
