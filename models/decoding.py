@@ -91,14 +91,15 @@ def decode(
 
     def step(state: DecodeState) -> DecodeState:
         logits, cache = apply(
-            graphdef, params, state.token[:, None], state.cache.defer_flush(),
+            graphdef, params, state.token[:, None], state.cache,
             num_new=(~state.done).astype(jnp.int32), last_only=True,
         )  # fmt: skip
-        state = dataclasses.replace(state, cache=cache.flush())
+        state = dataclasses.replace(state, cache=cache)
         return _choose(state, logits, stop_ids, sampling)
 
-    state = dataclasses.replace(state, done=state.done | stopped)
-    return jax.lax.while_loop(lambda s: jnp.any(~s.done & (s.count < limit)), step, state)
+    state = dataclasses.replace(state, done=state.done | stopped, cache=state.cache.defer_flush())
+    state = jax.lax.while_loop(lambda s: jnp.any(~s.done & (s.count < limit)), step, state)
+    return dataclasses.replace(state, cache=state.cache.flush())
 
 
 def _choose(

@@ -3,13 +3,11 @@
 Scores, softmax and sums are float32. Every segment contributes a `Partial`; they merge exactly.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from nqkv_jax.body import attend_body, decode_groups, slice_groups
-from nqkv_jax.cache import KVCache, LayerCache
+from nqkv_jax.cache import KVCache
 from nqkv_jax.pallas_kernels import decode_attention as kernels
 from nqkv_jax.partial import Partial, attend_new, attend_tokens, visible
 from nqkv_jax.prefill import attend_prompt
@@ -127,14 +125,10 @@ def attend(
     q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
     q = q.reshape(grouped).transpose(0, 2, 3, 1, 4)
     if isinstance(cache, KVCache):
-        layer_cache = cache.layers[layer]
-        observed = queries if layer_cache.rotated else unrotated
-        out, layer_cache = _attend_cache(
-            q, k, v, observed, layer_cache, positions, num_new, rotary, window, implementation,
-            defer_flush=cache.deferring,
-        )  # fmt: skip
-        layers = (*cache.layers[:layer], layer_cache, *cache.layers[layer + 1 :])
-        cache = dataclasses.replace(cache, layers=layers)
+        observed = queries if cache.layers[layer].rotated else unrotated
+        out, cache = _attend_cache(
+            q, k, v, observed, cache, layer, positions, num_new, rotary, window, implementation
+        )
     elif cache is None:
         k = k if rotary is None else rotary(k, positions)
         valid = jnp.arange(size)[None] < num_new[:, None]
@@ -146,13 +140,14 @@ def attend(
 
 
 def _attend_cache(
-    q, k, v, observed, layer: LayerCache, query_positions, num_new, rotary, window, implementation,
-    *, defer_flush: bool,
-) -> tuple[Partial, LayerCache]:  # fmt: skip
+    q, k, v, observed, cache: KVCache, index: int, query_positions, num_new, rotary, window,
+    implementation,
+) -> tuple[Partial, KVCache]:  # fmt: skip
     """The queries are rotated and scaled, [B, Hkv, G, S, D]; k and v are as the model made them.
 
     `observed` [B, S, Hkv, G, D] are the queries that a quantizer may look at.
     """
+    layer = cache.layers[index]
     size, before = q.shape[3], layer.lengths
     if size > 1 and implementation != "xla":
         implementation = "auto"  # the kernels that have a name are for single queries
@@ -161,7 +156,8 @@ def _attend_cache(
     # What the cache will hold is what attention sees, from the first token on.
     k, v = k.astype(layer.dtype), v.astype(layer.dtype)
     queries = observed if layer.wants_queries else None
-    updated = layer.append(k, v, num_new, rotary, queries, defer_flush=defer_flush)
+    cache = cache.append(index, k, v, num_new, rotary, queries)
+    updated = cache.layers[index]
     decoding = size == 1
     # The residual is read after the append when decoding (it holds the new token, and still holds
     # what was flushed just now), and before it otherwise (many new tokens overwrite the ring).
@@ -193,7 +189,7 @@ def _attend_cache(
     # The body is read from the updated cache: an append never changes what is encoded, and reading
     # the old one would keep two copies alive.
     body = attend_body(q, updated, common, query_positions, rotary, window, implementation)
-    return partial.merge(body), updated
+    return partial.merge(body), cache
 
 
 def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:

@@ -1,7 +1,7 @@
 """The cache: sinks | body | residual for keys and for values of every layer.
 
 See `nqkv_jax.side` for where tokens are. After every token, full residuals are encoded: layer by
-layer, or (`KVCache.defer_flush`) of all layers at once, after the last.
+layer, or (`KVCache.defer_flush`) of all layers at once, with the last.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ class LayerCache:
         """Raises ValueError if a flush was put off, and has not come since."""
         if self.unflushed is not None:
             raise ValueError(
-                "cache: expected a flush after every token, as residuals have no room for more; "
-                "call cache.flush() after the last layer, before anything else"
+                "cache: expected every token in all layers, the last one last, as residuals have "
+                "no room for more; call attend with layer=0, 1, ..., or cache.flush() after a token"
             )
 
     def append(
@@ -163,20 +163,37 @@ class KVCache:
         return self.lengths[:, None] + jnp.arange(num_tokens)[None, :]
 
     def defer_flush(self) -> "KVCache":
-        """The same cache, in which `attend` leaves chunks that are due in the residual.
+        """The same cache, in which chunks that a token makes due wait for the last layer.
 
-        Then `flush` has to be called once all layers have the next token, and encodes them all
-        under one condition. That leaves the same bits, and on a GPU it is faster: a condition is
-        evaluated by the host, which has to wait for it. (Prompts are not put off.)
-
-            logits, cache = model(token, cache.defer_flush())
-            cache = cache.flush()
+        When `attend` appends the token there, those of all layers are encoded under one condition.
+        That leaves the same bits, and on a GPU it is faster: a condition is evaluated by the host,
+        and the device waits. For programs that call `attend` with layer=0, 1, ... for each token.
+        (Prompts are not put off.)
         """
         return dataclasses.replace(self, deferring=True)
 
     def flush(self) -> "KVCache":
-        """Encodes what `defer_flush` has put off."""
+        """Puts nothing off any more, and encodes what still waits: after the last layer, nothing
+        does."""
         return dataclasses.replace(self, layers=_flush(self.layers), deferring=False)
+
+    def append(
+        self,
+        layer: int,
+        k: jax.Array,
+        v: jax.Array,
+        num_new: jax.Array,
+        rotary: Rotary | None,
+        queries: jax.Array | None = None,
+    ) -> "KVCache":
+        """`LayerCache.append` to one layer."""
+        new = self.layers[layer].append(k, v, num_new, rotary, queries, defer_flush=self.deferring)
+        layers = (*self.layers[:layer], new, *self.layers[layer + 1 :])
+        if self.deferring and layer == len(layers) - 1:
+            # Here, where the last layer's attention reads what was encoded. After it, the compiler
+            # would not know that nothing reads the body any more, and copy it.
+            layers = _flush(layers)
+        return dataclasses.replace(self, layers=layers)
 
     @property
     def nbytes(self) -> int:

@@ -350,13 +350,17 @@ def flush(waiting: Sequence[Waiting]) -> list[Side]:
     spans = [(w.side.encoded(w.lengths), w.side.encoded(w.new_lengths)) for w in waiting]
     due = functools.reduce(jnp.logical_or, [jnp.any(last > first) for first, last in spans])
 
-    def encode(_, carry):
+    def encode(i, carry):
         encoded = []
         for w, (body, state), (first, last) in zip(waiting, carry, spans, strict=True):
-            run = functools.partial(_encode, w.side, w.rotary, w.side.window.chunk)
+            chunk = w.side.window.chunk
+            run = functools.partial(_encode, w.side, w.rotary, chunk)
             keys = None if w.keys is None else (w.keys, None)
+            # The round is 0, but XLA does not know: what is the same in every round it would do
+            # outside, for every token.
+            begin = first + i * chunk
             encoded.append(
-                jax.vmap(run)(body, state, w.side.residual, None, keys, None, first, last)
+                jax.vmap(run)(body, state, w.side.residual, None, keys, None, begin, last)
             )
         return encoded
 

@@ -1,4 +1,4 @@
-"""Flushes of all layers at once, after the last: the same bits, and errors where one is missing."""
+"""Flushes of all layers at once, with the last: the same bits, and an error where it is missing."""
 
 import functools
 
@@ -40,11 +40,13 @@ def decode(cache, q, k, v, num_new, *, defer):
 
     def one(cache, token):
         *qkv, num_new = token
-        outs, cache = step(cache.defer_flush() if defer else cache, *qkv, num_new)
-        return cache.flush() if defer else cache, outs
+        outs, cache = step(cache, *qkv, num_new)
+        return cache, outs
 
     tokens = [jnp.moveaxis(a, 1, 0)[:, :, None] for a in (q, k, v)]
-    return jax.lax.scan(one, cache, (*tokens, num_new))
+    cache = cache.defer_flush() if defer else cache
+    cache, outs = jax.lax.scan(one, cache, (*tokens, num_new))
+    return cache.flush(), outs
 
 
 @pytest.mark.parametrize("spec", SCHEMES)
@@ -66,18 +68,19 @@ def test_deferred_flushes_leave_the_same_bits(spec):
     np.testing.assert_array_equal(runs[1][0].lengths, lengths)
 
 
-def test_without_a_flush_the_next_token_is_refused():
+def test_a_token_that_is_not_in_the_last_layer_is_the_only_one():
     q, k, v = make_qkv(2)
     first, second = ([a[:, t : t + 1] for a in (q, k, v)] for t in (0, 1))
-    cache = make_cache("nqkv:residual=16", max_len=32).defer_flush()
-    _, cache = nq.attend(*first, cache)
-    message = r"flush after every token.*call cache\.flush\(\)"
+    cache = make_cache("nqkv:residual=16", max_len=32, num_layers=2).defer_flush()
+    _, cache = nq.attend(*first, cache, layer=0)
+    message = r"every token in all layers, the last one last.*or cache\.flush\(\) after a token"
     with pytest.raises(ValueError, match=message):
-        nq.attend(*second, cache)
+        nq.attend(*second, cache, layer=0)
     with pytest.raises(ValueError, match=message):
         nq.save_cache(cache, "never_written.safetensors")
-    _, cache = nq.attend(*second, cache.flush())
-    assert cache.lengths.tolist() == [2, 2] and not cache.deferring
+    for flushed in (nq.attend(*first, cache, layer=1)[1], cache.flush()):
+        _, after = nq.attend(*second, flushed, layer=0)
+        assert after.lengths.tolist() == [2, 2]
 
 
 def test_nothing_waits_in_a_scheme_without_a_residual():
