@@ -150,7 +150,7 @@ GPU_SLOW = [
     "nf4-across-heads", "nf4-d64", "plus4", "plus3", "plus2", "waves-soft-cap",
     "uniform3-minmax", "uniform3-minmax-g16", "channels3-d64", "nf3-d64", "channels4-d256", "nf2",
     "uniform2-d256-g16", "uniform2-minmax-parts", "cubic4-parts", "cubic4-d256-parts",
-    "lloyd4", "block4-signed", "cubic4-d96", "plus4-d80", "uniform2-minmax-d96",
+    "lloyd4", "block4-signed", "stepped4", "cubic4-d96", "plus4-d80", "uniform2-minmax-d96",
     "keys8-values4", "keys3-values4-d64", "keys2-values4-d64", "keys4-values2-minmax-parts",
 ]  # fmt: skip
 GPU_QUICK = [
@@ -235,7 +235,7 @@ def test_levels_that_the_gpu_kernel_would_have_to_look_up():
 @needs_mosaic_gpu
 def test_what_the_gpu_kernel_needs():
     for name, message in (
-        ("stepped4", "levels that a polynomial of 9 operations gives; got stepped4@128"),
+        ("stepped4-d64", "levels that a polynomial of 9 operations gives; got stepped4@64"),
         ("cubic3-d256", "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 1 query"),
         ("cubic3-d64-parts", "blocks of a multiple of 64 channels; got 32 and 32"),
         ("channels2-minmax", "channels of keys without zeros"),
