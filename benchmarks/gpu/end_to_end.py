@@ -119,9 +119,10 @@ def kernel_is_automatic():
 def abstract_cache(config: ModelConfig, variant: Variant, batch: int, max_len: int):
     """The shapes of a cache."""
     if variant.scheme is not None:
-        return schemes.get(variant.scheme).abstract(
+        cache = schemes.get(variant.scheme).abstract(
             **cache_sizes(config), batch=batch, max_len=max_len, dtype=jnp.bfloat16
         )
+        return cache.defer_flush()
     size = (batch, max_len, config.num_kv_heads, config.head_dim)
     side = (jax.ShapeDtypeStruct(size, jnp.bfloat16),) * config.num_layers
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -160,7 +161,7 @@ def filled_cache(config: ModelConfig, variant: Variant, batch: int, context: int
     layers = []
     for layer, key in zip(cache.layers, keys, strict=True):
         layers.append(_filled(layer, key, chunks=context // CHUNK, heads=heads))
-    return dataclasses.replace(cache, layers=tuple(layers))
+    return dataclasses.replace(cache, layers=tuple(layers)).defer_flush()
 
 
 def decode_loop(graphdef, steps: int):

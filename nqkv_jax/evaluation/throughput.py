@@ -243,7 +243,8 @@ class _Cached:
                 logits, cache = lm.apply(params, token, cache, last_only=True)
                 return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None], cache
 
-            return jax.lax.fori_loop(0, steps, step, (token, cache))
+            token, cache = jax.lax.fori_loop(0, steps, step, (token, cache.defer_flush()))
+            return token, cache.flush()
 
         # Compiled here, so that no run that is timed ever compiles; side by side, as XLA compiles a
         # program on one core.
