@@ -345,28 +345,28 @@ class Waiting(NamedTuple):
 def flush(waiting: Sequence[Waiting]) -> list[Side]:
     """Encodes the chunks that are due. Nothing is done, under one condition, if none is.
 
-    All of the sides have the same window: if one sequence has a chunk, all are gone through.
+    All of the sides have the same window, so that as a rule they are due together.
     """
     spans = [(w.side.encoded(w.lengths), w.side.encoded(w.new_lengths)) for w in waiting]
-    due = functools.reduce(jnp.logical_or, [jnp.any(last > first) for first, last in spans])
 
-    def encode(i, carry):
-        encoded = []
-        for w, (body, state), (first, last) in zip(waiting, carry, spans, strict=True):
-            chunk = w.side.window.chunk
-            run = functools.partial(_encode, w.side, w.rotary, chunk)
-            keys = None if w.keys is None else (w.keys, None)
-            # The round is 0, but XLA does not know: what is the same in every round it would do
-            # outside, for every token.
-            begin = first + i * chunk
-            encoded.append(
-                jax.vmap(run)(body, state, w.side.residual, None, keys, None, begin, last)
-            )
-        return encoded
+    # Loops of one round, or none: what they carry stays in place. That the round is 0 XLA does not
+    # know: what is the same in every round it would do outside, for every token.
+    def encode(i, carry, w, first, last):
+        chunk = w.side.window.chunk
+        run = functools.partial(_encode, w.side, w.rotary, chunk)
+        keys = None if w.keys is None else (w.keys, None)
+        begin = first + i * chunk
+        return jax.vmap(run)(*carry, w.side.residual, None, keys, None, begin, last)
 
-    # A loop of one round, or none: what it carries stays in place.
+    # A loop for each, so that they share the memory that encoding takes.
+    def encode_all(_, carry):
+        each = zip(waiting, carry, spans, due, strict=True)
+        one = lambda w, first, last: functools.partial(encode, w=w, first=first, last=last)
+        return [jax.lax.fori_loop(0, n, one(w, *span), c) for w, c, span, n in each]
+
+    due = [jnp.any(last > first).astype(jnp.int32) for first, last in spans]
     carry = [(w.side.body, w.side.state) for w in waiting]
-    carry = jax.lax.fori_loop(0, due.astype(jnp.int32), encode, carry)
+    carry = jax.lax.fori_loop(0, functools.reduce(jnp.maximum, due), encode_all, carry)
     return [
         dataclasses.replace(w.side, body=body, state=state)
         for w, (body, state) in zip(waiting, carry, strict=True)
