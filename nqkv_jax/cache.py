@@ -165,10 +165,10 @@ class KVCache:
     def defer_flush(self) -> "KVCache":
         """The same cache, in which chunks that a token makes due wait for the last layer.
 
-        When `attend` appends the token there, those of all layers are encoded under one condition.
-        That leaves the same bits, and on a GPU it is faster: a condition is evaluated by the host,
-        and the device waits. For programs that call `attend` with layer=0, 1, ... for each token.
-        (Prompts are not put off.)
+        When `attend` appends the token there, those of all layers are encoded under one condition,
+        or one for each window where keys and values have different ones. That leaves the same bits,
+        and on a GPU it saves waiting: a condition is evaluated by the host. For programs that call
+        `attend` with layer=0, 1, ... for each token. (Prompts are not put off.)
         """
         return dataclasses.replace(self, deferring=True)
 

@@ -26,8 +26,9 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
 
     Raises: ValueError: a flush was put off (`KVCache.defer_flush`), and has not come since.
     """
+    for layer in cache.layers:
+        layer.check_flushed()
     layer = cache.layers[0]
-    layer.check_flushed()
     about = dict(
         version=_VERSION,
         scheme=cache.scheme,

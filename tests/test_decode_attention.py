@@ -225,6 +225,19 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
+def test_levels_of_every_smooth_codebook_are_computed():
+    for bits in (2, 3, 4):
+        found = [codebooks.normal_float(bits), codebooks.lloyd_max_normal(bits)]
+        found += [
+            make(bits, size, signed=signed)
+            for make in (codebooks.block_normal, codebooks.cubic_normal)
+            for size in (32, 64, 128, 256)
+            for signed in (False, True)
+        ]
+        missing = [c.name for c in found if not mosaic_gpu_levels.Levels(c).computed]
+        assert not missing, missing
+
+
 def test_levels_that_the_gpu_kernel_would_have_to_look_up():
     levels = np.sort(np.random.default_rng(0).uniform(-1, 1, 16))
     uneven = codebooks.Codebook(bits=4, levels=tuple(levels.tolist()), name="uneven")

@@ -71,16 +71,16 @@ def test_deferred_flushes_leave_the_same_bits(spec):
 def test_a_token_that_is_not_in_the_last_layer_is_the_only_one():
     q, k, v = make_qkv(2)
     first, second = ([a[:, t : t + 1] for a in (q, k, v)] for t in (0, 1))
-    cache = make_cache("nqkv:residual=16", max_len=32, num_layers=2).defer_flush()
-    _, cache = nq.attend(*first, cache, layer=0)
+    cache = make_cache("nqkv:residual=16", max_len=32, num_layers=3).defer_flush()
+    _, cache = nq.attend(*first, cache, layer=1)
     message = r"every token in all layers, the last one last.*or cache\.flush\(\) after a token"
     with pytest.raises(ValueError, match=message):
-        nq.attend(*second, cache, layer=0)
+        nq.attend(*second, cache, layer=1)
     with pytest.raises(ValueError, match=message):
         nq.save_cache(cache, "never_written.safetensors")
-    for flushed in (nq.attend(*first, cache, layer=1)[1], cache.flush()):
-        _, after = nq.attend(*second, flushed, layer=0)
-        assert after.lengths.tolist() == [2, 2]
+    for flushed in (nq.attend(*first, cache, layer=2)[1], cache.flush()):
+        _, after = nq.attend(*second, flushed, layer=1)
+        assert after.layers[1].lengths.tolist() == [2, 2]
 
 
 def test_nothing_waits_in_a_scheme_without_a_residual():
