@@ -1,6 +1,7 @@
 """Cases of decode attention over packed codes, and the float64 oracle."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,15 @@ import numpy as np
 from vector_attention_cases import VECTOR_CASES, VectorCase, vector_arguments, vector_dense
 
 from nqkv_jax import codebooks, tiles
-from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes, Waves
+from nqkv_jax.pallas_kernels.decode_attention import (
+    TiledCodes,
+    VectorCodes,
+    Waves,
+    decode_attention,
+)
 from nqkv_jax.rotary import Rotary
+
+LENGTHS = (0, 1, 200, 384)  # of a ragged batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,3 +222,20 @@ def oracle(q, key, value, lengths, first, soft_cap):
         weights /= weights.sum(-1, keepdims=True)
         out[b] = np.einsum("hgt,thd->hgd", weights, v[b, start:n])
     return out, total
+
+
+def check(case, dtype, tolerance, num_tiles=3, lengths=LENGTHS, **options):
+    """Compares one implementation with the oracle, on a ragged batch."""
+    q, key, value, lengths, first = arguments(case, lengths, num_tiles=num_tiles, dtype=dtype)
+    run = functools.partial(decode_attention, soft_cap=case.soft_cap, **options)
+    numerator, denominator, maximum = jax.jit(run)(q, key, value, lengths, first=first)
+    expected, total = oracle(q, key, value, lengths, first, case.soft_cap)
+    seen = np.asarray(denominator) > 0
+    np.testing.assert_array_equal(seen, np.isfinite(total))
+    np.testing.assert_array_equal(seen, np.isfinite(np.asarray(maximum)))
+    out = np.asarray(numerator) / np.where(seen, np.asarray(denominator), 1)[..., None]
+    largest = np.abs(dense(value)).max()
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * largest)
+    log_sum = np.log(np.where(seen, denominator, 1)) + np.where(seen, maximum, -np.inf)
+    largest = np.abs(total[np.isfinite(total)]).max()
+    np.testing.assert_allclose(log_sum, total, rtol=0, atol=tolerance * largest)

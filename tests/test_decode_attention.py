@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_attention_cases import CASES, arguments, dense, oracle
+from decode_attention_cases import CASES, arguments, check
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from vector_attention_cases import VectorCase
@@ -25,7 +25,6 @@ from nqkv_jax.pallas_kernels.decode_attention import (
 )
 
 SLOW = pytest.mark.slow
-LENGTHS = (0, 1, 200, 384)
 # A bfloat16 has 8 bits: a level or a query may be off by 2^-9.
 BFLOAT16 = 2e-3
 STRICT = pltpu.InterpretParams(
@@ -37,22 +36,6 @@ STRICT = pltpu.InterpretParams(
 def interpreted():
     with pltpu.force_tpu_interpret_mode(STRICT):
         yield
-
-
-def check(case, dtype, tolerance, num_tiles=3, **options):
-    q, key, value, lengths, first = arguments(case, LENGTHS, num_tiles=num_tiles, dtype=dtype)
-    run = functools.partial(decode_attention, soft_cap=case.soft_cap, **options)
-    numerator, denominator, maximum = jax.jit(run)(q, key, value, lengths, first=first)
-    expected, total = oracle(q, key, value, lengths, first, case.soft_cap)
-    seen = np.asarray(denominator) > 0
-    np.testing.assert_array_equal(seen, np.isfinite(total))
-    np.testing.assert_array_equal(seen, np.isfinite(np.asarray(maximum)))
-    out = np.asarray(numerator) / np.where(seen, np.asarray(denominator), 1)[..., None]
-    largest = np.abs(dense(value)).max()
-    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * largest)
-    log_sum = np.log(np.where(seen, denominator, 1)) + np.where(seen, maximum, -np.inf)
-    largest = np.abs(total[np.isfinite(total)]).max()
-    np.testing.assert_allclose(log_sum, total, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)

@@ -35,7 +35,7 @@ KERNELS = {
     "triton": {VectorCodes: triton_vectors},
 }
 # Those that "auto" takes, by the platform of `jax.lax.platform_dependent`. Not those for GPUs as
-# long as they have not run on one: what they ask of tensor cores is not in any interpreter.
+# long as none has been timed on one.
 PLATFORMS = {"mosaic_tpu": "tpu"}
 
 

@@ -17,7 +17,7 @@ class Memory(NamedTuple):
     queries: Any  # [group, head_dim]; f32[head_dim, group] if they wait for scales of channels
     words: tuple[Any, Any]  # of keys and values, int16[STAGES, *Plan.word_shape]
     token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
-    channel_scales: list  # of keys, int16[STAGES, tiles, head_dim]
+    channel_scales: list  # of keys, int16[STAGES, *Plan.channel_shape]
     scaled_queries: list  # float16[tiles * group, head_dim]
     # Of the waves, as in `mosaic_gpu_waves`.
     places: list
@@ -50,7 +50,7 @@ def memory(plan: Plan) -> Memory:
         token_scales=tuple(
             [smem((STAGES, *plan.scale_shape(side)), i16)] * side.arrays for side in plan.sides
         ),
-        channel_scales=[smem((STAGES, plan.tiles, plan.head_dim), i16)] * channels,
+        channel_scales=[smem((STAGES, *plan.channel_shape), i16)] * channels,
         scaled_queries=[scaled] * channels,
         places=[smem((ROWS, 2 * plan.wave_rows), f16, **operand)] * waves,
         turned=[smem((plan.halves * plan.group, 2 * plan.wave_rows), f16, **operand)] * waves,
@@ -102,7 +102,7 @@ def fetch(
             for b, k in itertools.product(range(side.blocks), range(plan.fields)):
                 copy(array.at[batch, pl.ds(tile, plan.tiles), first + b, k], target.at[slot, b, k])
     for array, target in zip(source.channel_scales, memory.channel_scales, strict=True):
-        copy(array.at[batch, pl.ds(tile, plan.tiles), head], target.at[slot])
+        copy(array.at[batch, pl.ds(tile, plan.tiles), head], target.at[slot, pl.ds(0, plan.tiles)])
 
 
 def _word_copies(side: Side, column: int, plan: Plan):

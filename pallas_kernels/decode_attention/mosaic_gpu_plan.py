@@ -13,6 +13,7 @@ UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
 ALIGNMENT = 2**10  # of a buffer
+COPY_ALIGNMENT = 128  # of where a copy goes to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,13 @@ class Plan:
         return side.blocks, self.fields, self.tiles, self.field
 
     @property
+    def channel_shape(self) -> tuple[int, int]:
+        """Of a unit's scales of channels: a row for each tile, and more where the next unit's would
+        not begin at a multiple of what copies go to."""
+        rows = COPY_ALIGNMENT // math.gcd(COPY_ALIGNMENT, 2 * self.head_dim)
+        return -(-self.tiles // rows) * rows, self.head_dim
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of the fields of a part, for each block of values."""
         return self.per_part, self.value.blocks, self.group, ROWS
@@ -172,7 +180,7 @@ class Plan:
         queries = self.group * self.head_dim
         buffers.append(queries * (4 if self.key.channels else 2))
         if self.key.channels:  # their scales, and queries with them
-            buffers += [2 * STAGES * self.tiles * self.head_dim, 2 * self.tiles * queries]
+            buffers += [2 * STAGES * math.prod(self.channel_shape), 2 * self.tiles * queries]
         if self.wave_rows:  # places, queries turned to half tiles, and what these give
             turned = self.halves * self.group
             buffers += [2 * size * 2 * self.wave_rows for size in (ROWS, turned)]

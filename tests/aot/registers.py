@@ -8,26 +8,20 @@ times 128 threads, by the elements of keys and values that it reads. A count is 
 instructions wait for is not in it.
 """
 
+import functools
 import json
-import os
 import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 
-DUMP = pathlib.Path(tempfile.mkdtemp())
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-# Read when a kernel is compiled.
-os.environ.update(MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_PTX="1")
 
-import functools
-
+import dump  # first: see there
 import jax
 import jax.numpy as jnp
 import nvidia
 from decode_attention_cases import CASES, arguments
-from targets import compile_for
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import Plan, make_plan
@@ -61,8 +55,8 @@ def loops(sass: str) -> list[int]:
     return sorted(length for length, begin, end in found if begin <= first and last <= end)
 
 
-def instructions_per_element(ptx: pathlib.Path, plan: Plan) -> float:
-    cubin = DUMP / "kernel.cubin"
+def instructions_per_element(plan: Plan) -> float:
+    (ptx,), cubin = dump.FOLDER.glob("*.ptx"), dump.FOLDER / "kernel.cubin"
     subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
     command = [tool("nvdisasm"), "-c", str(cubin)]
     sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -79,18 +73,14 @@ def programs(registers: int) -> int:
 
 
 def measure(case) -> dict:
-    for file in DUMP.iterdir():
-        file.unlink()
     *arrays, first = arguments(case, (1, 1), num_tiles=32, dtype=jnp.bfloat16)
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="mosaic_gpu")
-    compile_for("h100", jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
-    (report,) = DUMP.glob("decode_attention*.ptxas")
-    (ptx,) = DUMP.glob("decode_attention*.ptx")
-    text = report.read_text()
+    dump.compile_for_h100(jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
+    text = dump.text(".ptxas")
     spilled = re.findall(r"(\d+) bytes spill stores", text)
     registers = int(re.search(r"Used (\d+) registers", text)[1])
     plan = make_plan(case.group, *arrays[1:3], case.soft_cap, None)
-    layouts = next(DUMP.glob("decode_attention*.after_layout_inference.txt")).read_text()
+    layouts = dump.text(".after_layout_inference.txt")
     shared = int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", layouts)[1])
     if shared != plan.shared_bytes:
         raise RuntimeError(f"{case}: the plan has {plan.shared_bytes} bytes, the program {shared}")
@@ -99,7 +89,7 @@ def measure(case) -> dict:
         registers=registers,
         spilled_bytes=max(map(int, spilled)),
         programs=min(plan.programs, programs(registers)),
-        instructions_per_element=round(instructions_per_element(ptx, plan), 2),
+        instructions_per_element=round(instructions_per_element(plan), 2),
     )
 
 

@@ -80,3 +80,10 @@ def test_registers_are_as_recorded():
         before = recorded[row["case"]]
         for count in ("registers", "instructions_per_element"):
             assert abs(row[count] - before[count]) <= 0.1 * before[count], (row, before)
+
+
+def test_the_instructions_of_a_gpu_give_what_the_oracle_gives():
+    """All of them, one by one, on the CPU."""
+    command = [sys.executable, str(HERE / "execute.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

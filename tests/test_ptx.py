@@ -1,0 +1,273 @@
+"""The executor of a GPU's instructions, which `tests/aot/execute.py` runs kernels in."""
+
+import itertools
+import struct
+
+import numpy as np
+import pytest
+from ptx import arithmetic
+from ptx.machine import Launch, Schedule, run
+from ptx.memory import Global, TensorMap
+from ptx.program import parse
+
+SCHEDULES = [
+    Schedule(warps=warps, late=late)
+    for warps, late in itertools.product(((0, 1, 2, 3), (3, 2, 1, 0)), (False, True))
+]
+# %rd0, %rd1: the two arrays; %r0: the thread; %r1: its lane; %rd3: 4 bytes for each in the second.
+# %p0: of one thread.
+BEGIN = """
+.version 9.0
+.visible .entry test_kernel(.param .u64 test_0, .param .u64 test_1, .param .b8 test_2[128])
+{
+  .reg .pred %p<9>; .reg .b32 %r<99>; .reg .b64 %rd<9>;
+  .shared .align 16 .b8 __dynamic_shmem__0;
+  ld.param.b64 %rd0, [test_0];
+  ld.param.b64 %rd1, [test_1];
+  mov.b64 %rd2, test_2;
+  mov.u32 %r0, %tid.x;
+  and.b32 %r1, %r0, 31;
+  mul.wide.u32 %rd3, %r0, 4;
+  add.s64 %rd4, %rd0, %rd3;
+  add.s64 %rd3, %rd1, %rd3;
+  setp.eq.u32 %p0, %r0, 0;
+  mov.b64 %rd5, __dynamic_shmem__0;
+  cvt.u32.u64 %r2, %rd5;
+"""
+
+
+def execute(body, source, result, schedule=SCHEDULES[0], tensor=None):
+    """Runs it in one block of four warps; returns `result`, a copy that was written to."""
+    program = parse(BEGIN + body + "\n  ret;\n}")
+    source, result = np.ascontiguousarray(source), np.ascontiguousarray(result).copy()
+    pointers = [struct.pack("<Q", a.ctypes.data) for a in (source, result)]
+    maps = {} if tensor is None else {0: TensorMap(source.ctypes.data, *tensor)}
+    launch = Launch((1, 1, 1), 128, 8192, (*pointers, bytes(128)), maps)
+    run(program, launch, Global([source, result]), schedule)
+    return result
+
+
+NUMBERS = np.arange(128, dtype=np.uint32) * np.uint32(0x9E3779B1) + np.uint32(7)
+OTHER = np.uint32(0x12345678)
+as_signed = lambda a: a.view(np.int32)
+as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
+
+
+@pytest.mark.parametrize(
+    "instruction, expected",
+    [
+        ("add.s32 %r4, %r3, %r5", lambda a: a + OTHER),
+        ("sub.s32 %r4, %r3, %r5", lambda a: a - OTHER),
+        ("mul.lo.s32 %r4, %r3, %r5", lambda a: a * OTHER),
+        ("mul.hi.u32 %r4, %r3, %r5", lambda a: a.astype(np.uint64) * OTHER >> 32),
+        ("min.s32 %r4, %r3, -5", lambda a: np.minimum(as_signed(a), -5).view(np.uint32)),
+        ("shr.s32 %r4, %r3, 9", lambda a: (as_signed(a) >> 9).view(np.uint32)),
+        ("shr.u32 %r4, %r3, 32", np.zeros_like),
+        ("shr.s32 %r4, %r3, 40", lambda a: (as_signed(a) >> 31).view(np.uint32)),
+        ("shl.b32 %r4, %r3, 33", np.zeros_like),
+        ("shf.r.wrap.b32 %r4, %r3, %r3, 37", lambda a: a >> 5 | a << 27),
+        ("shf.l.wrap.b32 %r4, %r3, %r3, 37", lambda a: a << 5 | a >> 27),
+        ("shf.l.wrap.b32 %r4, %r5, %r3, 32", lambda a: a),
+        ("prmt.b32 %r4, %r3, %r5, 0x4123", lambda a: a.byteswap() & 0xFFFFFF | 0x78 << 24),
+        ("xor.b32 %r4, %r3, %r5", lambda a: a ^ OTHER),
+        ("shfl.sync.bfly.b32 %r4, %r3, 4, 31, -1", lambda a: a[np.arange(128) ^ 4]),
+        ("shfl.sync.idx.b32 %r4, %r3, 3, 31, -1", lambda a: a[np.arange(128) // 32 * 32 + 3]),
+        ("cvt.rn.f32.s32 %r4, %r3", lambda a: as_signed(a).astype(np.float32).view(np.uint32)),
+        ("and.b32 %r3, %r3, 0x3BFF3BFF; add.f16x2 %r4, %r3, %r5", lambda a: (
+            as_halves(a & 0x3BFF3BFF) + np.tile(as_halves(OTHER), 128)
+        ).view(np.uint32)),
+        ("@%p0 mov.b32 %r4, %r3", lambda a: np.where(np.arange(128) == 0, a, 1)),
+        ("setp.lt.s32 %p1, %r3, 0; selp.b32 %r4, 5, %r3, %p1",
+         lambda a: np.where(as_signed(a) < 0, 5, a)),
+    ],
+    ids=lambda a: a if isinstance(a, str) else "",
+)  # fmt: skip
+def test_instructions_of_a_thread(instruction, expected):
+    body = f"""
+      ld.global.b32 %r3, [%rd4];
+      mov.b32 %r5, 0x12345678;
+      mov.b32 %r4, 1;
+      {instruction};
+      st.global.b32 [%rd3], %r4;
+    """
+    result = execute(body, NUMBERS, np.zeros(128, np.uint32))
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(result, expected(NUMBERS).astype(np.uint32))
+
+
+def test_a_fused_product_is_rounded_once():
+    a, b, c = (np.full(32, x, np.float32) for x in (1 + 2**-12, 1 + 2**-12, -1))
+    exact = np.float32(2**-11 + 2**-24)
+    assert (arithmetic.FUNCTIONS["fma"](a, b, c) == exact).all() and a[0] * b[0] + c[0] != exact
+
+
+def test_threads_go_separate_ways_and_meet_again():
+    body = """
+      mov.b32 %r4, 0;
+      $loop:
+      add.s32 %r4, %r4, 1;
+      setp.lt.u32 %p1, %r4, %r1;
+      @%p1 bra $loop;
+      shfl.sync.idx.b32 %r5, %r4, 31, 31, -1;
+      add.s32 %r4, %r4, %r5;
+      st.global.b32 [%rd3], %r4;
+    """
+    result = execute(body, NUMBERS, np.zeros(128, np.uint32))
+    np.testing.assert_array_equal(result, 31 + np.maximum(np.arange(128) % 32, 1))
+
+
+EXCHANGE = """
+  ld.global.b32 %r3, [%rd4];
+  shl.b32 %r5, %r0, 2;
+  add.s32 %r6, %r2, %r5;
+  st.shared.b32 [%r6], %r3;
+  WAIT
+  xor.b32 %r5, %r5, 384;
+  add.s32 %r6, %r2, %r5;
+  ld.shared.b32 %r4, [%r6];
+  st.global.b32 [%rd3], %r4;
+"""
+
+
+def test_what_another_warp_wrote_takes_a_barrier():
+    run = lambda wait, schedule: execute(EXCHANGE.replace("WAIT", wait), NUMBERS, NUMBERS, schedule)
+    for schedule in SCHEDULES:
+        expected = NUMBERS[np.arange(128) ^ 96]
+        np.testing.assert_array_equal(run("bar.sync 1, 128;", schedule), expected)
+        assert (run("", schedule) != expected).any()
+
+
+MAP = (2, (64, 32), (32, 1), 64, (64, 32))  # of 64 x 32 of 16 bits, in rows of 64 bytes
+COPY = """
+  @%p0 mbarrier.init.shared::cta.b64 [%r2+4096], 1;
+  bar.sync 0;
+  @%p0 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2+4096], 4096;
+  @%p0 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+    [%r2+TO], [%rd2, {0, 0}], [%r2+4096];
+  WAIT
+  shl.b32 %r5, %r0, 2;
+  add.s32 %r6, %r2, %r5;
+  ld.shared.b32 %r4, [%r6];
+  st.global.b32 [%rd3], %r4;
+"""
+WAIT = """{ .reg .pred done;
+  again: mbarrier.try_wait.parity.shared.b64 done, [%r2+4096], 0, 1;
+  @done bra.uni over;
+  bra.uni again;
+  over: }"""
+MATRIX = (np.arange(64 * 32) % 997).astype(np.float16).reshape(64, 32)
+
+
+def test_a_copy_is_swizzled_and_takes_a_wait():
+    run = lambda wait, schedule, to=0: execute(
+        COPY.replace("WAIT", wait).replace("TO", str(to)),
+        MATRIX,
+        np.zeros(128, np.uint32),
+        schedule,
+        MAP,
+    ).view(np.float16)
+    # Chunks of 8 elements in rows of 4: that of the place c has the number c ^ (row // 2 % 4).
+    row, chunk = np.arange(8)[:, None], np.arange(4)
+    expected = MATRIX.reshape(64, 4, 8)[row, chunk ^ row // 2 % 4].reshape(-1)
+    for schedule in SCHEDULES:
+        np.testing.assert_array_equal(run(WAIT, schedule), expected)
+    assert np.isnan(run("", Schedule(late=True))).all()
+    with pytest.raises(IndexError, match="multiple of 128"):
+        run(WAIT, SCHEDULES[0], to=64)
+
+
+# Rows of 16 of the left operand in each warp; the right one is the 8 first rows of the copy.
+PRODUCT = (
+    COPY.split("WAIT")[0].replace("TO", "0")
+    + WAIT
+    + """
+  mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r12, 0; mov.b32 %r13, 0;
+  mov.b32 %r20, 0x3C003C00;
+  mov.b32 %r21, %r20; mov.b32 %r22, %r20; mov.b32 %r23, %r20;
+  WRITE
+  shr.u32 %r6, %r2, 4;
+  cvt.u64.u32 %rd6, %r6;
+  or.b64 %rd6, %rd6, DESCRIPTOR;
+  wgmma.fence.sync.aligned;
+  { .reg .pred p; setp.ne.b32 p, 1, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r10,%r11,%r12,%r13},
+      {%r20,%r21,%r22,%r23}, %rd6, p, 1, 1, 0; }
+  wgmma.commit_group.sync.aligned;
+  AFTER
+  wgmma.wait_group.sync.aligned 0;
+  st.global.b32 [%rd3], %r11;
+"""
+)
+# Swizzled in 64 bytes, 512 bytes from eight rows to the next.
+DESCRIPTOR = 2 << 62 | 512 // 16 << 32
+
+
+def product(schedule, write="", after=""):
+    """f32[128], of each thread the second register of the product."""
+    body = PRODUCT.replace("DESCRIPTOR", str(DESCRIPTOR))
+    body = body.replace("WRITE", write).replace("AFTER", after)
+    return execute(body, MATRIX, np.zeros(128, np.float32), schedule, MAP)
+
+
+def test_a_product_of_the_tensor_core():
+    for schedule in SCHEDULES:
+        # With ones: the second register of a thread has column 2 (lane % 4) + 1.
+        column = 2 * (np.arange(128) % 4) + 1
+        expected = MATRIX[column, :16].astype(np.float32).sum(1)
+        np.testing.assert_array_equal(product(schedule), expected)
+
+
+@pytest.mark.parametrize(
+    "part, text, error",
+    [
+        ("write", "st.shared.b32 [%r2], %r20;", "without a fence"),
+        ("after", "mov.b32 %r20, 0;", "before a product was waited for"),
+    ],
+)
+def test_what_a_product_must_wait_for(part, text, error):
+    with pytest.raises(RuntimeError, match=error):
+        product(Schedule(late=True), **{part: text})
+
+
+def test_a_fence_lets_a_product_see_what_was_written():
+    write = "st.shared.b32 [%r2], %r20; fence.proxy.async.shared::cta; bar.sync 1, 128;"
+    assert np.isfinite(product(Schedule(late=True), write=write)).all()
+
+
+@pytest.mark.parametrize(
+    "body, error, match",
+    [
+        ("add.s64 %rd3, %rd3, 4; st.global.b32 [%rd3], %r0;", IndexError, "no buffer has"),
+        ("add.s64 %rd3, %rd3, 2; st.global.b32 [%rd3], %r0;", IndexError, "multiples of 4"),
+        ("st.shared.b32 [%r2+9000], %r0;", IndexError, "shared memory"),
+        ("st.global.b32 [%rd3], %r77;", KeyError, "%r77 is read before"),
+        ("@%p0 bar.sync 0;", RuntimeError, "threads of a warp are missing"),
+        ("@%p0 mbarrier.init.shared::cta.b64 [%r2+4096], 1; bar.sync 0;" + WAIT, RuntimeError,
+         "nothing goes on"),
+        ("vote.sync.any.pred %p1, %p0, -1;", NotImplementedError, "vote.sync"),
+        ("add.rz.f32 %r4, %r0, %r0;", NotImplementedError, "add with"),
+    ],
+)  # fmt: skip
+def test_what_a_gpu_would_not_do_is_an_error(body, error, match):
+    with pytest.raises(error, match=match):
+        execute(body, NUMBERS, NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(address=8), dict(strides=(36, 1)), dict(strides=(64, 2)), dict(box=(257, 32)),
+        dict(box=(64, 4)), dict(swizzle=32), dict(sizes=(1,) * 6, strides=(8,) * 5 + (1,)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_descriptors_that_the_driver_refuses(change):
+    given = dict(address=0, item_bytes=2, sizes=(64, 32), strides=(32, 1), swizzle=64, box=(64, 32))
+    TensorMap(**given)
+    with pytest.raises(ValueError, match="no descriptor"):
+        TensorMap(**given | change)
+
+
+def test_a_module_has_one_kernel():
+    with pytest.raises(ValueError, match="expected one kernel; got 0"):
+        parse(".version 9.0")
