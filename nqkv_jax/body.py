@@ -154,8 +154,8 @@ def _unsupported(
     (key, value), (group, tokens) = codes, queries
     if key is None or value is None:
         return (
-            "keys and values in tiles, encoded 128 tokens at a time (for example "
-            f"nqkv:residual=128); got {type(layer.key.quantizer).__name__} and "
+            "keys and values in tiles of 128 tokens (for example nqkv, with max_len a multiple of "
+            f"128, or 2,048 and more); got {type(layer.key.quantizer).__name__} and "
             f"{type(layer.value.quantizer).__name__}"
         )
     if tokens > 1:

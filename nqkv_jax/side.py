@@ -143,17 +143,17 @@ def init_side(
     head_dim: int,
     dtype,
 ) -> Side:
-    """An empty side; its body has room for `capacity` tokens, a multiple of the group."""
+    """An empty side; its body has room for `capacity` tokens, in whole groups."""
     group = quantizer.group
-    if window.chunk % group:
+    if window.chunk % quantizer.step:
         raise ValueError(
-            f"cache: expected chunk to be a multiple of the quantizer's group of {group} tokens; "
-            f"got chunk={window.chunk}"
+            f"cache: expected chunk to be a multiple of the {quantizer.step} tokens that the "
+            f"quantizer encodes together; got chunk={window.chunk}"
         )
     arrays, structure = jax.tree.flatten(quantizer)
     shapes = tuple((a.shape, jnp.dtype(a.dtype)) for a in arrays)
     payload = _payload_shape(structure, shapes, num_kv_heads, head_dim, jnp.dtype(dtype))
-    zeros = lambda a: jnp.zeros((batch, capacity // group, *a.shape), a.dtype)
+    zeros = lambda a: jnp.zeros((batch, -(-capacity // group), *a.shape), a.dtype)
     state = quantizer.init_state(num_kv_heads, head_dim)
     return Side(
         exact=jnp.zeros((batch, num_sinks + window.capacity, num_kv_heads, head_dim), dtype),
@@ -212,6 +212,9 @@ def _encode(
     )
     observed = quantizer.observe(rows, context)
     state = jax.tree.map(lambda new, old: jnp.where(first < last, new, old), observed, state)
+    if side.window.chunk % group:
+        context = Context(positions=positions, rotary=rotary, state=state)
+        return quantizer.splice(body, rows, first, last, context), state
     split = lambda a: a.reshape(count // group, group, *a.shape[1:])
     quantize = lambda r, p: quantizer.quantize(r, Context(positions=p, rotary=rotary, state=state))
     payload = jax.vmap(quantize)(split(rows), split(positions))

@@ -70,6 +70,80 @@ def unpack(words: jax.Array, bits: int, head_dim: int) -> jax.Array:
     return jnp.moveaxis(codes, 1, 0)
 
 
+def write_token(
+    words: jax.Array, codes: jax.Array, token: jax.Array, bits: int, keep: jax.Array
+) -> jax.Array:
+    """The tiles `words` int16[tiles, heads, rows, 128] of one sequence, in which the token i32[]
+    has the codes u8[heads, head_dim], if `keep` bool[]. Of each word only its bits are written."""
+    tile, place = divmod(token, TOKENS)
+    head_dim, low_bits = codes.shape[1], 2 if bits == 3 else bits
+    rows = 8 * low_bits
+    # (bits, row, shift of the field, first element) of each plane
+    planes = [(codes, low_bits, rows, place % rows, place // rows * low_bits, 0)]
+    if bits == 3:
+        row = place % rows
+        bit = row // 8 * 8 + place // rows
+        planes.append((codes >> jnp.uint8(2), 1, 8, row % 8, bit, rows * head_dim))
+    width = min(head_dim, LANES)
+    # Rows of 128 words that have those of one row of a plane.
+    span = 1 if LANES % width == 0 else 2
+    last, zero = words.shape[2] - span, jnp.zeros_like(tile)
+
+    lane = jnp.arange(span * LANES)
+    for part, size, rows, row, shift, begin in planes:
+        field, shift = jnp.int16(2**size - 1), shift.astype(jnp.int16)
+        for column, new in enumerate(jnp.split(part.astype(jnp.int16), head_dim // width, axis=1)):
+            first = begin + (column * rows + row) * width
+            stored = jnp.minimum(first // LANES, last)
+            channel = lane + (stored * LANES - first)
+            if span == 1:
+                new = jnp.tile(new, (1, LANES // width))
+            else:
+                new = new[:, jnp.clip(channel, 0, width - 1)]
+            mask = jnp.where(keep & (channel >= 0) & (channel < width), field << shift, 0)
+            shape = (1, new.shape[0], span, LANES)
+            mask = jnp.broadcast_to(mask.astype(jnp.int16), new.shape).reshape(shape)
+            at = jnp.stack([tile, zero, stored, zero])
+            words = update(words, at, (new << shift).reshape(shape), mask)
+    return words
+
+
+@jax.custom_batching.custom_vmap
+def update(array: jax.Array, at: jax.Array, new: jax.Array, mask: jax.Array) -> jax.Array:
+    """`array` with the bits of `new` under `mask`, from `at` i32[axes] on, in place.
+
+    `mask` has the shape of `new` and the integers of its width, of which 0 leaves all as it is.
+    """
+    # Read and written in one fusion, the whole array would be copied.
+    old = jax.lax.optimization_barrier(jax.lax.dynamic_slice(array, at, new.shape))
+    bits = lambda a: jax.lax.bitcast_convert_type(a, mask.dtype)
+    merged = (bits(old) & ~mask) | (bits(new) & mask)
+    merged = jax.lax.bitcast_convert_type(merged, array.dtype)
+    return jax.lax.dynamic_update_slice(array, merged, at)
+
+
+@update.def_vmap
+def _update_batch(size, batched, *arguments):
+    # Batched, reading becomes a gather, for which a TPU would bring the whole array into another
+    # layout. On a GPU a loop takes a launch for each round.
+    arguments = [
+        a if b else jnp.broadcast_to(a, (size, *a.shape))
+        for a, b in zip(arguments, batched, strict=True)
+    ]
+
+    def in_turn(array, at, new, mask):
+        def one(i, array):
+            cut = lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1)
+            start = jnp.concatenate([jnp.asarray(i, at.dtype)[None], cut(at)[0]])
+            return update(array, start, cut(new), cut(mask))
+
+        return jax.lax.fori_loop(0, size, one, array)
+
+    together = jax.vmap(update.fun)
+    gpus = dict(cuda=together, rocm=together)
+    return jax.lax.platform_dependent(*arguments, **gpus, default=in_turn), True
+
+
 def _words(codes: jax.Array, bits: int) -> jax.Array:
     return packing.pack(codes, bits, jnp.uint16, axis=1)
 

@@ -51,6 +51,7 @@ def prompted(scheme, rotary="rope"):
         (CHANNELS, 200, "yarn"),
         (CHANNELS, None, "none"),
         ("nqkv-plus:keys=rotated", None, "rope"),
+        ("nqkv", 200, "rope"),
     ],
 )
 def test_kernel_and_steps_agree(scheme, window, rotary):
@@ -72,6 +73,7 @@ def test_kernel_and_steps_agree(scheme, window, rotary):
         (CHANNELS, "yarn"),
         ("kvq:residual=128", "rope"),
         ("quanto", "rope"),
+        ("nqkv", "rope"),
     ],
 )
 def test_kernel_for_gpus_and_steps_agree(scheme, rotary, monkeypatch):
@@ -159,7 +161,7 @@ def test_tiles_decode_to_what_blocks_do(axis, size):
 
 
 @pytest.mark.parametrize(
-    "scheme, uses", [(SCHEME, True), (CHANNELS, True), ("nqkv", False), ("kivi", False)]
+    "scheme, uses", [(SCHEME, True), (CHANNELS, True), ("nqkv", True), ("kivi", False)]
 )
 def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
     cache, new = prompted(scheme), tokens(1)
@@ -172,7 +174,7 @@ def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
 def test_a_kernel_that_cannot_serve_says_why():
     new = tokens(1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
-        nq.attend(*new, prompted("nqkv"), rotary=ROTARY, implementation="mosaic_tpu")
+        nq.attend(*new, prompted("kivi"), rotary=ROTARY, implementation="mosaic_tpu")
     with pytest.raises(ValueError, match=r"to be one of .*; got 'cuda'"):
         nq.attend(*new, prompted(SCHEME), rotary=ROTARY, implementation="cuda")
 
@@ -180,7 +182,7 @@ def test_a_kernel_that_cannot_serve_says_why():
 def test_blocks_that_no_kernel_can_read_stay_as_they_are():
     block = functools.partial(nq.BlockQuantizer, nq.codebooks.normal_float(4))
     assert in_tiles(block(block_size=96), 128, 3, 64) == block(block_size=96)
-    assert in_tiles(block(block_size=64), 64, 3, 64) == block(block_size=64)
+    assert in_tiles(block(block_size=64, axis="tokens"), 64, 3, 64).group == 64
     assert in_tiles(block(block_size=24), 128, 3, 24) == block(block_size=24)
     assert isinstance(in_tiles(block(block_size=32), 128, 3, 64), TiledQuantizer)
     channels = functools.partial(block, axis="tokens")

@@ -53,8 +53,14 @@ class Quantizer:
 
     @property
     def group(self) -> int:
-        """Tokens that are encoded together."""
+        """Tokens of a payload."""
         return 1
+
+    @property
+    def step(self) -> int:
+        """Tokens that are encoded together: `group`, or a divisor of it, if payloads can be filled
+        little by little (`splice`)."""
+        return self.group
 
     def check(self, heads: int, head_dim: int) -> None:
         """Raises ValueError, saying what would be valid, if this shape cannot be quantized."""
@@ -82,6 +88,16 @@ class Quantizer:
 
     def quantize(self, x: jax.Array, context: Context) -> Payload:
         """Encodes `x` [group, heads, head_dim], any float dtype."""
+        raise NotImplementedError
+
+    def splice(
+        self, body: Payload, x: jax.Array, first: jax.Array, last: jax.Array, context: Context
+    ) -> Payload:
+        """Encodes `x` [n, heads, head_dim], the tokens first + [0, n) of a sequence, into its body,
+        leaves [groups, ...]: those below `last`, both i32[]. Other tokens stay what they are.
+
+        Only for a `step` below `group`. The bits are those of `quantize`.
+        """
         raise NotImplementedError
 
     def dequantize(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:

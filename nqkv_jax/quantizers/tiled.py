@@ -1,4 +1,4 @@
-"""Blocks of 128 tokens at a time, in the layout that fused kernels read."""
+"""Blocks of 128 tokens in the layout that fused kernels read, filled at once or token by token."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from nqkv_jax.quantizers.block import BlockQuantizer, check_group
 from nqkv_jax.quantizers.nsn import NSNQuantizer
 from nqkv_jax.quantizers.tiled_vectors import TiledNSN
 from nqkv_jax.quantizers.transforms import Transformed
+from nqkv_jax.tiles import TOKENS
 from nqkv_jax.vector_codebooks import LENGTH
 
 
@@ -35,7 +36,11 @@ class TiledQuantizer(Quantizer):
 
     @property
     def group(self) -> int:
-        return tiles.TOKENS
+        return TOKENS
+
+    @property
+    def step(self) -> int:
+        return self.inner.group
 
     def check(self, heads: int, head_dim: int) -> None:
         self.inner.check(heads, head_dim)
@@ -47,6 +52,40 @@ class TiledQuantizer(Quantizer):
         words = tiles.pack(codes, self.inner.codebook.bits)
         zero = None if zero is None else self._store(zero)
         return TiledPayload(words=words, scale=self._store(scale), zero=zero)
+
+    def splice(
+        self, body: TiledPayload, x: jax.Array, first: jax.Array, last: jax.Array, context: Context
+    ) -> TiledPayload:
+        bits, size = self.inner.codebook.bits, x.shape[0]
+        codes, scale, zero = self.inner.encode(x)
+        if size == 1:  # in the words of its row, and not of a tile
+            fresh, (tile, place) = first < last, divmod(first, TOKENS)
+            words = tiles.write_token(body.words, codes[0], first, bits, fresh)
+
+            def put(old, new):
+                at = jnp.stack([tile, jnp.zeros_like(tile), place])
+                mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
+                return tiles.update(old, at, new[None], jnp.full_like(new[None], mask, mask.dtype))
+
+        else:  # in all tiles that have some of the tokens
+            num_tiles = body.words.shape[0]
+            count = min((size + TOKENS - 2) // TOKENS + 1, num_tiles)
+            begin = jnp.clip(first // TOKENS, 0, num_tiles - count)
+            token = (begin * TOKENS + jnp.arange(count * TOKENS)).reshape(count, TOKENS)
+            fresh = (token >= first) & (token < jnp.minimum(first + size, last))
+            source = jnp.clip(token - first, 0, size - 1)
+            cut = lambda a: jax.lax.dynamic_slice_in_dim(a, begin, count, axis=0)
+            paste = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, begin, axis=0)
+            old = jax.vmap(lambda w: tiles.unpack(w, bits, x.shape[2]))(cut(body.words))
+            codes = jnp.where(fresh[..., None, None], codes[source], old)
+            words = paste(body.words, jax.vmap(lambda c: tiles.pack(c, bits))(codes))
+
+            def put(old, new):
+                new = jnp.moveaxis(new[:, source], 0, 1)  # [tiles, blocks, 128]
+                return paste(old, jnp.where(fresh[:, None], new, cut(old)))
+
+        zero = None if zero is None else put(body.zero, self._store(zero))
+        return TiledPayload(words=words, scale=put(body.scale, self._store(scale)), zero=zero)
 
     def dequantize(self, payload: TiledPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         bits = self.inner.codebook.bits
@@ -85,18 +124,17 @@ def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Qu
     if isinstance(quantizer, Transformed):
         inner = in_tiles(quantizer.inner, tokens, heads, head_dim)
         return dataclasses.replace(quantizer, inner=inner)
-    if tokens % tiles.TOKENS:
-        return quantizer
-    if isinstance(quantizer, NSNQuantizer):
-        fits = tiles.TOKENS % quantizer.window == 0 and head_dim >= 2 * LENGTH
+    if isinstance(quantizer, NSNQuantizer) and not tokens % TOKENS:
+        fits = TOKENS % quantizer.window == 0 and head_dim >= 2 * LENGTH
         return TiledNSN(quantizer) if fits else quantizer
     if type(quantizer) is not BlockQuantizer:
         return quantizer
     whole = quantizer.block_size % head_dim == 0 or head_dim % quantizer.block_size == 0
     if quantizer.axis == "tokens":
-        whole = quantizer.block_size == tiles.TOKENS
+        whole = quantizer.block_size == TOKENS
     try:
         tiles.check(head_dim, quantizer.codebook.bits)
     except ValueError:
         return quantizer
-    return TiledQuantizer(quantizer) if whole else quantizer
+    tiled = TiledQuantizer(quantizer)
+    return tiled if whole and not tokens % tiled.step else quantizer

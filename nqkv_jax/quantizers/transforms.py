@@ -271,11 +271,18 @@ class Transformed(Wrapper):
         return dataclasses.replace(state, inner=inner)
 
     def quantize(self, x: jax.Array, context: Context) -> Payload:
-        state = self._state(context, x)
-        x = x.astype(jnp.float32)
-        for transform, params in zip(self.transforms, state.params, strict=True):
-            x = transform.apply(params, x)
-        return self.inner.quantize(x, dataclasses.replace(context, state=state.inner))
+        x, inner = self._transformed(x, context)
+        return self.inner.quantize(x, inner)
+
+    @property
+    def step(self) -> int:
+        return self.inner.step
+
+    def splice(
+        self, body: Payload, x: jax.Array, first: jax.Array, last: jax.Array, context: Context
+    ) -> Payload:
+        x, inner = self._transformed(x, context)
+        return self.inner.splice(body, x, first, last, inner)
 
     def dequantize(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
         inner = dataclasses.replace(context, state=self._inner_state(context))
@@ -307,6 +314,14 @@ class Transformed(Wrapper):
         for transform, params in self._reversed(context, out):
             unfolded = transform.unfold_output(params, unfolded)
         return unfolded.astype(out.dtype)
+
+    def _transformed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """What the inner quantizer is given."""
+        state = self._state(context, x)
+        x = x.astype(jnp.float32)
+        for transform, params in zip(self.transforms, state.params, strict=True):
+            x = transform.apply(params, x)
+        return x, dataclasses.replace(context, state=state.inner)
 
     def _invert(self, x: jax.Array, context: Context) -> jax.Array:
         for transform, params in self._reversed(context, x):

@@ -23,7 +23,10 @@ from nqkv_jax.cache import KVCache, LayerCache
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.tiled import in_tiles
 from nqkv_jax.side import Window, body_capacity, init_side
+from nqkv_jax.tiles import TOKENS
 
+# A body is in tiles if their room is at most this part more than it needs.
+MOST_ROOM = 16
 DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -80,13 +83,24 @@ class LayerScheme:
                 f"window; got {self.key_window} and {self.value_window}"
             )
 
+    def _in_tiles(self, shape: LayerShape, capacity: list[int]) -> list[Quantizer]:
+        """The quantizers, in tiles if they can be, of bodies of so many tokens."""
+        quantizers, windows = (self.key, self.value), (self.key_window, self.value_window)
+        sizes = shape.num_kv_heads, shape.head_dim
+        tiled = [in_tiles(q, w.chunk, *sizes) for q, w in zip(quantizers, windows, strict=True)]
+        filled = [w.chunk % t.group for t, w in zip(tiled, windows, strict=True)]  # token by token
+        # Whole tiles may be more than the body needs: worth it for a kernel, which reads two sides.
+        room = [-n % t.group * MOST_ROOM <= n for t, n in zip(tiled, capacity, strict=True)]
+        if (any(filled) and not all(t.group == TOKENS for t in tiled)) or not all(room):
+            return [q if f else t for q, t, f in zip(quantizers, tiled, filled, strict=True)]
+        return tiled
+
     def init(self, shape: LayerShape, *, batch: int, max_len: int, dtype) -> LayerCache:
         """An empty cache of this layer."""
         self.check(shape)
         own = [body_capacity(w, self.sinks, max_len) for w in (self.key_window, self.value_window)]
         heads, head_dim = shape.num_kv_heads, shape.head_dim
-        key = in_tiles(self.key, self.key_window.chunk, heads, head_dim)
-        value = in_tiles(self.value, self.value_window.chunk, heads, head_dim)
+        key, value = self._in_tiles(shape, own)
         # Attention walks both bodies in steps of whole groups, as far as both can be encoded.
         group = math.lcm(key.group, value.group)
         common = -(-min(own) // group) * group

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def test_one_traced_program_compiles_for_every_target(name, target):
 @pytest.mark.parametrize(
     "target, scheme",
     [
-        ("v5e", SCHEME), ("v6e", SCHEME),
+        ("v5e", SCHEME), ("v6e", SCHEME), ("v5e", "nqkv"), ("v6e", "nqkv"), ("h100", "nqkv"),
         ("h100", SCHEME), ("h100", "nqkv-plus:bits=2"), ("h100", "kvq:residual=128"),
     ],
 )  # fmt: skip
@@ -91,11 +92,13 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
     # compiler brings into VMEM ahead of the kernel.
     decoded = BATCH * 1024 * config.num_kv_heads * config.head_dim * 2
     assert temporary[1] - temporary[0] < decoded
+    computations = compiled.as_text().split("\n\n")
+    (step,) = (c for c in computations if f'custom_call_target="{kernel}' in c)
+    # Words are written where they are.
+    assert not re.findall(rf"= s16\[{BATCH},\d+,\d+,\d\d,128\]\S* copy\(", step)
     if target not in TPUS:
         # The host evaluates conditions: beside that of the loop, one for the flush of all layers.
-        computations = compiled.as_text().split("\n\n")
-        (step,) = (c for c in computations if f'custom_call_target="{kernel}' in c)
-        assert step.count(" while(") == 1
+        assert step.count(" while(") == (scheme != "nqkv")
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
