@@ -87,6 +87,20 @@ def test_other_tokens_stay_what_they_are(quantizer, size, first):
         assert (np.asarray(after != before).any((1, 2)) == written).all()
 
 
+@pytest.mark.parametrize("size, first", [(200, 56), (200, 100), (300, 0), (300, 250)])
+def test_what_does_not_fit_is_left_out(size, first):
+    inner, head_dim = QUANTIZERS["nf4, head_dim 64"]
+    tiled, x = TiledQuantizer(inner), tokens(size, head_dim)
+    body = body_of(tiled, head_dim, 2)
+    body = jax.jit(tiled.splice)(body, x, jnp.int32(first), jnp.int32(256), CONTEXT)
+    decoded = jax.vmap(lambda p: tiled.dequantize(p, CONTEXT))(body).reshape(256, HEADS, head_dim)
+    expected = np.zeros_like(decoded)
+    written = x[: 256 - first][:size]
+    each = jax.vmap(lambda x: inner.dequantize(inner.quantize(x[None], CONTEXT), CONTEXT)[0])
+    expected[first : first + len(written)] = each(written)
+    np.testing.assert_array_equal(decoded, expected)
+
+
 def filled(scheme, splits, max_len, fewer=0):
     """A cache to which tokens were appended, `fewer` to the second sequence, and what attention
     gave at last."""

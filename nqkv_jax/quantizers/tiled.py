@@ -70,18 +70,28 @@ class TiledQuantizer(Quantizer):
         else:  # in all tiles that have some of the tokens
             num_tiles = body.words.shape[0]
             count = min((size + TOKENS - 2) // TOKENS + 1, num_tiles)
-            begin = jnp.clip(first // TOKENS, 0, num_tiles - count)
-            token = (begin * TOKENS + jnp.arange(count * TOKENS)).reshape(count, TOKENS)
+            begin, room = jnp.clip(first // TOKENS, 0, num_tiles - count), count * TOKENS
+            token = (begin * TOKENS + jnp.arange(room)).reshape(count, TOKENS)
             fresh = (token >= first) & (token < jnp.minimum(first + size, last))
-            source = jnp.clip(token - first, 0, size - 1)
             cut = lambda a: jax.lax.dynamic_slice_in_dim(a, begin, count, axis=0)
             paste = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, begin, axis=0)
-            old = jax.vmap(lambda w: tiles.unpack(w, bits, x.shape[2]))(cut(body.words))
-            codes = jnp.where(fresh[..., None, None], codes[source], old)
-            words = paste(body.words, jax.vmap(lambda c: tiles.pack(c, bits))(codes))
+            pack = jax.vmap(lambda codes: tiles.pack(codes, bits))
+
+            def in_place(a):
+                """[count, 128, ...], of tokens [size, ...]."""
+                # Not indexed by the token: on a CPU that takes several times as long.
+                padding = [(room, max(room - size, 0)), *[(0, 0)] * (a.ndim - 1)]
+                a = jax.lax.optimization_barrier(jnp.pad(a, padding))
+                a = jax.lax.dynamic_slice_in_dim(a, room + begin * TOKENS - first, room)
+                return a.reshape(count, TOKENS, *a.shape[1:])
+
+            mask = jnp.where(fresh, 2**bits - 1, 0).astype(jnp.uint8)[..., None, None]
+            mask = pack(jnp.broadcast_to(mask, (count, TOKENS, 1, x.shape[2])))  # of all heads
+            words = (cut(body.words) & ~mask) | (pack(in_place(codes)) & mask)
+            words = paste(body.words, words)
 
             def put(old, new):
-                new = jnp.moveaxis(new[:, source], 0, 1)  # [tiles, blocks, 128]
+                new = jnp.swapaxes(in_place(new.T), 1, 2)
                 return paste(old, jnp.where(fresh[:, None], new, cut(old)))
 
         zero = None if zero is None else put(body.zero, self._store(zero))
