@@ -6,7 +6,6 @@ import struct
 
 import numpy as np
 
-BITS = {"pred": bool, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 TYPES = {
     f"{letter}{bits}": np.dtype(f"{kind}{bits // 8}")
     for letter, kind in (("s", "i"), ("u", "u"), ("b", "u"), ("f", "f"))
@@ -115,7 +114,6 @@ COMPARISONS = {
     "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
     "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
-ROUNDINGS = {"rn", "rna", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi"}
 KNOWN = {
     "add": {"ftz", "rn"}, "sub": {"ftz", "rn"}, "fma": {"ftz", "rn"}, "neg": {"ftz"},
     "mul": {"ftz", "rn", "lo", "wide", "hi"}, "mad": {"lo"}, "min": {"ftz", "NaN"},

@@ -6,9 +6,13 @@ import itertools
 
 import numpy as np
 
+from .instructions import compile_instruction
 from .memory import SHARED_BASE, Global, Shared, TensorMap
 from .program import Instruction, Program
-from .warp import SHARED_END, Warp, compile_instruction
+from .warp import Warp
+
+SHARED_END = 2**24  # generic addresses below are of shared memory
+PARAMETERS, PARAMETER_BYTES = 2**60, 2**12  # addresses of parameters, which are in no memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Launch:
     tensor_maps: dict[int, TensorMap]  # by their place in the last parameter
 
 
-def run(program: Program, launch: Launch, memory: Global, schedule: Schedule) -> int:
-    """Executes a grid; returns the instructions that warps executed.
+def run(program: Program, launch: Launch, memory: Global, schedule: Schedule) -> None:
+    """Executes a grid.
 
     Raises:
       RuntimeError: nothing goes on, or an error of the program that would be undefined behaviour.
@@ -44,19 +48,15 @@ def run(program: Program, launch: Launch, memory: Global, schedule: Schedule) ->
     if len(schedule.warps) != launch.threads // 32:
         raise ValueError(f"expected an order of {launch.threads // 32} warps; got {schedule}")
     code = [(i, compile_instruction(i, program)) for i in program.instructions]
-    executed = 0
     with np.errstate(all="ignore"):
         for index in itertools.product(*map(range, launch.grid)):
-            block = Block(program, code, launch, memory, schedule, index)
-            block.run()
-            executed += block.executed
-    return executed
+            Block(program, code, launch, memory, schedule, index).run()
 
 
 class Block:
     def __init__(self, program, code, launch, memory, schedule, index):
         self.program, self.code, self.launch, self.schedule = program, code, launch, schedule
-        self.memory, self.index, self.executed = memory, index, 0
+        self.memory, self.index = memory, index
         self.shared = Shared(launch.shared_bytes)
         self.barriers = {}
         self.warps = [Warp(self, n) for n in range(launch.threads // 32)]
@@ -64,7 +64,6 @@ class Block:
         self.met = collections.Counter()
         self.copies = collections.deque()  # that are under way
         self.symbols = {"__dynamic_shmem__0": SHARED_BASE}
-        # Parameters as if they were in memory, apart from anything else.
         for n, name in enumerate(program.parameters):
             self.symbols[name] = PARAMETERS + n * PARAMETER_BYTES
 
@@ -127,7 +126,3 @@ class Block:
             self.copies.append(copy)
         else:
             copy()
-
-
-# Addresses that are no process's: those of parameters.
-PARAMETERS, PARAMETER_BYTES = 2**60, 2**12

@@ -3,8 +3,6 @@
 import dataclasses
 import re
 
-Operand = "str | Address | tuple"
-
 
 @dataclasses.dataclass(frozen=True)
 class Address:
