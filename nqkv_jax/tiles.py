@@ -101,10 +101,9 @@ def write_token(
             else:
                 new = new[:, jnp.clip(channel, 0, width - 1)]
             mask = jnp.where(keep & (channel >= 0) & (channel < width), field << shift, 0)
-            shape = (1, new.shape[0], span, LANES)
-            mask = jnp.broadcast_to(mask.astype(jnp.int16), new.shape).reshape(shape)
+            window = lambda a: a.astype(jnp.int16).reshape(1, -1, span, LANES)
             at = jnp.stack([tile, zero, stored, zero])
-            words = update(words, at, (new << shift).reshape(shape), mask)
+            words = update(words, at, window(new << shift), window(mask))
     return words
 
 
@@ -112,7 +111,8 @@ def write_token(
 def update(array: jax.Array, at: jax.Array, new: jax.Array, mask: jax.Array) -> jax.Array:
     """`array` with the bits of `new` under `mask`, from `at` i32[axes] on, in place.
 
-    `mask` has the shape of `new` and the integers of its width, of which 0 leaves all as it is.
+    `mask` has a shape that broadcasts to that of `new`, and integers of its width; 0 leaves all as
+    it is.
     """
     # Read and written in one fusion, the whole array would be copied.
     old = jax.lax.optimization_barrier(jax.lax.dynamic_slice(array, at, new.shape))

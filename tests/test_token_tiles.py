@@ -22,7 +22,9 @@ from nqkv_jax.side import Window
 HEADS, CONTEXT = 2, Context()
 QUANTIZERS = {
     "nf4, head_dim 64": (BlockQuantizer(codebooks.normal_float(4), block_size=128), 64),
-    "3, head_dim 80": (BlockQuantizer(codebooks.cubic_normal(3, 80), block_size=80), 80),
+    "3 bits, head_dim 80": (
+        BlockQuantizer(codebooks.cubic_normal(3, 80), block_size=80, scale_dtype=jnp.bfloat16), 80,
+    ),
     "3 bits, head_dim 256": (BlockQuantizer(codebooks.cubic_normal(3, 64), block_size=64), 256),
     "2 bits with zeros": (
         BlockQuantizer(codebooks.uniform(2), block_size=32, scale="minmax"), 128,

@@ -59,22 +59,15 @@ class TiledQuantizer(Quantizer):
         bits, size = self.inner.codebook.bits, x.shape[0]
         codes, scale, zero = self.inner.encode(x)
         if size == 1:  # in the words of its row, and not of a tile
-            fresh, (tile, place) = first < last, divmod(first, TOKENS)
+            fresh, (begin, place) = first < last, divmod(first, TOKENS)
             words = tiles.write_token(body.words, codes[0], first, bits, fresh)
-
-            def put(old, new):
-                at = jnp.stack([tile, jnp.zeros_like(tile), place])
-                mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
-                return tiles.update(old, at, new[None], jnp.full_like(new[None], mask, mask.dtype))
-
+            stored = lambda a: self._store(a)[None]
         else:  # in all tiles that have some of the tokens
-            num_tiles = body.words.shape[0]
+            num_tiles, place = body.words.shape[0], jnp.zeros_like(first)
             count = min((size + TOKENS - 2) // TOKENS + 1, num_tiles)
             begin, room = jnp.clip(first // TOKENS, 0, num_tiles - count), count * TOKENS
             token = (begin * TOKENS + jnp.arange(room)).reshape(count, TOKENS)
             fresh = (token >= first) & (token < jnp.minimum(first + size, last))
-            cut = lambda a: jax.lax.dynamic_slice_in_dim(a, begin, count, axis=0)
-            paste = lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, begin, axis=0)
             pack = jax.vmap(lambda codes: tiles.pack(codes, bits))
 
             def in_place(a):
@@ -87,15 +80,18 @@ class TiledQuantizer(Quantizer):
 
             mask = jnp.where(fresh, 2**bits - 1, 0).astype(jnp.uint8)[..., None, None]
             mask = pack(jnp.broadcast_to(mask, (count, TOKENS, 1, x.shape[2])))  # of all heads
-            words = (cut(body.words) & ~mask) | (pack(in_place(codes)) & mask)
-            words = paste(body.words, words)
+            at = jnp.stack([begin, place, place, place])
+            words = tiles.update(body.words, at, pack(in_place(codes)), mask)
+            stored = lambda a: jnp.swapaxes(in_place(self._store(a).T), 1, 2)
 
-            def put(old, new):
-                new = jnp.swapaxes(in_place(new.T), 1, 2)
-                return paste(old, jnp.where(fresh[:, None], new, cut(old)))
+        def put(old, new):
+            new = stored(new)  # [tiles, blocks, tokens]
+            mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
+            mask = mask[:, None] if mask.ndim else mask[None, None, None]
+            return tiles.update(old, jnp.stack([begin, jnp.zeros_like(begin), place]), new, mask)
 
-        zero = None if zero is None else put(body.zero, self._store(zero))
-        return TiledPayload(words=words, scale=put(body.scale, self._store(scale)), zero=zero)
+        zero = None if zero is None else put(body.zero, zero)
+        return TiledPayload(words=words, scale=put(body.scale, scale), zero=zero)
 
     def dequantize(self, payload: TiledPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         bits = self.inner.codebook.bits
