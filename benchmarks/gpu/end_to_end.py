@@ -25,7 +25,8 @@ from nqkv_jax.models.loading import apply
 from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.plan import cache_sizes, largest
 
-TILED = "nqkv:residual=128,codebook=cubic"  # what the kernel serves
+BEST = "nqkv:residual=128,codebook=cubic"  # the levels that take the kernel least
+PUBLISHED = "nqkv"  # encoded token by token
 CHUNK = 128  # tokens that are appended at a time to fill a cache
 ROOM = 0.95  # of the memory that the allocator has, as blocks do not fit together without gaps
 
@@ -80,9 +81,10 @@ def variants(cuda: bool | None = None) -> list[Variant]:
     cuda = jax.default_backend() == "gpu" if cuda is None else cuda
     return [
         Variant(implementation="cudnn" if cuda else "xla", scheme=None),
-        Variant(implementation=KERNEL, scheme=TILED),
+        Variant(implementation=KERNEL, scheme=BEST),
+        Variant(implementation=KERNEL, scheme=PUBLISHED),
         Variant(implementation="xla", scheme="none"),
-        Variant(implementation="xla", scheme=TILED),
+        Variant(implementation="xla", scheme=BEST),
     ]
 
 

@@ -48,12 +48,12 @@ def test_the_loop_reads_every_cache_in_every_round(row):
         assert compiled.as_text().count(f'custom_call_target="{calls}') == row.copies
 
 
-@pytest.mark.parametrize("variant", end_to_end.variants(cuda=True)[:2], ids=str)
+@pytest.mark.parametrize("variant", end_to_end.variants(cuda=True)[:3], ids=str)
 @pytest.mark.parametrize("name", ["llama-3-8b", "opt-6.7b"])
 def test_decoders_attend_by_what_is_said(name, variant):
     config = dataclasses.replace(families.presets[name], num_layers=2)
     model = nnx.split(families.abstract(config, dtype=jnp.bfloat16))
-    cache = end_to_end.abstract_cache(config, variant, 4, 2048)
+    cache = end_to_end.abstract_cache(config, variant, 4, 8192)
     token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
     kernel = variant.implementation == KERNEL
     with end_to_end.kernel_is_automatic() if kernel else contextlib.nullcontext():
@@ -63,4 +63,5 @@ def test_decoders_attend_by_what_is_said(name, variant):
     assert compiled.as_text().count(f'custom_call_target="{calls}') == config.num_layers
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
-    assert memory.temp_size_in_bytes < cache.nbytes / 4
+    # Encoding 128 tokens of every sequence takes some, however long they are.
+    assert memory.temp_size_in_bytes < cache.nbytes / 10
