@@ -50,7 +50,7 @@ def _run(program, host_code: str, results, *operands) -> tuple[np.ndarray, ...]:
     found = []
     for schedule in SCHEDULES:
         outputs = [_aligned(np.full(a.shape, np.nan, a.dtype)) for a in results]
-        launch = host.launch(host_code, program.name.removesuffix("_kernel"), inputs + outputs)
+        launch = host.launch(host_code, program, inputs + outputs)
         machine.run(program, launch, Global(inputs + outputs), schedule)
         found.append(outputs)
     if [a.tobytes() for a in inputs] != before:

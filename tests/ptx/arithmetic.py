@@ -69,6 +69,15 @@ def _funnel_left(low, high, amount):
     return np.where(amount & 31, _funnel(low, high, 32 - (amount & 31)), high)
 
 
+def _field(a, first, count):
+    """`bfe`"""
+    if a.dtype.kind != "u":
+        raise NotImplementedError("bfe of numbers with a sign")
+    mask = (np.uint64(1) << np.minimum(count & 255, 63).astype(np.uint64)) - np.uint64(1)
+    moved = a.astype(np.uint64) >> np.minimum(first & 255, 63).astype(np.uint64)
+    return (moved & mask).astype(a.dtype)
+
+
 def _permuted(a, b, selector):
     """`prmt`: bytes of two registers, by number; bit 3 repeats the sign."""
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
@@ -100,6 +109,7 @@ FUNCTIONS = {
     "shl": _shift(operator.lshift),
     "shr": _shift(operator.rshift),
     "shf": _funnel,
+    "bfe": _field,
     "prmt": _permuted,
     "ex2": np.exp2,
     "rcp": lambda a: 1 / a,

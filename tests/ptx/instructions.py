@@ -32,8 +32,8 @@ def compile_instruction(instruction: Instruction, program: Program):
         kinds = [np.dtype(np.float16)] * len(sources)
     else:
         kinds = [TYPES[dtype]] * len(sources)
-        if name in ("shl", "shr"):
-            kinds[1] = TYPES["u32"]
+        if name in ("shl", "shr", "bfe"):
+            kinds[1:] = [TYPES["u32"]] * (len(sources) - 1)
 
     def execute(warp, active):
         values = [warp.read(s, kind) for s, kind in zip(sources, kinds, strict=True)]

@@ -89,7 +89,7 @@ class Block:
         return values[name[:-2]]
 
     def parameter(self, name: str, offset: int, size: int) -> np.ndarray:
-        data = self.launch.parameters[self.program.parameters.index(name)]
+        data = self.launch.parameters[list(self.program.parameters).index(name)]
         return np.frombuffer(data[offset : offset + size], np.uint8)
 
     def memory_of(self, addresses: np.ndarray):

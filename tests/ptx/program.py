@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+POINTER = 8  # bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Address:
@@ -30,7 +32,7 @@ class Program:
     name: str
     instructions: list[Instruction]
     labels: dict[str, int]  # index of the instruction that follows
-    parameters: list[str]
+    parameters: dict[str, int]  # bytes of each, by name
 
 
 def parse(text: str) -> Program:
@@ -44,7 +46,8 @@ def parse(text: str) -> Program:
     if len(kernels) != 1:
         raise ValueError(f"expected one kernel; got {len(kernels)}")
     ((name, parameters, body),) = kernels
-    parameters = re.findall(r"(\w+)(?:\[\d+\])?\s*(?:,|$)", parameters.strip())
+    parameters = re.findall(r"(\w+)(?:\[(\d+)\])?\s*(?:,|$)", parameters.strip())
+    parameters = {name: int(size or POINTER) for name, size in parameters}
     program = Program(name, [], {}, parameters)
     scopes, local = [0], [{}]  # names that a block in braces declares for itself
     for statement in _statements(body):
