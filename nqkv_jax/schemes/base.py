@@ -25,8 +25,6 @@ from nqkv_jax.quantizers.tiled import in_tiles
 from nqkv_jax.side import Window, body_capacity, init_side
 from nqkv_jax.tiles import TOKENS
 
-# A body is in tiles if their room is at most this part more than it needs.
-MOST_ROOM = 16
 DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -89,8 +87,9 @@ class LayerScheme:
         sizes = shape.num_kv_heads, shape.head_dim
         tiled = [in_tiles(q, w.chunk, *sizes) for q, w in zip(quantizers, windows, strict=True)]
         filled = [w.chunk % t.group for t, w in zip(tiled, windows, strict=True)]  # token by token
-        # Whole tiles may be more than the body needs: worth it for a kernel, which reads two sides.
-        room = [-n % t.group * MOST_ROOM <= n for t, n in zip(tiled, capacity, strict=True)]
+        # Whole tiles may have room for a sixteenth more than the body needs: that is worth a
+        # kernel, which reads two sides.
+        room = [16 * (-n % t.group) <= n for t, n in zip(tiled, capacity, strict=True)]
         if (any(filled) and not all(t.group == TOKENS for t in tiled)) or not all(room):
             return [q if f else t for q, t, f in zip(quantizers, tiled, filled, strict=True)]
         return tiled
