@@ -68,7 +68,6 @@ as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
         ("shf.r.wrap.b32 %r4, %r3, %r3, 37", lambda a: a >> 5 | a << 27),
         ("shf.l.wrap.b32 %r4, %r3, %r3, 37", lambda a: a << 5 | a >> 27),
         ("shf.l.wrap.b32 %r4, %r5, %r3, 32", lambda a: a),
-        ("prmt.b32 %r4, %r3, %r5, 0x4123", lambda a: a.byteswap() & 0xFFFFFF | 0x78 << 24),
         ("xor.b32 %r4, %r3, %r5", lambda a: a ^ OTHER),
         ("bfe.u32 %r4, %r3, 7, 12", lambda a: a >> 7 & 0xFFF),
         ("shfl.sync.bfly.b32 %r4, %r3, 4, 31, -1", lambda a: a[np.arange(128) ^ 4]),

@@ -78,19 +78,6 @@ def _field(a, first, count):
     return (moved & mask).astype(a.dtype)
 
 
-def _permuted(a, b, selector):
-    """`prmt`: bytes of two registers, by number; bit 3 repeats the sign."""
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros(32, np.uint64)
-    for n in range(4):
-        choice = selector.astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15)
-        byte = both >> (np.uint64(8) * (choice & np.uint64(7))) & np.uint64(255)
-        sign = np.where(byte >> np.uint64(7), np.uint64(255), np.uint64(0))
-        byte = np.where(choice >> np.uint64(3), sign, byte)
-        result |= byte << np.uint64(8 * n)
-    return result.astype(np.uint32)
-
-
 # By the name before the first period; types are those at the end of the opcode.
 FUNCTIONS = {
     "add": operator.add,
@@ -103,32 +90,24 @@ FUNCTIONS = {
     "xor": operator.xor,
     "not": np.invert,
     "neg": operator.neg,
-    "abs": np.abs,
     "min": np.fmin,
     "max": np.fmax,
     "shl": _shift(operator.lshift),
     "shr": _shift(operator.rshift),
     "shf": _funnel,
     "bfe": _field,
-    "prmt": _permuted,
     "ex2": np.exp2,
-    "rcp": lambda a: 1 / a,
-    "lg2": np.log2,
     "div": operator.truediv,
 }
 COMPARISONS = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
-    "ge": operator.ge, "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge,
-    # Unordered ones hold if a side is NaN.
-    "neu": operator.ne, "equ": lambda a, b: ~((a < b) | (a > b)), "ltu": lambda a, b: ~(a >= b),
-    "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b),
-    "nan": lambda a, b: np.isnan(a) | np.isnan(b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "ge": operator.ge,
 }  # fmt: skip
 KNOWN = {
     "add": {"ftz", "rn"}, "sub": {"ftz", "rn"}, "fma": {"ftz", "rn"}, "neg": {"ftz"},
     "mul": {"ftz", "rn", "lo", "wide", "hi"}, "mad": {"lo"}, "min": {"ftz", "NaN"},
     "max": {"ftz", "NaN"}, "shf": {"l", "r", "wrap"}, "ex2": {"approx", "ftz"},
-    "rcp": {"approx", "ftz", "rn"}, "lg2": {"approx", "ftz"}, "div": {"full", "ftz", "rn"},
+    "div": {"full", "ftz", "rn"},
 }  # fmt: skip
 
 

@@ -105,6 +105,8 @@ def _setp(opcode, operands, program):
     _, comparison, *combined, kind = opcode.split(".")
     combined = [m for m in combined if m != "ftz"]
     target, a, b, *others = operands
+    if comparison not in arithmetic.COMPARISONS:
+        raise NotImplementedError(opcode)
     run, dtype = arithmetic.COMPARISONS[comparison], TYPES[kind]
     combine = arithmetic.FUNCTIONS[combined[0]] if combined else None
 
