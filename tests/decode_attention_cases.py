@@ -33,6 +33,7 @@ class Case:
     soft_cap: float | None = None
     window: int | None = None
     key_channels: bool = False  # scales of the keys' channels, not of their tokens
+    key_tokens: int = tiles.TOKENS  # that share those
     waves: int = 0  # channels of keys that are cosines and sines
 
     def __str__(self):
@@ -109,6 +110,19 @@ def _cases():
     yield Case("channels2-minmax", codebooks.uniform(2), group=4, zero=True, key_channels=True)
     yield Case("channels3-d64", cubic(3), head_dim=64, heads=3, group=3, key_channels=True)
     yield Case("channels4-d256", cubic(4), head_dim=256, key_channels=True, soft_cap=5.0)
+    kivi = dict(zero=True, key_channels=True, key_tokens=32)
+    yield Case("kivi2", codebooks.uniform(2), group=4, block=1 / 4, **kivi)
+    yield Case("kivi3", codebooks.uniform(3), group=4, block=1 / 4, **kivi)
+    yield Case("kivi4", codebooks.uniform(4), group=4, block=1 / 4, **kivi)
+    yield Case("kivi4-d64", codebooks.uniform(4), heads=3, head_dim=64, block=1 / 2, **kivi)
+    yield Case("kivi2-d96", codebooks.uniform(2), group=3, head_dim=96, block=1 / 3, **kivi)
+    yield Case("kivi8", codebooks.uniform(8), block=1 / 4, window=150, **kivi)
+    yield Case("kivi2-d256", codebooks.uniform(2), group=4, head_dim=256, block=1 / 4, **kivi)
+    yield Case(
+        "kivi-keys2-values4-d64", codebooks.uniform(2), value_codebook=codebooks.uniform(4),
+        head_dim=64, block=1 / 2, **kivi,
+    )  # fmt: skip
+    yield Case("cubic4-parts-of-32", cubic(4), block=1 / 4, group=4)
     yield Case("soft-cap", cubic(4), soft_cap=5.0)
     yield Case("window", cubic(4), window=150, group=2)
 
@@ -127,7 +141,8 @@ def codes(
     per_token = lambda a: jnp.asarray(a.astype(np.float16).view(np.int16))
     size = (batch, num_tiles, blocks, tiles.TOKENS)
     if per_channel:
-        size = (batch, num_tiles, case.heads, case.head_dim)
+        groups = tiles.TOKENS // case.key_tokens
+        size = (batch, num_tiles, case.heads * groups, case.head_dim)
     scale = per_token(rng.uniform(2.0, 6.0, size) / spread)
     zero = per_token(rng.normal(-2.0, 0.5, size)) if case.zero else None
     return TiledCodes(
@@ -194,8 +209,14 @@ def dense(side: TiledCodes | VectorCodes) -> np.ndarray:
     out = np.moveaxis(np.asarray(side.codebook.levels)[code], 2, 3)
     floats = lambda a: np.asarray(a).view(np.float16).astype(np.float64)
     if side.per_channel:
-        out = out * floats(side.scale)[:, :, None]
-        out = out if side.zero is None else out + floats(side.zero)[:, :, None]
+        group = np.arange(128) // (128 * heads // side.scale.shape[2])
+
+        def of_tokens(a):
+            a = floats(a).reshape(batch, num_tiles, heads, -1, head_dim)
+            return np.moveaxis(a[:, :, :, group], 3, 2)
+
+        out = out * of_tokens(side.scale)
+        out = out if side.zero is None else out + of_tokens(side.zero)
         return out.reshape(batch, num_tiles * 128, heads, head_dim)
     blocks = out.reshape(batch, num_tiles, 128, -1, side.block_size)
     per_token = lambda a: np.moveaxis(floats(a), 2, 3)[..., None]

@@ -135,9 +135,12 @@ GPU_SLOW = [
     "uniform2-d256-g16", "uniform2-minmax-parts", "cubic4-parts", "cubic4-d256-parts",
     "lloyd4", "block4-signed", "stepped4", "cubic4-d96", "plus4-d80", "uniform2-minmax-d96",
     "keys8-values4", "keys3-values4-d64", "keys2-values4-d64", "keys4-values2-minmax-parts",
+    "kivi2", "kivi3", "kivi4", "kivi2-d96", "kivi8", "kivi-keys2-values4-d64", "cubic4-parts-of-32",
+    "channels2-minmax",
 ]  # fmt: skip
 GPU_QUICK = [
     "cubic4", "uniform2-d64", "cubic3", "window", "plus2-d64", "keys4-values2", "cubic4-d80",
+    "kivi4-d64",
 ]  # fmt: skip
 
 

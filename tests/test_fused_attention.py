@@ -52,6 +52,7 @@ def prompted(scheme, rotary="rope"):
         (CHANNELS, None, "none"),
         ("nqkv-plus:keys=rotated", None, "rope"),
         ("nqkv", 200, "rope"),
+        ("kivi", None, "rope"),
     ],
 )
 def test_kernel_and_steps_agree(scheme, window, rotary):
@@ -74,6 +75,7 @@ def test_kernel_and_steps_agree(scheme, window, rotary):
         ("kvq:residual=128", "rope"),
         ("quanto", "rope"),
         ("nqkv", "rope"),
+        ("kivi", "rope"),
     ],
 )
 def test_kernel_for_gpus_and_steps_agree(scheme, rotary, monkeypatch):
@@ -150,7 +152,7 @@ def test_a_saved_cache_serves_the_kernel(scheme, tmp_path):
     np.testing.assert_array_equal(run(*new, loaded)[0], run(*new, cache)[0])
 
 
-@pytest.mark.parametrize("axis, size", [("hidden", HEADS * DIM), ("tokens", 128)])
+@pytest.mark.parametrize("axis, size", [("hidden", HEADS * DIM), ("tokens", 128), ("tokens", 32)])
 def test_tiles_decode_to_what_blocks_do(axis, size):
     block = nq.BlockQuantizer(nq.codebooks.normal_float(3), block_size=size, axis=axis)
     x = tokens(128)[1]
@@ -161,7 +163,8 @@ def test_tiles_decode_to_what_blocks_do(axis, size):
 
 
 @pytest.mark.parametrize(
-    "scheme, uses", [(SCHEME, True), (CHANNELS, True), ("nqkv", True), ("kivi", False)]
+    "scheme, uses",
+    [(SCHEME, True), (CHANNELS, True), ("nqkv", True), ("kivi", True), ("squat", False)],
 )
 def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
     cache, new = prompted(scheme), tokens(1)
@@ -174,7 +177,7 @@ def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
 def test_a_kernel_that_cannot_serve_says_why():
     new = tokens(1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
-        nq.attend(*new, prompted("kivi"), rotary=ROTARY, implementation="mosaic_tpu")
+        nq.attend(*new, prompted("squat"), rotary=ROTARY, implementation="mosaic_tpu")
     with pytest.raises(ValueError, match=r"to be one of .*; got 'cuda'"):
         nq.attend(*new, prompted(SCHEME), rotary=ROTARY, implementation="cuda")
 
@@ -186,5 +189,5 @@ def test_blocks_that_no_kernel_can_read_stay_as_they_are():
     assert in_tiles(block(block_size=24), 128, 3, 24) == block(block_size=24)
     assert isinstance(in_tiles(block(block_size=32), 128, 3, 64), TiledQuantizer)
     channels = functools.partial(block, axis="tokens")
-    assert in_tiles(channels(block_size=64), 128, 3, 64) == channels(block_size=64)
-    assert isinstance(in_tiles(channels(block_size=128), 128, 3, 64), TiledQuantizer)
+    assert in_tiles(channels(block_size=48), 384, 3, 64) == channels(block_size=48)
+    assert isinstance(in_tiles(channels(block_size=32), 128, 3, 64), TiledQuantizer)

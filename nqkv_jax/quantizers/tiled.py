@@ -1,6 +1,7 @@
 """Blocks of 128 tokens in the layout that fused kernels read, filled at once or token by token."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ class TiledPayload:
     """One tile: what `BlockPayload` holds of 128 tokens, bit for bit, in another order."""
 
     words: jax.Array  # int16[heads, rows, 128]: see `nqkv_jax.tiles`
-    # scale_dtype [blocks, 128], or [heads, head_dim] of channels; for float16 its bits, as int16
+    # scale_dtype [blocks, 128], or [heads * groups, head_dim] of channels, which have one for each
+    # group of tokens; for float16 its bits, as int16
     scale: jax.Array
     zero: jax.Array | None = None  # like scale; min-max only
 
@@ -30,7 +32,7 @@ class TiledPayload:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TiledQuantizer(Quantizer):
-    """Encodes 128 tokens with `inner`: each by itself, or with a block for each channel."""
+    """Encodes 128 tokens with `inner`: each by itself, or in groups with a block per channel."""
 
     inner: BlockQuantizer = dataclasses.field(metadata={"static": True})
 
@@ -40,7 +42,7 @@ class TiledQuantizer(Quantizer):
 
     @property
     def step(self) -> int:
-        return self.inner.group
+        return TOKENS if self._per_channel else 1
 
     def check(self, heads: int, head_dim: int) -> None:
         self.inner.check(heads, head_dim)
@@ -48,8 +50,9 @@ class TiledQuantizer(Quantizer):
 
     def quantize(self, x: jax.Array, context: Context) -> TiledPayload:
         check_group("TiledQuantizer", x, self.group)
-        codes, scale, zero = self.inner.encode(x)
-        words = tiles.pack(codes, self.inner.codebook.bits)
+        encode = jax.vmap(self.inner.encode) if self._per_channel else self.inner.encode
+        codes, scale, zero = encode(self._apart(x))
+        words = tiles.pack(codes.reshape(x.shape), self.inner.codebook.bits)
         zero = None if zero is None else self._store(zero)
         return TiledPayload(words=words, scale=self._store(scale), zero=zero)
 
@@ -97,8 +100,11 @@ class TiledQuantizer(Quantizer):
         bits = self.inner.codebook.bits
         head_dim = payload.words.shape[1] * 16 // bits
         codes = tiles.unpack(payload.words, bits, head_dim)
-        zero = None if payload.zero is None else self._load(payload.zero)
-        return self.inner.decode(codes, self._load(payload.scale), zero, dtype)
+        load = functools.partial(self._load, heads=codes.shape[1])
+        zero = None if payload.zero is None else load(payload.zero)
+        decode = functools.partial(self.inner.decode, dtype=dtype)
+        decode = jax.vmap(decode) if self._per_channel else decode
+        return decode(self._apart(codes), load(payload.scale), zero).reshape(codes.shape)
 
     def tiled_codes(self, body: Payload, context: Context) -> TiledCodes:
         return TiledCodes(
@@ -110,16 +116,25 @@ class TiledQuantizer(Quantizer):
     def _per_channel(self) -> bool:
         return self.inner.axis == "tokens"
 
+    def _apart(self, x: jax.Array) -> jax.Array:
+        """Of tokens [128, ...], those that are encoded together along an axis of their own."""
+        return x.reshape(-1, self.inner.group, *x.shape[1:]) if self._per_channel else x
+
     def _store(self, scale: jax.Array) -> jax.Array:
-        scale = scale if self._per_channel else scale.T
+        if self._per_channel:  # [groups, heads, head_dim]
+            scale = jnp.swapaxes(scale, 0, 1).reshape(-1, scale.shape[2])
+        else:
+            scale = scale.T
         if scale.dtype == jnp.float16:
             scale = jax.lax.bitcast_convert_type(scale, jnp.int16)
         return scale
 
-    def _load(self, scale: jax.Array) -> jax.Array:
+    def _load(self, scale: jax.Array, heads: int) -> jax.Array:
         if scale.dtype == jnp.int16:
             scale = jax.lax.bitcast_convert_type(scale, jnp.float16)
-        return scale if self._per_channel else scale.T
+        if self._per_channel:
+            return jnp.swapaxes(scale.reshape(heads, -1, scale.shape[1]), 0, 1)
+        return scale.T
 
 
 def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Quantizer:
@@ -137,7 +152,7 @@ def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Qu
         return quantizer
     whole = quantizer.block_size % head_dim == 0 or head_dim % quantizer.block_size == 0
     if quantizer.axis == "tokens":
-        whole = quantizer.block_size == TOKENS
+        whole = TOKENS % quantizer.block_size == 0
     try:
         tiles.check(head_dim, quantizer.codebook.bits)
     except ValueError:

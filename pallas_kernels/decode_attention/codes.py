@@ -10,6 +10,10 @@ from nqkv_jax import tiles
 from nqkv_jax.codebooks import Codebook
 from nqkv_jax.rotary import RotaryAngles
 
+# What kernels need at least: tokens that share the scales of channels, and on GPUs channels that
+# share the scale of a token.
+SHARING = 32
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,8 @@ class TiledCodes:
       zero: like scale; None for 0.
       waves: of keys, channels beside the head_dim of codes; None without.
       codebook: the levels.
-      per_channel: scale and zero are [B, tiles, Hkv, head_dim] instead: of each channel, for all
-        tokens of a tile.
+      per_channel: scale and zero are [B, tiles, Hkv * groups, head_dim] instead: of each channel of
+        a head, for 128 / groups tokens.
     """
 
     words: jax.Array
@@ -91,6 +95,11 @@ class TiledCodes:
     @property
     def num_tiles(self) -> int:
         return self.words.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Of a tile's tokens, that have scales of channels for themselves."""
+        return self.scale.shape[2] // self.num_heads if self.per_channel else 1
 
     @property
     def block_size(self) -> int:
@@ -127,10 +136,12 @@ class TiledCodes:
         for name, a in (("scale", self.scale), ("zero", self.zero)):
             if a is None:
                 continue
-            of_channels = (*batch, self.num_heads, self.head_dim)
+            groups = self.groups if self.groups and tiles.TOKENS % self.groups == 0 else 1
+            of_channels = (*batch, self.num_heads * groups, self.head_dim)
             if self.per_channel and a.shape != of_channels:
                 raise ValueError(
-                    f"decode_attention: expected {what}.{name} of channels {list(of_channels)}; "
+                    f"decode_attention: expected {what}.{name} of channels {list(of_channels)}, of "
+                    f"which the third is {self.num_heads} heads times a divisor of 128; "
                     f"got {a.shape}"
                 )
             of_tokens = a.ndim == 4 and a.shape[:2] == batch and a.shape[3] == tiles.TOKENS
@@ -169,8 +180,14 @@ class TiledCodes:
         unpack = lambda words: tiles.unpack(words, self.codebook.bits, self.head_dim)
         x = self.codebook.decode(jax.vmap(unpack)(cut(self.words)))
         if self.per_channel:
-            x = x * as_float32(cut(self.scale))[:, None]
-            return x if self.zero is None else x + as_float32(cut(self.zero))[:, None]
+            # [B, Hkv, groups, 1, head_dim], for x of which groups are apart
+            split = (x.shape[0], self.groups, -1, *x.shape[2:])
+            per_group = lambda a: jnp.swapaxes(
+                as_float32(cut(a)).reshape(x.shape[0], x.shape[2], self.groups, x.shape[3]), 1, 2
+            )[:, :, None]
+            parts = x.reshape(split) * per_group(self.scale)
+            parts = parts if self.zero is None else parts + per_group(self.zero)
+            return parts.reshape(x.shape)
         blocks = x.reshape(*x.shape[:2], -1, self.block_size)
         per_token = lambda a: jnp.swapaxes(as_float32(cut(a)), 1, 2)[..., None]
         blocks = blocks * per_token(self.scale)

@@ -20,10 +20,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_channels as channels
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
-from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention.codes import SHARING, TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, MOST, Levels
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Source, fetch, memory
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
+    Source,
+    fetch,
+    load_rows,
+    memory,
+)
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     ROWS,
     SHARED_MEMORY,
@@ -49,11 +55,13 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that a polynomial of {MOST} operations gives; got {' and '.join(names)}"
-    if value.per_channel or (key.per_channel and key.zero is not None):
-        return "values with scales of tokens, and channels of keys without zeros"
-    if any(side.blocks_per_head > 1 and side.block_size % ROWS for side in (key, value)):
+    if value.per_channel:
+        return "values with scales of tokens, not of channels"
+    if key.groups > tiles.TOKENS // SHARING:
+        return f"groups of at least {SHARING} tokens; got {tiles.TOKENS // key.groups}"
+    if any(side.blocks_per_head > 1 and side.block_size % SHARING for side in (key, value)):
         sizes = key.block_size, value.block_size
-        return f"blocks of a multiple of {ROWS} channels; got {sizes[0]} and {sizes[1]}"
+        return f"blocks of a multiple of {SHARING} channels; got {sizes[0]} and {sizes[1]}"
     if any(side.scale.dtype != jnp.int16 for side in (key, value)):
         return "scales in float16"
     plan = make_plan(group, key, value, None, None)
@@ -105,20 +113,17 @@ def decode_attention(
     blocks = q.astype(jnp.float16).astype(jnp.float32).reshape(*q.shape[:3], plan.key.blocks, -1)
     sums = jnp.swapaxes(jnp.sum(blocks, axis=4), 2, 3)
     if plan.key.channels:  # queries wait, in columns, for the scales of every tile
-        q = jnp.swapaxes(q, 2, 3).astype(jnp.float32)
+        q = jnp.swapaxes(q, 2, 3).astype(jnp.float32) * jnp.float32(plan.key.levels.slope)
     else:
         q = q.astype(jnp.float16)
-    # Free reshapes: the words of a token in a column are a row, and so are the tokens of a field.
+    # A free reshape: the words of a token in a column are a row.
     words = lambda a: a.reshape(*a.shape[:3], -1, plan.stored_width)
-    fields = lambda a: a.reshape(*a.shape[:3], plan.fields, plan.field)
     of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
     added = waves.operands(key.waves, meeting_waves, plan) if plan.wave_rows else []
     source = Source(
         words=(words(key.words), words(value.words)),
-        token_scales=tuple(
-            [fields(a) for a in of_tokens(side) if a is not None] for side in (key, value)
-        ),
-        channel_scales=[key.scale] if plan.key.channels else [],
+        token_scales=tuple([a for a in of_tokens(side) if a is not None] for side in (key, value)),
+        channel_scales=[key.scale, key.zero][: plan.key.channel_arrays],
     )
     arrays = source, added
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
@@ -130,6 +135,8 @@ def decode_attention(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # exponentials are as good as float32, in two instructions of eight
             reduction_scratch_bytes=plan.reduction_bytes,
+            # One before and one after every store: `commit_smem` has what is needed.
+            unsafe_no_auto_barriers=True,
         ),
         kernel_name="decode_attention",
         grid=(plan.splits, heads, batch),
@@ -175,7 +182,8 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     square = (ROWS, plan.group)
     by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
     by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
-    row_of = lambda shape: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+    rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+    row_of_square = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
     float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
     sums = None
     if not plan.key.channels and (plan.key.zero or plan.key.levels.ratio != 0):
@@ -183,79 +191,62 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         sums = [by_column(column(query_sums.at[batch, head, b])) for b in range(plan.key.blocks)]
 
     def per_token(array, slot, block, k):
-        bits = array.at[slot, block, k]  # [tiles, field]: contiguous
-        return by_row(
-            float32(bits[...].reshape(ROWS) if plan.interpret else bits.reshape(ROWS)[...])
-        )
-
-    def scale_queries(slot):
-        """Queries by the scales of each tile's channels, and their sums by tile."""
-        sums = []
-        for tile in range(plan.tiles):
-            total, columns = None, pl.ds(tile * plan.group, plan.group)
-            for n, c in enumerate(plan.squares(plan.head_dim)):
-                rows = pl.ds(c, ROWS)
-                q = plgpu.load(smem.queries.at[rows], layout=plgpu.Layout.WGMMA)
-                scaled = q * by_row(float32(smem.channel_scales[0].at[slot, tile, rows][...]))
-                scaled = scaled.astype(jnp.float16)
-                smem.scaled_queries[0].at[columns, rows].transpose((1, 0))[...] = scaled
-                if plan.key.levels.ratio:
-                    # Of what was rounded: the constant is large, and must cancel.
-                    part = scaled.astype(jnp.float32)
-                    if c < n * ROWS:  # some were there before
-                        part = jnp.where(row_of(square) >= n * ROWS - c, part, jnp.float32(0))
-                    part = jnp.sum(part, axis=0)
-                    total = part if total is None else total + part
-            sums.append(total)
-        plgpu.commit_smem()
-        return sums
+        """f32[64], of the tokens of field k."""
+        bits = array.at[slot, :, block, pl.ds(k * plan.field, plan.field)]
+        return float32(load_rows(bits, plan.interpret))
 
     def shift_unit(loaded):
         """Leaves what waves add to the scores of a unit."""
         waves.turn(loaded, smem.turned[0], plan)
         plgpu.commit_smem()
-        size = (ROWS, plan.halves * plan.group)
-        waves.leave(_matmul(smem.places[0][...], smem.turned[0], size, plan), smem.shift[0], plan)
+        waves.leave(_matmul(smem.places[0][...], smem.turned[0], plan), smem.shift[0], plan)
         plgpu.commit_smem()
 
-    def of_own_tile(parts):
-        """Each row of the part of its tile."""
-        log = plan.field.bit_length() - 1
-        tile = row_of(square) >> log
-        own = parts[0]
+    def of_own(parts):
+        """Each row of the part for its share of the rows."""
+        log = (ROWS // len(parts)).bit_length() - 1
+        share, own = row_of_square >> log, parts[0]
         for n, part in enumerate(parts[1:], start=1):
-            own = jnp.where(tile == n, part, own)
+            own = jnp.where(share == n, part, own)
         return own
 
-    def product_of(factor, column):
-        """f32 square: of a column of keys' factors with the queries."""
-        channels = pl.ds(column * plan.width, plan.width)
-        of_column = lambda q: q if plan.columns == 1 else q.at[:, channels]
-        if not plan.key.channels:
-            return _matmul(factor, of_column(smem.queries), square, plan)
-        q = of_column(smem.scaled_queries[0])
-        every = _matmul(factor, q, (ROWS, plan.tiles * plan.group), plan)
+    def product_of(left, right, parts, *more):
+        """f32 [rows, group]: of factors with columns for each share of the rows."""
+        every = _matmul(left, right, plan, *more)
+        if parts == 1:
+            return every
         cut = lambda n: jax.lax.slice(every, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
-        return of_own_tile([cut(n) for n in range(plan.tiles)])
+        return of_own([cut(n) for n in range(parts)])
 
-    def scores_of(products, slot, k, tile_sums):
+    def product_with_queries(factor, n, column):
+        """f32 square: of a column of field n of a part."""
+        width = plan.width(plan.key)
+        columns = pl.ds(column * width, width)
+        of_column = lambda q: q if width == plan.head_dim else q.at[:, columns]
+        if not plan.key.channels:
+            return product_of(factor, of_column(smem.queries), 1)
+        of_set, shift = n // plan.fields_of_set, []
+        if plan.key.shifted and column == 0:
+            ones = plgpu.layout_cast(jnp.ones((ROWS, ROWS), jnp.float16), plgpu.Layout.WGMMA)
+            shift = [(ones, smem.channel_shift[0].at[of_set])]
+        q = of_column(smem.scaled_queries[0].at[of_set])
+        return product_of(factor, q, plan.segments, *shift)
+
+    def scores_of(products, slot, k):
         """f32 square, of field k, from the products of its columns."""
         scores, (levels, arrays) = None, (plan.key.levels, smem.token_scales[0])
-        per_block = plan.columns // plan.key.blocks
+        per_block = plan.columns(plan.key) // plan.key.blocks
         for b in range(plan.key.blocks):
             s = functools.reduce(jnp.add, products[b * per_block : (b + 1) * per_block])
-            if levels.ratio:
-                own = of_own_tile([by_column(t) for t in tile_sums]) if tile_sums else sums[b]
-                s = s + own * jnp.float32(levels.ratio)
-            if plan.key.channels:
-                s = s * jnp.float32(levels.slope)
-            else:
-                s = s * (per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
-            if plan.key.zero:
-                s = s + sums[b] * per_token(arrays[1], slot, b, k)
+            if not plan.key.channels:
+                if levels.ratio:
+                    s = s + sums[b] * jnp.float32(levels.ratio)
+                s = s * by_row(per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
+                if plan.key.zero:
+                    s = s + sums[b] * by_row(per_token(arrays[1], slot, b, k))
             scores = s if scores is None else scores + s
         if plan.wave_rows:
-            scores = scores + of_own_tile(waves.of_field(smem.shift[0], k, plan))
+            scores = scores + of_own(waves.of_field(smem.shift[0], k, plan))
         if plan.soft_cap is not None:
             # tanh, whose approximation would be off by up to 5e-4.
             doubled = jnp.exp(scores * jnp.float32(2 / plan.soft_cap))
@@ -268,12 +259,12 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     rotate = functools.partial(rotate_pairs, interpret=plan.interpret)
     zero = (length >> 31).astype(jnp.int16)  # see `Levels.factor`
 
-    def load(side: Side, words, slot, piece, column, part, token_axis, channels=None):
+    def load(side: Side, words, slot, piece, column, part, token_axis, own=None):
         """A column of a unit, or some channels of it, with tokens along an axis: words whose part
         begins at bit `FIRST`, and those with the high bits of 3, in the lower byte."""
         planes = [words.at[slot, piece, plane, column] for plane in range(side.planes)]
-        if channels is not None:
-            planes = [a.at[:, channels] for a in planes]
+        if own is not None:
+            planes = [a.at[:, own] for a in planes]
         low, *high = [(a.transpose((1, 0)) if token_axis else a)[...] for a in planes]
         low = rotate(low, part * (plan.per_part * plan.narrow_bits) - FIRST)
         if not high:
@@ -290,43 +281,50 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             high = rotate(high, part * plan.per_part + n - place)
         return side.levels.factor(low, field, high, zero)
 
-    def weigh(p, n, slot, k, constant):
+    def weigh(p, seen, n, slot, k, constant):
         """Leaves weights for field n of a part, scaled as values are, block by block; adds what
-        does not depend on the codes to the constants."""
-        levels, arrays, merged = plan.value.levels, smem.token_scales[1], []
+        does not depend on the codes to the constants. `seen` bool[64]"""
+        arrays, merged = smem.token_scales[1], []
         for b, c in enumerate(constant):
-            scaled = p * (per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
-            # What is stored for unseen tokens may be NaN. (A weight that is NaN is not 0.)
-            scaled = jnp.where(p == 0, jnp.float32(0), scaled).astype(jnp.float16)
-            smem.weights.at[n, b].transpose((1, 0))[...] = scaled
-            if levels.ratio:
-                c = c + scaled.astype(jnp.float32) * jnp.float32(levels.ratio)
-            if plan.value.zero:
-                moved = p * per_token(arrays[1], slot, b, k)
-                c = c + jnp.where(p == 0, jnp.float32(0), moved)
+            # What is stored for unseen tokens may be NaN.
+            scale, *zero = (
+                jnp.where(seen, per_token(a, slot, b, k), jnp.float32(0)) for a in arrays
+            )
+            scaled, columns = p * by_row(scale), pl.ds(b * plan.group, plan.group)
+            smem.weights.at[n, columns].transpose((1, 0))[...] = scaled.astype(jnp.float16)
+            if needs_constant:
+                # Of the middle of the levels: rounded weights meet the distance from there.
+                middle = scale * jnp.float32(plan.value.levels.ratio)
+                if zero:
+                    middle = middle + zero[0] * jnp.float32(1 / plan.value.levels.slope)
+                c = c + p * by_row(middle)
             merged.append(c)
         return tuple(merged)
 
-    def attend(slot, unit, part, tile_sums, carry):
+    def attend(slot, unit, part, carry):
         """Merges the fields of one part of a unit's words."""
+        if plan.key.groups > 1:
+            channels.scale_queries(smem, slot, part, plan)
         numerators, denominator, constant, maximum = carry
-        row = row_of(square)
         log = plan.field.bit_length() - 1
-        in_field = (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
-        in_field = in_field + first_tile(unit) * tiles.TOKENS
         oldest_here = jnp.maximum(oldest, unit * unit_tokens)
+
+        def seen(row, k):
+            token = (row >> log) * tiles.TOKENS + (row & (plan.field - 1)) + k * plan.field
+            token = token + first_tile(unit) * tiles.TOKENS
+            return (token < length) & (token >= oldest_here)
+
         products = [[] for _ in range(plan.per_part)]
-        for c, piece in itertools.product(range(plan.columns), range(plan.key.pieces)):
+        for c, piece in itertools.product(range(plan.columns(plan.key)), range(plan.key.pieces)):
             words = load(plan.key, smem.words[0], slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
-                products[n].append(product_of(factor(plan.key, words, part, n), c))
+                found = factor(plan.key, words, part, n)
+                products[n].append(product_with_queries(found, n, c))
         scores = []
         for n, of_columns in enumerate(products):
             k = part * plan.per_part + n
-            token = in_field + k * plan.field
-            seen = (token < length) & (token >= oldest_here)
-            s = scores_of(of_columns, slot, k, tile_sums)
-            scores.append(jnp.where(seen, s, jnp.float32(UNSEEN)))
+            s = scores_of(of_columns, slot, k)
+            scores.append(jnp.where(seen(row_of_square, k), s, jnp.float32(UNSEEN)))
         top = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
         old = jnp.exp(maximum - top)
         denominator = denominator * by_column(old)
@@ -335,19 +333,20 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
         for n, s in enumerate(scores):
             p = jnp.exp(s - by_column(top))
             denominator = denominator + p
-            constant = weigh(p, n, slot, part * plan.per_part + n, constant)
+            k = part * plan.per_part + n
+            constant = weigh(p, seen(rows, k), n, slot, k, constant)
         plgpu.commit_smem()
         merged = []
-        for (c, start, count), numerator in zip(plan.operands, numerators, strict=True):
-            size = (count, plan.group)
-            channels = None if count == plan.width else pl.ds(start, count)
-            numerator = numerator * jax.lax.broadcast_in_dim(old, size, (1,))
-            weights = smem.weights.at[:, plan.block(plan.value, c)]
+        for operand, numerator in zip(plan.operands, numerators, strict=True):
+            whole = operand.count == plan.width(plan.value)
+            own = None if whole else pl.ds(operand.first, operand.count)
+            numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
+            blocks = pl.ds(operand.block * plan.group, operand.blocks * plan.group)
             for piece in range(plan.value.pieces):
-                words = load(plan.value, smem.words[1], slot, piece, c, part, 1, channels)
+                words = load(plan.value, smem.words[1], slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
-                    left = factor(plan.value, words, part, n)
-                    numerator = numerator + _matmul(left, weights.at[n], size, plan)
+                    left, weights = factor(plan.value, words, part, n), smem.weights.at[n, blocks]
+                    numerator = numerator + product_of(left, weights, operand.blocks)
             merged.append(numerator)
         plgpu.commit_smem()  # these reads come before what is written next
         return tuple(merged), denominator, constant, top
@@ -359,10 +358,11 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             of_unit = wave_queries.at[batch, head], starts, first_tile(begin + i)
             shift_unit(waves.load(*of_unit, plan))
         plgpu.barrier_wait(smem.unit_arrived.at[slot])
-        tile_sums = scale_queries(slot) if plan.key.channels else None
+        if plan.key.channels and plan.key.groups == 1:  # for all parts
+            channels.scale_queries(smem, slot, 0, plan)
         # A loop, not copies: the compiler would compute all factors of a word at once, and they
         # do not fit into the registers.
-        one = lambda part, carry: attend(slot, begin + i, part, tile_sums, carry)
+        one = lambda part, carry: attend(slot, begin + i, part, carry)
         carry = jax.lax.fori_loop(0, plan.parts, one, carry)
         fetch_step(i + STAGES, slot)
         return carry
@@ -371,7 +371,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     floor = plgpu.layout_cast(
         jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
     )
-    numerators = tuple(zeros(count, plan.group) for _, _, count in plan.operands)
+    numerators = tuple(zeros(operand.count, plan.group) for operand in plan.operands)
     constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
     start = (numerators, zeros(*square), constant, floor)
     numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
@@ -380,12 +380,15 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     # From registers: shared memory for these would cost a program.
     totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None
     numerator_gmem, denominator_gmem, maximum_gmem = (a.at[batch, head, split] for a in outputs)
-    for (c, start, count), numerator in zip(plan.operands, numerators, strict=True):
+    for operand, numerator in zip(plan.operands, numerators, strict=True):
         if needs_constant:
-            total = totals[plan.block(plan.value, c)]
-            numerator = numerator + jax.lax.broadcast_in_dim(total, numerator.shape, (1,))
-        rows = pl.ds(c * plan.width + start, count)
-        _store(numerator_gmem if count == plan.head_dim else numerator_gmem.at[rows], numerator)
+            own = totals[operand.block : operand.block + operand.blocks]
+            own = [jax.lax.broadcast_in_dim(total, numerator.shape, (1,)) for total in own]
+            numerator = numerator + (own[0] if len(own) == 1 else of_own(own))
+        numerator = numerator * jnp.float32(plan.value.levels.slope)
+        channel = pl.ds(operand.column * plan.width(plan.value) + operand.first, operand.count)
+        whole = operand.count == plan.head_dim
+        _store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
     _store(denominator_gmem, jnp.sum(denominator, axis=0))
     _store(maximum_gmem, maximum)
 
@@ -398,13 +401,16 @@ def _store(target, x: jax.Array) -> None:
         plgpu.store(target, x, optimized=False)
 
 
-def _matmul(left: jax.Array, right, shape: tuple[int, int], plan: Plan) -> jax.Array:
-    """f32 left [M, K] @ right [N, K]^T; `right` is in shared memory."""
+def _matmul(left: jax.Array, right, plan: Plan, *more: tuple) -> jax.Array:
+    """f32 left [M, K] @ right [N, K]^T; `right` is in shared memory. `more` products are added."""
+    operands = [(left, right), *more]
     if plan.interpret:  # which has no products with an operand in registers
-        return jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
+        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        return functools.reduce(jnp.add, [dot(a, b[...].T) for a, b in operands])
 
     def run(accumulator):
-        plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+        for a, b in operands:
+            plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32))

@@ -5,8 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector
 
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, STAGES, Plan, Side
 
@@ -17,8 +21,9 @@ class Memory(NamedTuple):
     queries: Any  # [group, head_dim]; f32[head_dim, group] if they wait for scales of channels
     words: tuple[Any, Any]  # of keys and values, int16[STAGES, *Plan.word_shape]
     token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
-    channel_scales: list  # of keys, int16[STAGES, *Plan.channel_shape]
-    scaled_queries: list  # float16[tiles * group, head_dim]
+    channel_scales: list  # of keys, and zeros, int16[STAGES, *Plan.channel_shape]
+    scaled_queries: list  # float16[*Plan.scaled_shape]
+    channel_shift: list  # float16[*Plan.shift_shape]
     # Of the waves, as in `mosaic_gpu_waves`.
     places: list
     turned: list
@@ -38,20 +43,23 @@ def memory(plan: Plan) -> Memory:
         tiling, swizzle = plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)
         return dict(transforms=(tiling, swizzle))
 
-    words, operand = swizzled(plan.lanes), swizzled(32)
-    of_channels = swizzled(min(plan.lanes, 32))
+    operand, of_channels = swizzled(32), swizzled(min(plan.lanes(plan.key), 32))
     queries = smem((plan.group, plan.head_dim), f16, **of_channels)
     if channels:
         queries = smem((plan.head_dim, plan.group), f32)
-    scaled = smem((plan.tiles * plan.group, plan.head_dim), f16, **of_channels)
     return Memory(
         queries=queries,
-        words=tuple(smem((STAGES, *plan.word_shape(side)), i16, **words) for side in plan.sides),
-        token_scales=tuple(
-            [smem((STAGES, *plan.scale_shape(side)), i16)] * side.arrays for side in plan.sides
+        words=tuple(
+            smem((STAGES, *plan.word_shape(side)), i16, **swizzled(plan.lanes(side)))
+            for side in plan.sides
         ),
-        channel_scales=[smem((STAGES, *plan.channel_shape), i16)] * channels,
-        scaled_queries=[scaled] * channels,
+        token_scales=tuple(
+            [smem((STAGES, *plan.scale_shape(side)), i16)] * side.token_arrays
+            for side in plan.sides
+        ),
+        channel_scales=[smem((STAGES, *plan.channel_shape), i16)] * plan.key.channel_arrays,
+        scaled_queries=[smem(plan.scaled_shape, f16, **of_channels)] * channels,
+        channel_shift=[smem(plan.shift_shape, f16, **operand)] * plan.key.shifted,
         places=[smem((ROWS, 2 * plan.wave_rows), f16, **operand)] * waves,
         turned=[smem((plan.halves * plan.group, 2 * plan.wave_rows), f16, **operand)] * waves,
         shift=[smem((plan.halves * ROWS, plan.group), f32)] * waves,
@@ -63,11 +71,11 @@ def memory(plan: Plan) -> Memory:
 
 def _copies(plan: Plan) -> int:
     """Of a unit, as `fetch` makes them."""
-    copies = int(plan.key.channels)
+    copies = plan.key.channel_arrays
     for side in plan.sides:
         # The high bits of 3 come twice.
-        copies += plan.columns * plan.tiles * (side.pieces if side.planes == 1 else 3)
-        copies += side.arrays * side.blocks * plan.fields
+        copies += plan.columns(side) * plan.tiles * (side.pieces if side.planes == 1 else 3)
+        copies += side.token_arrays
     return copies
 
 
@@ -87,7 +95,7 @@ def fetch(
     done = memory.unit_arrived.at[slot]
     copy = lambda a, b: plgpu.copy_gmem_to_smem(a, b, done)
     for side, words, target in zip(plan.sides, source.words, memory.words, strict=True):
-        for n, column in itertools.product(range(plan.tiles), range(plan.columns)):
+        for n, column in itertools.product(range(plan.tiles), range(plan.columns(side))):
             for rows, lanes, to in _word_copies(side, column, plan):
                 piece, plane, at = to
                 copy(
@@ -99,16 +107,21 @@ def fetch(
     ):
         first = jax.lax.div(head, jnp.int32(side.heads)) * side.blocks
         for array, target in zip(arrays, targets, strict=True):
-            for b, k in itertools.product(range(side.blocks), range(plan.fields)):
-                copy(array.at[batch, pl.ds(tile, plan.tiles), first + b, k], target.at[slot, b, k])
+            of_unit = batch, pl.ds(tile, plan.tiles), pl.ds(first, side.blocks)
+            copy(array.at[of_unit], target.at[slot])
     for array, target in zip(source.channel_scales, memory.channel_scales, strict=True):
-        copy(array.at[batch, pl.ds(tile, plan.tiles), head], target.at[slot, pl.ds(0, plan.tiles)])
+        groups = pl.ds(head * plan.key.groups, plan.key.groups)
+        copy(
+            array.at[batch, pl.ds(tile, plan.tiles), groups],
+            target.at[slot, pl.ds(0, plan.tiles)],
+        )
 
 
 def _word_copies(side: Side, column: int, plan: Plan):
     """Of a column of a tile: (rows, lanes) in memory, and (piece, plane, first row) of where to."""
-    stored_column, lane = divmod(column * plan.width, plan.stored_width)
-    lanes = pl.ds(lane, plan.width)
+    width = plan.width(side)
+    stored_column, lane = divmod(column * width, plan.stored_width)
+    lanes = pl.ds(lane, width)
     low = plan.field * side.pieces  # rows of words with the low bits
     for piece in range(side.pieces):
         yield pl.ds(stored_column * low + piece * plan.field, plan.field), lanes, (piece, 0, 0)
@@ -117,3 +130,27 @@ def _word_copies(side: Side, column: int, plan: Plan):
         begin = plan.head_dim // plan.stored_width * low + stored_column * high
         for at in (0, high):
             yield pl.ds(begin, high), lanes, (0, 1, at)
+
+
+def load_rows(bits, interpret: bool) -> jax.Array:
+    """int16[64], of the rows of an operand, from `bits` int16[tiles, 64 / tiles] in shared memory:
+    also where that is not contiguous, for which Pallas has no load."""
+    if interpret:
+        return bits[...].reshape(ROWS)
+    row = plgpu.Layout.WGMMA.reduce(1)
+    load = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.int16, layout=row),
+    )(_load_rows)
+    return load(bits)
+
+
+def _load_rows(context, bits: ir.Value) -> mgpu.FragmentedArray:
+    layout, (_, field) = mgpu.WGMMA_ROW_LAYOUT, ir.MemRefType(bits.type).shape
+    number = ir.VectorType.get((1,), ir.MemRefType(bits.type).element_type)
+    registers = np.empty(layout.registers_shape((ROWS,)), object)
+    size = arith.constant(ir.IndexType.get(), field)
+    for i, (row,) in enumerate(layout.thread_idxs((ROWS,))):
+        found = memref.load(bits, [arith.divui(row, size), arith.remui(row, size)])
+        registers.flat[i] = vector.broadcast(number, found)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)

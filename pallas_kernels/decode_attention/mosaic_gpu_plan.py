@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
@@ -26,6 +27,7 @@ class Side:
     blocks: int  # of a head that have their own
     zero: bool
     channels: bool  # have the scales, not tokens
+    groups: int  # of a tile's tokens, whose channels have their own
 
     @property
     def bits(self) -> int:
@@ -37,8 +39,31 @@ class Side:
 
     @property
     def arrays(self) -> int:
-        """Scales and zeros of tokens."""
-        return (not self.channels) + self.zero
+        """Scales, and zeros if there are some."""
+        return 1 + self.zero
+
+    @property
+    def token_arrays(self) -> int:
+        return 0 if self.channels else self.arrays
+
+    @property
+    def channel_arrays(self) -> int:
+        return self.arrays if self.channels else 0
+
+    @property
+    def shifted(self) -> bool:
+        """Whether channels add to scores what does not depend on the codes."""
+        return self.channels and (self.zero or self.levels.ratio != 0)
+
+
+class Operand(NamedTuple):
+    """Channels of values that are rows of an operand together."""
+
+    column: int
+    first: int  # channel of the column
+    count: int
+    block: int  # of the first
+    blocks: int  # that have some of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +103,8 @@ class Plan:
     def fitting(self) -> int:
         """Fields that fit into the registers at a time, with as much beside them: those of a byte,
         or fewer."""
-        blocks, many = any(side.blocks > 1 for side in self.sides), self.group > 8
-        demands = blocks + many + (self.head_dim > tiles.LANES)
+        scales = any(side.blocks > 1 or side.shifted for side in self.sides)
+        demands = scales + (self.group > 8) + (self.head_dim > tiles.LANES)
         if any(side.bits == 3 for side in self.sides):
             demands += 1
         elif not all(side.levels.codebook.coefficients for side in self.sides):
@@ -100,40 +125,42 @@ class Plan:
         """Channels of a column of a tile's words in memory."""
         return min(self.head_dim, tiles.LANES)
 
-    @property
-    def width(self) -> int:
-        """Channels of a column here: no more than share a scale."""
-        return min(self.stored_width, *(self.block_size(side) for side in self.sides))
+    def width(self, side: Side) -> int:
+        """Channels of a column here: no more than share a scale, or of values than are rows of an
+        operand."""
+        size = self.block_size(side)
+        if side is self.value and size < ROWS:
+            return self.stored_width
+        return min(self.stored_width, size)
 
-    @property
-    def lanes(self) -> int:
+    def lanes(self, side: Side) -> int:
         """Channels side by side in shared memory, in up to 128 bytes, which are swizzled."""
-        return math.gcd(self.width, ROWS)
+        return math.gcd(self.width(side), ROWS)
 
     @property
-    def operands(self) -> list[tuple[int, int, int]]:
-        """Column, first and number of channels of values that are rows of an operand together: of a
-        whole column, or if that is no multiple of 64, of 64, so that the last ones overlap."""
-        whole = self.width % ROWS == 0
-        count = self.width if whole else ROWS
-        starts = [0] if whole else self.squares(self.width)
-        return [(column, first, count) for column in range(self.columns) for first in starts]
+    def operands(self) -> list[Operand]:
+        """Whole columns; or if they are no multiple of 64, or blocks are less, 64 rows each. The
+        last ones of a column may overlap."""
+        width, size = self.width(self.value), self.block_size(self.value)
+        whole = width % ROWS == 0 and size >= ROWS
+        count = width if whole else ROWS
+        starts = [0] if whole else self.squares(width)
+        return [
+            Operand(column, first, count, (column * width + first) // size, max(1, count // size))
+            for column in range(self.columns(self.value))
+            for first in starts
+        ]
 
     def squares(self, channels: int) -> list[int]:
         """The first channels of 64 each that cover all; the last ones may overlap."""
         return [min(first, channels - ROWS) for first in range(0, channels, ROWS)]
 
-    @property
-    def columns(self) -> int:
-        return self.head_dim // self.width
+    def columns(self, side: Side) -> int:
+        return self.head_dim // self.width(side)
 
     def block_size(self, side: Side) -> int:
         """Channels of a head that share a scale."""
         return self.head_dim // side.blocks
-
-    def block(self, side: Side, column: int) -> int:
-        """Of the channels of a column."""
-        return column * self.width // self.block_size(side)
 
     @property
     def tiles(self) -> int:
@@ -147,23 +174,54 @@ class Plan:
 
     def word_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit."""
-        return side.pieces, side.planes, self.columns, ROWS, self.width
+        return side.pieces, side.planes, self.columns(side), ROWS, self.width(side)
 
     def scale_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit's tokens."""
-        return side.blocks, self.fields, self.tiles, self.field
+        return self.tiles, side.blocks, tiles.TOKENS
 
     @property
-    def channel_shape(self) -> tuple[int, int]:
-        """Of a unit's scales of channels: a row for each tile, and more where the next unit's would
+    def channel_shape(self) -> tuple[int, int, int]:
+        """Of a unit's scales of channels: those of each tile, and more where the next unit's would
         not begin at a multiple of what copies go to."""
-        rows = COPY_ALIGNMENT // math.gcd(COPY_ALIGNMENT, 2 * self.head_dim)
-        return -(-self.tiles // rows) * rows, self.head_dim
+        groups = self.key.groups
+        even = COPY_ALIGNMENT // math.gcd(COPY_ALIGNMENT, 2 * groups * self.head_dim)
+        return -(-self.tiles // even) * even, groups, self.head_dim
+
+    @property
+    def group_tokens(self) -> int:
+        """That share the scales of channels."""
+        return tiles.TOKENS // self.key.groups
+
+    @property
+    def segments(self) -> int:
+        """Of the 64 rows of a field, with scales of channels for themselves."""
+        return ROWS // min(self.field, self.group_tokens)
+
+    @property
+    def fields_of_set(self) -> int:
+        """Fields whose segments have the same scales of channels."""
+        return max(1, self.group_tokens // self.field)
+
+    @property
+    def sets(self) -> int:
+        """Of scales of channels, in a part."""
+        return max(1, self.per_part // self.fields_of_set)
+
+    @property
+    def scaled_shape(self) -> tuple[int, int, int]:
+        """Of queries with scales of channels."""
+        return self.sets, self.segments * self.group, self.head_dim
+
+    @property
+    def shift_shape(self) -> tuple[int, int, int]:
+        """Of what these add whatever the codes are, in parts that sum to it."""
+        return self.sets, self.segments * self.group, ROWS
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of the fields of a part, for each block of values."""
-        return self.per_part, self.value.blocks, self.group, ROWS
+        return self.per_part, self.value.blocks * self.group, ROWS
 
     @property
     def reduction_bytes(self) -> int:
@@ -176,11 +234,14 @@ class Plan:
         """Shared memory that a program takes."""
         buffers = [2 * STAGES * math.prod(self.word_shape(side)) for side in self.sides]
         for side in self.sides:
-            buffers += [2 * STAGES * math.prod(self.scale_shape(side))] * side.arrays
+            buffers += [2 * STAGES * math.prod(self.scale_shape(side))] * side.token_arrays
         queries = self.group * self.head_dim
         buffers.append(queries * (4 if self.key.channels else 2))
         if self.key.channels:  # their scales, and queries with them
-            buffers += [2 * STAGES * math.prod(self.channel_shape), 2 * self.tiles * queries]
+            buffers += [2 * STAGES * math.prod(self.channel_shape)] * self.key.arrays
+            buffers.append(2 * math.prod(self.scaled_shape))
+        if self.key.shifted:
+            buffers.append(2 * math.prod(self.shift_shape))
         if self.wave_rows:  # places, queries turned to half tiles, and what these give
             turned = self.halves * self.group
             buffers += [2 * size * 2 * self.wave_rows for size in (ROWS, turned)]
@@ -211,6 +272,7 @@ def make_plan(
             blocks=codes.blocks_per_head,
             zero=codes.zero is not None,
             channels=codes.per_channel,
+            groups=codes.groups,
         )
 
     plan = Plan(

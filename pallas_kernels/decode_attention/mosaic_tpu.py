@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_tpu_waves as waves
-from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
+from nqkv_jax.pallas_kernels.decode_attention.codes import SHARING, TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_common import (
     FLOOR,
     UNSEEN,
@@ -40,6 +40,8 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
         return f"head_dim of at least 64; got {key.head_dim}"
     if value.per_channel:
         return "values with scales of tokens, not of channels"
+    if key.groups > tiles.TOKENS // SHARING:
+        return f"groups of at least {SHARING} tokens; got {tiles.TOKENS // key.groups}"
     return None
 
 
@@ -318,31 +320,38 @@ def _scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
 
 
 def _channel_scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
-    """As `_scores`, where channels have scales: those of each tile multiply the queries."""
-    levels, rows = plan.key.levels, q.shape[0]
-    q = q.astype(jnp.float32)
+    """As `_scores`, where channels have scales: those of each group of tokens multiply the queries,
+    and the products with all tokens of a unit are computed for each."""
+    levels, rows, groups = plan.key.levels, q.shape[0], plan.key.codes.groups
+    q, coefficients = q.astype(jnp.float32), levels.codebook.coefficients
+    offset = levels.offset / levels.slope
+    middle = coefficients[0] / levels.slope if coefficients else offset
 
     def queries(unit):
-        """For the tiles of a unit: [fold * rows, lanes], and what is constant [fold * rows, 1]."""
+        """For the groups of a unit: [fold * groups * rows, lanes], and what is constant, 1 lane."""
         left, constant = [], []
-        for tile in range(unit * plan.fold, (unit + 1) * plan.fold):
-            scaled = (q * scales[0][tile, pl.ds(head, 1)]).astype(levels.dtype)
-            # Of what was rounded: the constant is large, and must cancel.
-            total = jnp.sum(scaled.astype(jnp.float32), axis=-1, keepdims=True)
-            total = total * jnp.float32(levels.offset / levels.slope)
+        for n in range(unit * plan.fold * groups, (unit + 1) * plan.fold * groups):
+            tile, own = n // groups, pl.ds(head * groups + n % groups, 1)
+            exact = q * scales[0][tile, own]
+            scaled = exact.astype(levels.dtype)
+            # The offset, of what was rounded: it is large, and must cancel. But of the middle of
+            # the levels, so that what rounding cuts off meets the distance from there only.
+            parts = [exact * jnp.float32(middle)] if middle else []
+            if offset != middle:
+                parts.append(scaled.astype(jnp.float32) * jnp.float32(offset - middle))
             if len(scales) > 1:
-                zero = q * scales[1][tile, pl.ds(head, 1)]
-                total = total + jnp.sum(zero, axis=-1, keepdims=True)
-            left.append(scaled), constant.append(total)
+                parts.append(q * scales[1][tile, own])
+            total = sum(parts) if parts else jnp.zeros_like(exact)
+            left.append(scaled), constant.append(jnp.sum(total, axis=-1, keepdims=True))
         return jnp.concatenate(left, axis=0), jnp.concatenate(constant, axis=0)
 
-    out, pair = [], _paired(plan.fold * rows, plan)
+    out, pair = [], _paired(plan.fold * groups * rows, plan)
     for unit in range(0, plan.units, pair):
         left, constant = zip(*(queries(unit + n) for n in range(pair)), strict=True)
         for s, c in zip(_products(list(left), unit, head, words, plan), constant, strict=True):
             s = s + c
-            in_tiles = [s[t * rows : (t + 1) * rows] for t in range(plan.fold)]
-            out.append(plan.of_own_tile(in_tiles))
+            parts = [s[n * rows : (n + 1) * rows] for n in range(plan.fold * groups)]
+            out.append(plan.of_own_group(parts))
     return out
 
 

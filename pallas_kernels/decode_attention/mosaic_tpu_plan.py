@@ -64,19 +64,19 @@ class Plan:
     def scratch(self, side: Side) -> tuple[int, ...]:
         """The shape of a step's scales, as they meet scores, or queries."""
         if side.codes.per_channel:
-            return self.step, side.codes.num_heads, self.lanes
+            return self.step, side.codes.scale.shape[2], self.lanes
         return self.fold, self.units, side.codes.scale.shape[2], tiles.LANES
 
     def token(self, row: int) -> jax.Array:
         """i32[1, 128]: the token, in its unit, of each lane of scores in a row of one place."""
         return self.fold * jax.lax.broadcasted_iota(jnp.int32, (1, tiles.LANES), 1) + row
 
-    def of_own_tile(self, parts: list[jax.Array]) -> jax.Array:
-        """[rows, 128] of parts for each tile of a unit, whose tokens are in lanes side by side."""
+    def of_own_group(self, parts: list[jax.Array]) -> jax.Array:
+        """[rows, 128] of parts for each group of a unit, whose tokens are in lanes side by side."""
         lane = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
         found = parts[0]
-        for tile, part in enumerate(parts[1:], start=1):
-            found = jnp.where(lane >= tile * (tiles.LANES // self.fold), part, found)
+        for n, part in enumerate(parts[1:], start=1):
+            found = jnp.where(lane >= n * (tiles.LANES // len(parts)), part, found)
         return found
 
 

@@ -42,6 +42,6 @@ def scores(q, starts, places, plan: Plan) -> list[jax.Array]:
     of_tile = lambda s, tile: s[tile * plan.group : (tile + 1) * plan.group]
     of_unit = lambda s, u: [of_tile(s, u * plan.fold + t) for t in range(plan.fold)]
     return [
-        jnp.concatenate([plan.of_own_tile(of_unit(s, u)) for s in by_row], axis=0)
+        jnp.concatenate([plan.of_own_group(of_unit(s, u)) for s in by_row], axis=0)
         for u in range(plan.units)
     ]
