@@ -213,7 +213,7 @@ def test_caches_take_the_bytes_that_are_reported():
     for form in formats():
         for shape in (Shape(batch=2, context=256, num_heads=4, num_kv_heads=2), shapes()[-1]):
             cache = jax.eval_shape(
-                lambda key, s=shape, b=form.bits: coded_caches(key, s, b, 3), jax.random.key(0)
+                lambda key, s=shape, f=form: coded_caches(key, s, f, 3), jax.random.key(0)
             )
             assert len(cache) == 3
             key, value = sides(cache[0], form)

@@ -44,11 +44,14 @@ class Format:
       codebook: of keys and values; None for bfloat16.
       zero: whether tokens have one beside their scale.
       key_codebook: of keys, if they have one of their own, scales of channels instead, and waves.
+      shared: as `kivi` has it, channels of a value that share a scale, and tokens of a channel of
+        keys; None for all channels of a head and token, on both sides.
     """
 
     codebook: codebooks.Codebook | None = None
     zero: bool = False
     key_codebook: codebooks.Codebook | None = None
+    shared: int | None = None
 
     @property
     def bits(self) -> int:
@@ -59,12 +62,17 @@ class Format:
         if self.codebook is None:
             return "bf16"
         keys = "" if self.key_codebook is None else f"{self.key_codebook.name}/"
-        return keys + self.codebook.name + "+zero" * self.zero
+        shared = f" of {self.shared}" if self.shared else ""
+        return keys + self.codebook.name + "+zero" * self.zero + shared
+
+    def blocks(self, shape: Shape) -> int:
+        """Of a head, that have scales."""
+        return shape.head_dim // self.shared if self.shared else 1
 
     def nbytes(self, shape: Shape) -> int:
         """Of keys and values, with their scales."""
         # Per token and head. As many for channels: a head has as many as a tile has tokens.
-        scales = 0 if self.codebook is None else 2 * (1 + self.zero)
+        scales = 0 if self.codebook is None else 2 * (1 + self.zero) * self.blocks(shape)
         tokens = shape.batch * shape.context * shape.num_kv_heads
         return 2 * (shape.elements * self.bits // 8 + tokens * scales)
 
@@ -84,6 +92,7 @@ def formats() -> list[Format]:
         Format(codebook=codebooks.lloyd_max_normal(2)),
         plus(2, codebooks.uniform_normal(2)),
         Format(codebook=codebooks.uniform(2), zero=True),
+        Format(codebook=codebooks.uniform(2), zero=True, shared=32),
         Format(codebook=codebooks.cubic_normal(3, 128)),
         Format(codebook=codebooks.integer(8)),
     ]
@@ -118,14 +127,14 @@ def bfloat16_caches(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def coded_caches(key, shape: Shape, bits: int, copies: int) -> list[tuple[dict, dict]]:
-    """Words, scales and zeros that any codebook of this width can take."""
+def coded_caches(key, shape: Shape, form: Format, copies: int) -> list[tuple[dict, dict]]:
+    """Words, scales and zeros that any format of this width, and as many scales, can take."""
     place = (shape.context // tiles.TOKENS, shape.num_kv_heads)
-    rows = tiles.num_rows(shape.head_dim, bits)
+    rows = tiles.num_rows(shape.head_dim, form.bits)
 
     def sequence(key):
         words, scale, zero = jax.random.split(key, 3)
-        size = (*place, tiles.TOKENS)
+        size = (place[0], place[1] * form.blocks(shape), tiles.TOKENS)
         half = lambda a: jax.lax.bitcast_convert_type(a.astype(jnp.float16), jnp.int16)
         words = jax.random.bits(words, (*place, rows, tiles.LANES), jnp.uint16)
         return dict(
@@ -145,9 +154,9 @@ def sides(cache: tuple[dict, dict], form: Format) -> tuple[TiledCodes, TiledCode
     with head_dim 128 there are as many.
     """
     key, value = (given if form.zero else given | dict(zero=None) for given in cache)
-    channels = form.key_codebook is not None
+    channels = form.key_codebook is not None or form.shared is not None
     waves = None
-    if channels:
+    if form.key_codebook is not None:
         half, num_tiles = key["scale"].shape[-1] // 2, key["words"].shape[1]
         rotary = Rotary(inverse_frequencies=1e4 ** -(jnp.arange(half) / half))
         starts = rotary.at(tiles.TOKENS * jnp.arange(num_tiles))

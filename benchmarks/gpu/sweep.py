@@ -26,7 +26,7 @@ MEMORY = 0.8  # of the device, that caches of one shape may take together
 
 def abstract(shape: Shape, form: Format) -> tuple[TiledCodes, TiledCodes]:
     """Shapes of keys and values."""
-    make = lambda key: coded_caches(key, shape, form.bits, 1)[0]
+    make = lambda key: coded_caches(key, shape, form, 1)[0]
     return sides(jax.eval_shape(make, jax.random.key(0)), form)
 
 
@@ -78,7 +78,8 @@ class Row:
         # XLA moves tokens last before it multiplies. As this could be done once for all tokens, it
         # is done beforehand.
         tokens_last = self.implementation == "jax.nn xla"
-        return f"{self.form.bits} bits" + ", tokens last" * tokens_last
+        shared = f", scales of {self.form.shared}" if self.form.shared else ""
+        return f"{self.form.bits} bits" + shared + ", tokens last" * tokens_last
 
 
 def rows_of(shape: Shape, wanted: Sequence[Format], most_copies: int) -> list[Row]:
@@ -135,7 +136,7 @@ class Measurement:
         key, copies = jax.random.key(row.form.bits), self._copies(row)
         if row.form.codebook is None:
             return bfloat16_caches(key, self.shape, copies, "tokens last" in row.store)
-        return coded_caches(key, self.shape, row.form.bits, copies)
+        return coded_caches(key, self.shape, row.form, copies)
 
     def _leave_out(self, no_torch: str | None, room: int) -> None:
         taken: dict[str, int] = {}

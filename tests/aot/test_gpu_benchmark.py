@@ -30,7 +30,7 @@ def test_the_loop_reads_every_cache_in_every_round(row):
         run = functools.partial(
             sweep._attend, form=row.form, shape=SHAPE, implementation=row.implementation
         )
-        make = lambda key: coded_caches(key, SHAPE, row.form.bits, row.copies)
+        make = lambda key: coded_caches(key, SHAPE, row.form, row.copies)
     q = jax.ShapeDtypeStruct((SHAPE.batch, SHAPE.num_heads, SHAPE.head_dim), jnp.bfloat16)
     caches = jax.eval_shape(make, jax.random.key(0))
     compiled = compile_for("h100", timing.chained(run, row.steps), q, caches)
