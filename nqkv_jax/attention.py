@@ -44,9 +44,10 @@ def _read_exact(
     x = x.astype(dtype)
     # With one window for both sides `first` is where the residual begins; else this side may be
     # ahead.
-    if side.window != other.window and side.num_groups:
+    ahead = side.window != other.window and side.window.leads(other.window)
+    if ahead and side.num_groups:
         group = side.quantizer.group
-        count = min(-(-size // group) + 1, side.num_groups)
+        count = min(-(-(size - 1) // group) + 1, side.num_groups)  # that have some of `size` tokens
         start = jnp.minimum(first // group, side.num_groups - count)
         payload = slice_groups(side, start, count)
         decoded = decode_groups(side, payload, start, rotary=rotary, dtype=dtype, folded=False)

@@ -21,10 +21,20 @@ LOOK_UP_TILES = 8  # of vectors, that are prepared and looked up at a time
 def slice_groups(side: Side, first: jax.Array, count: int) -> Payload:
     """The payload of groups first + [0, count); `first` is i32[] or i32[B]."""
 
-    def cut(body, first):
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, count, axis=0), body)
+    def cut(body, first, axis=0):
+        part = lambda a: jax.lax.dynamic_slice_in_dim(a, first, count, axis=axis)
+        return jax.tree.map(part, body)
 
-    return jax.vmap(cut, in_axes=(0, 0 if first.ndim else None))(side.body, first)
+    def in_turn(body, first):
+        sequence = lambda i: jax.tree.map(lambda a: a[i], body)
+        return jax.lax.map(lambda i: cut(sequence(i), first[i]), jnp.arange(first.shape[0]))
+
+    if not first.ndim:
+        return cut(side.body, first, axis=1)
+    # All at once they are a gather, for which a TPU would bring whole bodies into another layout.
+    # On a GPU a loop takes a launch for each round.
+    gpus = dict(cuda=jax.vmap(cut), rocm=jax.vmap(cut))
+    return jax.lax.platform_dependent(side.body, first, **gpus, default=in_turn)
 
 
 def decode_groups(

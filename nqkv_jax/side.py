@@ -60,6 +60,12 @@ class Window:
         waiting = max(waiting, 0) if isinstance(waiting, int) else jnp.maximum(waiting, 0)
         return waiting // self.chunk * self.chunk
 
+    def leads(self, other: "Window") -> bool:
+        """Whether tokens may be encoded here that wait on a side with the window `other`."""
+        # At most tokens - keep are encoded, and one more of those that are not there yet; and no
+        # fewer than tokens - keep - chunk + 1.
+        return self.keep - self.immediate < other.keep + other.chunk - 1
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)

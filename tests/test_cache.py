@@ -116,6 +116,20 @@ def test_window_never_overfills_the_residual(tokens, keep, chunk):
     assert tokens - encoded >= min(keep, tokens)
 
 
+WINDOWS = st.builds(Window, keep=st.integers(0, 12), chunk=st.integers(1, 8))
+
+
+@given(WINDOWS, WINDOWS)
+@settings(max_examples=100, deadline=None)
+def test_a_side_that_does_not_lead_has_nothing_encoded_that_waits_on_the_other(side, other):
+    # A token that is encoded at once is seen so.
+    seen = lambda window, n, new: window.encoded(n + new * window.immediate)
+    ahead = any(seen(side, n, i) > seen(other, n, i) for n in range(100) for i in (0, 1))
+    assert side.leads(other) or not ahead
+    keys, values = Window(chunk=128), Window(keep=128)
+    assert keys.leads(values) and not values.leads(keys)
+
+
 def test_kivi_residual_lengths():
     """kivi.md: after t tokens the key residual holds t mod R, the value residual min(t, R)."""
     layer = nq.schemes.get("kivi:residual=32").layer(
