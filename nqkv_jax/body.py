@@ -26,8 +26,12 @@ def slice_groups(side: Side, first: jax.Array, count: int) -> Payload:
         return jax.tree.map(part, body)
 
     def in_turn(body, first):
-        sequence = lambda i: jax.tree.map(lambda a: a[i], body)
-        return jax.lax.map(lambda i: cut(sequence(i), first[i]), jnp.arange(first.shape[0]))
+        def one(i):
+            at = lambda a: [i, first[i], *[jnp.zeros_like(i)] * (a.ndim - 2)]
+            part = lambda a: jax.lax.dynamic_slice(a, at(a), (1, count, *a.shape[2:]))[0]
+            return jax.tree.map(part, body)
+
+        return jax.lax.map(one, jnp.arange(first.shape[0], dtype=first.dtype))
 
     if not first.ndim:
         return cut(side.body, first, axis=1)

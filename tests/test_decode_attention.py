@@ -349,8 +349,23 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"key\.waves with angles \(1, 1, 64\) of tiles"):
         decode_attention(q, dataclasses.replace(key, waves=wrong), value, lengths)
     wrong = dataclasses.replace(key, scale=key.scale[:, :, :1])
-    with pytest.raises(ValueError, match=r"key.scale of channels \[2, 1, 2, 128\]; got"):
+    with pytest.raises(ValueError, match=r"key.scale of channels \[2, 1, 2 heads \* groups"):
         decode_attention(q, wrong, value, lengths)
+    q, key, value, lengths, _ = arguments(CASES["kivi2"], (10,), num_tiles=1)
+    for rows in (0, 3, 6):  # of channels, for two heads
+        wrong = jnp.zeros((1, 1, rows, 128), jnp.int16)
+        with pytest.raises(ValueError, match="2 heads \\* groups of 128 tokens, 128"):
+            decode_attention(q, dataclasses.replace(key, scale=wrong), value, lengths)
+    wrong = dataclasses.replace(key, zero=key.zero[:, :, :4])
+    with pytest.raises(ValueError, match=r"key.zero like key.scale, \(1, 1, 8, 128\); got"):
+        decode_attention(q, wrong, value, lengths)
+    sixteen = {n: jnp.repeat(getattr(key, n), 2, axis=2) for n in ("scale", "zero")}
+    for kernel in ("mosaic_tpu", "mosaic_gpu"):
+        if kernel == "mosaic_gpu" and jax.__version_info__ < (0, 11):
+            continue  # which it asks for first
+        with pytest.raises(NotImplementedError, match="groups of at least 32 tokens; got 16"):
+            short = dataclasses.replace(key, **sixteen)
+            decode_attention(q, short, value, lengths, implementation=kernel)
     q, key, value, lengths, _ = arguments(CASES["cubic4-d80"], (10,), num_tiles=1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs head_dim to divide 128"):
         decode_attention(q, key, value, lengths, implementation="mosaic_tpu")

@@ -136,12 +136,13 @@ class TiledCodes:
         for name, a in (("scale", self.scale), ("zero", self.zero)):
             if a is None:
                 continue
-            groups = self.groups if self.groups and tiles.TOKENS % self.groups == 0 else 1
-            of_channels = (*batch, self.num_heads * groups, self.head_dim)
-            if self.per_channel and a.shape != of_channels:
+            rows = a.shape[2] if a.ndim == 4 else 0
+            groups = rows // self.num_heads
+            of_channels = a.shape == (*batch, self.num_heads * groups, self.head_dim)
+            if self.per_channel and not (of_channels and groups and tiles.TOKENS % groups == 0):
                 raise ValueError(
-                    f"decode_attention: expected {what}.{name} of channels {list(of_channels)}, of "
-                    f"which the third is {self.num_heads} heads times a divisor of 128; "
+                    f"decode_attention: expected {what}.{name} of channels [{batch[0]}, "
+                    f"{batch[1]}, {self.num_heads} heads * groups of 128 tokens, {self.head_dim}]; "
                     f"got {a.shape}"
                 )
             of_tokens = a.ndim == 4 and a.shape[:2] == batch and a.shape[3] == tiles.TOKENS
@@ -160,6 +161,11 @@ class TiledCodes:
                     f"decode_attention: the {a.shape[2]} blocks of {what}.{name} do not divide "
                     f"{self.num_heads} heads of {self.head_dim}"
                 )
+        if self.zero is not None and self.zero.shape != self.scale.shape:
+            raise ValueError(
+                f"decode_attention: expected {what}.zero like {what}.scale, {self.scale.shape}; "
+                f"got {self.zero.shape}"
+            )
         if self.waves is not None:
             got = self.waves.starts.cos.shape, self.waves.places.cos.shape
             expected = (self.num_tiles, 1, got[1][-1]), (tiles.TOKENS, 1, got[1][-1])
