@@ -152,14 +152,22 @@ def test_a_saved_cache_serves_the_kernel(scheme, tmp_path):
     np.testing.assert_array_equal(run(*new, loaded)[0], run(*new, cache)[0])
 
 
-@pytest.mark.parametrize("axis, size", [("hidden", HEADS * DIM), ("tokens", 128), ("tokens", 32)])
-def test_tiles_decode_to_what_blocks_do(axis, size):
-    block = nq.BlockQuantizer(nq.codebooks.normal_float(3), block_size=size, axis=axis)
+NF3, U2 = nq.codebooks.normal_float(3), nq.codebooks.uniform(2)
+
+
+@pytest.mark.parametrize(
+    "codebook, axis, size, numbers",
+    [(NF3, "hidden", HEADS * DIM, 1), (NF3, "tokens", 128, 1), (U2, "tokens", 32, 2)],
+)
+def test_tiles_decode_to_what_blocks_do(codebook, axis, size, numbers):
+    scale = "minmax" if numbers == 2 else "absmax"
+    block = nq.BlockQuantizer(codebook, block_size=size, axis=axis, scale=scale)
     x = tokens(128)[1]
     quantize = jax.jit(nq.quantize, static_argnums=1)
     codes = [quantize(x, q) for q in (block, in_tiles(block, 256, HEADS, DIM))]
     np.testing.assert_array_equal(*map(jax.jit(nq.dequantize), codes))
-    assert nq.stored_bits(codes[0]) == nq.stored_bits(codes[1]) == 3 + 16 / size
+    bits = codebook.bits + numbers * 16 / size
+    assert nq.stored_bits(codes[0]) == nq.stored_bits(codes[1]) == bits
 
 
 @pytest.mark.parametrize(
