@@ -36,9 +36,7 @@ def slice_groups(side: Side, first: jax.Array, count: int) -> Payload:
     if not first.ndim:
         return cut(side.body, first, axis=1)
     # All at once they are a gather, for which a TPU would bring whole bodies into another layout.
-    # On a GPU a loop takes a launch for each round.
-    gpus = dict(cuda=jax.vmap(cut), rocm=jax.vmap(cut))
-    return jax.lax.platform_dependent(side.body, first, **gpus, default=in_turn)
+    return jax.lax.platform_dependent(side.body, first, tpu=in_turn, default=jax.vmap(cut))
 
 
 def decode_groups(
