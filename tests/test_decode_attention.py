@@ -236,8 +236,6 @@ def test_what_the_gpu_kernel_needs():
     for name, message in (
         ("stepped4-d64", "levels that a polynomial of 9 operations gives; got stepped4@64"),
         ("cubic3-d256", "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 1 query"),
-        ("cubic3-d64-parts", "blocks of a multiple of 64 channels; got 32 and 32"),
-        ("channels2-minmax", "channels of keys without zeros"),
     ):
         q, key, value, lengths, _ = arguments(CASES[name], (10,))
         with pytest.raises(NotImplementedError, match=message):
@@ -250,6 +248,12 @@ def test_what_the_gpu_kernel_needs():
         q, key, value, lengths, _ = arguments(wide, (10,))
         with pytest.raises(NotImplementedError, match=f"twice the other's bits.*{got}"):
             decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    small = dataclasses.replace(CASES["kivi4-d64"], block=1 / 4)
+    q, key, value, lengths, _ = arguments(small, (10,))
+    with pytest.raises(NotImplementedError, match="multiple of 32 channels; got 64 and 16"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="values with scales of tokens, not of channels"):
+        decode_attention(q, key, key, lengths, implementation="mosaic_gpu")
     narrow = dataclasses.replace(CASES["cubic4"], head_dim=48)
     q, key, value, lengths, _ = arguments(narrow, (10,))
     with pytest.raises(NotImplementedError, match="needs head_dim 64 to 256; got 48"):
@@ -263,9 +267,8 @@ def test_what_the_gpu_kernel_needs():
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
-def test_what_is_stored_for_unseen_tokens_does_not_matter(implementation):
+def check_unseen(implementation):
+    """What is stored for tokens that are not seen may be NaN."""
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (100,), num_tiles=2)
     nan = np.float16(np.nan).view(np.int16)
     spoil = lambda a: a.at[:, :, :, 100:].set(nan).at[:, 1:].set(nan)
@@ -277,6 +280,20 @@ def test_what_is_stored_for_unseen_tokens_does_not_matter(implementation):
     seen = dataclasses.replace(value, scale=value.scale.at[:, 0, 0, 7].set(nan))
     numerator = np.asarray(run(q, key, seen, lengths)[0])
     assert np.isnan(numerator[:, 0]).all() and np.isfinite(numerator[:, 1]).all()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+def test_what_is_stored_for_unseen_tokens_does_not_matter(implementation):
+    check_unseen(implementation)
+
+
+@needs_mosaic_gpu
+def test_what_is_stored_for_unseen_tokens_does_not_matter_on_a_gpu(monkeypatch):
+    strict = plgpu.InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(mosaic_gpu.decode_attention, interpret=strict)
+    monkeypatch.setattr(mosaic_gpu, "decode_attention", kernel)
+    check_unseen("mosaic_gpu")
 
 
 @pytest.mark.usefixtures("interpreted")
