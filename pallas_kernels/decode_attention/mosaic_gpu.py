@@ -110,12 +110,14 @@ def decode_attention(
     plan = make_plan(group, key, value, soft_cap, interpret)
     q, meeting_waves = jnp.split(q, [head_dim], axis=-1)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
-    blocks = q.astype(jnp.float16).astype(jnp.float32).reshape(*q.shape[:3], plan.key.blocks, -1)
-    sums = jnp.swapaxes(jnp.sum(blocks, axis=4), 2, 3)
+    rounded, sums = q.astype(jnp.float16), []
+    if plan.key.needs_sums:
+        blocks = rounded.astype(jnp.float32).reshape(*q.shape[:3], plan.key.blocks, -1)
+        sums = [jnp.swapaxes(jnp.sum(blocks, axis=4), 2, 3)]
     if plan.key.channels:  # queries wait, in columns, for the scales of every tile
         q = jnp.swapaxes(q, 2, 3).astype(jnp.float32) * jnp.float32(plan.key.levels.slope)
     else:
-        q = q.astype(jnp.float16)
+        q = rounded
     # A free reshape: the words of a token in a column are a row.
     words = lambda a: a.reshape(*a.shape[:3], -1, plan.stored_width)
     of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
@@ -125,7 +127,7 @@ def decode_attention(
         token_scales=tuple([a for a in of_tokens(side) if a is not None] for side in (key, value)),
         channel_scales=[key.scale, key.zero][: plan.key.channel_arrays],
     )
-    arrays = source, added
+    arrays = source, sums, added
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
@@ -142,7 +144,7 @@ def decode_attention(
         grid=(plan.splits, heads, batch),
         grid_names=("split", "head", "batch"),
         **options,
-    )(lengths, first, q, sums, *jax.tree.leaves(arrays))
+    )(lengths, first, q, *jax.tree.leaves(arrays))
     top = jnp.max(maximum, axis=2, keepdims=True)
     weight = jnp.exp(maximum - top)
     denominator = jnp.sum(weight * denominator, axis=2)[..., :group]
@@ -151,8 +153,8 @@ def decode_attention(
     return numerator, denominator, jnp.where(denominator == 0, -jnp.inf, top[:, :, 0, :group])
 
 
-def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
-    source, added = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
+def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
+    source, query_sums, added = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
     *outputs, smem = refs[treedef.num_leaves :]
     split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
     unit_tokens = plan.tiles * tiles.TOKENS
@@ -185,10 +187,9 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
     rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
     row_of_square = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
     float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
-    sums = None
-    if not plan.key.channels and (plan.key.zero or plan.key.levels.ratio != 0):
+    if plan.key.needs_sums:
         column = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        sums = [by_column(column(query_sums.at[batch, head, b])) for b in range(plan.key.blocks)]
+        sums = [by_column(column(query_sums[0].at[batch, head, b])) for b in range(plan.key.blocks)]
 
     def per_token(array, slot, block, k):
         """f32[64], of the tokens of field k."""
@@ -254,7 +255,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             scores = cap - 2 * cap / (doubled + jnp.float32(1))
         return scores
 
-    needs_constant = plan.value.zero or plan.value.levels.ratio != 0
+    needs_constant = plan.value.off_centre
 
     rotate = functools.partial(rotate_pairs, interpret=plan.interpret)
     zero = (length >> 31).astype(jnp.int16)  # see `Levels.factor`
@@ -294,10 +295,7 @@ def _kernel(lengths, first, queries, query_sums, *refs, plan: Plan, treedef):
             smem.weights.at[n, columns].transpose((1, 0))[...] = scaled.astype(jnp.float16)
             if needs_constant:
                 # Of the middle of the levels: rounded weights meet the distance from there.
-                middle = scale * jnp.float32(plan.value.levels.ratio)
-                if zero:
-                    middle = middle + zero[0] * jnp.float32(1 / plan.value.levels.slope)
-                c = c + p * by_row(middle)
+                c = c + p * by_row(plan.value.levels.middle(scale, *zero or [None]))
             merged.append(c)
         return tuple(merged)
 

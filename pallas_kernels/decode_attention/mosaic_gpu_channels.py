@@ -40,9 +40,7 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
                 if not plan.key.shifted:
                     continue
                 # Of the middle of the levels: rounded queries meet the distance from there.
-                middle = scale * jnp.float32(plan.key.levels.ratio)
-                if zero:
-                    middle = middle + zero[0] * jnp.float32(1 / plan.key.levels.slope)
+                middle = plan.key.levels.middle(scale, *zero or [None])
                 if starts[c] < c * ROWS:  # some were there before
                     row = plgpu.broadcasted_iota(
                         jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)

@@ -118,6 +118,11 @@ class Levels:
         """offset / slope"""
         return 0.0 if self.polynomial is None else self.polynomial[0] / self.slope
 
+    def middle(self, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        """Of the levels of a block, by the slope: what its factors are counted from."""
+        middle = scale * jnp.float32(self.ratio)
+        return middle if zero is None else middle + zero * jnp.float32(1 / self.slope)
+
     def place(self, field: int) -> int:
         """Of the first bit of a field of a part, in words as `factor` takes them."""
         return FIRST + field * self.low_bits

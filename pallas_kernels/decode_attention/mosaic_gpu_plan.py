@@ -53,7 +53,17 @@ class Side:
     @property
     def shifted(self) -> bool:
         """Whether channels add to scores what does not depend on the codes."""
-        return self.channels and (self.zero or self.levels.ratio != 0)
+        return self.channels and self.off_centre
+
+    @property
+    def needs_sums(self) -> bool:
+        """Whether tokens do: sums of queries, by what they have for it."""
+        return not self.channels and self.off_centre
+
+    @property
+    def off_centre(self) -> bool:
+        """Whether the middle of the levels is not 0."""
+        return self.zero or self.levels.ratio != 0
 
 
 class Operand(NamedTuple):
