@@ -88,12 +88,12 @@ class Codebook:
         """
         if self._step_and_offset is not None:
             step, offset = self._step_and_offset
-            # Rounded before the offset is added: no fused multiply-add can change the result.
-            steps = jnp.round(y if step == 1.0 else y * np.float32(1 / step))
-            # NaN would be undefined as an integer.
-            steps = jnp.where(steps == steps, steps, np.float32(0))
-            top = np.float32(2**self.bits - 1)
-            return jnp.clip(steps + np.float32(offset), np.float32(0), top).astype(jnp.uint8)
+            steps = y if step == 1.0 else y * np.float32(1 / step)
+            top = 2**self.bits - 1
+            # Between product and sum, so that no fused multiply-add can change the result.
+            steps = jnp.clip(steps, np.float32(-offset), np.float32(top - offset))
+            codes = nearest_integer(steps) + np.int32(offset)
+            return (codes & np.int32(top)).astype(jnp.uint8)  # of NaN too
         if self.bits > 4:
             thresholds = jnp.asarray(self.thresholds)
             return jnp.searchsorted(thresholds, y, side="left").astype(jnp.uint8)
@@ -160,6 +160,16 @@ class Codebook:
         step = self.coefficients[1]
         offset = self._middle - self.coefficients[0] / step
         return (step, round(offset)) if abs(offset - round(offset)) < 1e-9 else None
+
+
+def nearest_integer(x: jax.Array) -> jax.Array:
+    """i32 of f32 `x` below 2^21, half to even; of NaN any.
+
+    The sum is where floats are the integers, whose lowest bits are those of the result.
+    """
+    origin = np.float32(1.5 * 2**23)
+    bits = jax.lax.bitcast_convert_type(x + origin, jnp.int32)
+    return bits - origin.view(np.int32)
 
 
 def uniform(bits: int) -> Codebook:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import packing
-from nqkv_jax.codebooks import Codebook
+from nqkv_jax.codebooks import Codebook, nearest_integer
 from nqkv_jax.quantizers.base import Context, Quantizer
 
 SCALES = ("absmax", "signed_absmax", "rms", "minmax")
@@ -113,6 +113,18 @@ class BlockQuantizer(Quantizer):
     def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Codes u8[tokens, heads, head_dim], and scales and zeros as in `BlockPayload`."""
         blocks, axis = self._to_blocks(x.astype(jnp.float32))
+        codes, scale, zero = self.encode_blocks(blocks, axis)
+        zero = None if zero is None else jnp.squeeze(zero, axis)
+        return codes.reshape(x.shape), jnp.squeeze(scale, axis), zero
+
+    def encode_blocks(
+        self, blocks: jax.Array, axis: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Of f32 blocks that lie along `axis`: codes u8, and scales and zeros with `axis` 1 long.
+
+        The operations are those that kernels have too (`pallas_kernels.append_token`), except for
+        scale="rms".
+        """
         low = jnp.min(blocks, axis=axis, keepdims=True)
         high = jnp.max(blocks, axis=axis, keepdims=True)
         zero = None
@@ -126,14 +138,15 @@ class BlockQuantizer(Quantizer):
             if self.scale == "rms":
                 scale = rms(blocks, scale, axis)
 
-        finite = jnp.all(jnp.isfinite(blocks), axis=axis, keepdims=True)
+        # Not by the extremes: those of a kernel leave NaN out.
+        finite = jnp.isfinite(blocks).astype(jnp.int32)
+        finite = jnp.min(finite, axis=axis, keepdims=True) > 0
         scale = store(scale, finite, self.scale_dtype)
         if zero is not None:
             zero = store(zero, finite, self.scale_dtype)
             blocks = blocks - zero.astype(jnp.float32)
         codes = self.codebook.encode(divide_or_zero(blocks, scale.astype(jnp.float32)))
-        zero = None if zero is None else jnp.squeeze(zero, axis)
-        return codes.reshape(x.shape), jnp.squeeze(scale, axis), zero
+        return codes, scale, zero
 
     def decode(
         self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype=jnp.float32
@@ -201,12 +214,19 @@ def _round_to(x: jax.Array, dtype: np.dtype) -> jax.Array:
     would divide by a scale that the decoder does not have. An explicit rounding stays.
     """
     info = jnp.finfo(dtype)
-    nearest = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    drop = 23 - info.nmant
+    if not drop:
+        return x
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    # Half of what is dropped, or one less where that would round an even number up.
+    half = ((bits >> np.int32(drop)) & np.int32(1)) + np.int32(2 ** (drop - 1) - 1)
+    bits = (bits + half) & np.int32(-(2**drop))
+    nearest = jax.lax.bitcast_convert_type(bits, jnp.float32)
     if info.nexp == 8:
         return nearest
-    # `reduce_precision` has no subnormals. Theirs is a fixed grid; powers of two multiply exactly.
+    # Subnormals are on a fixed grid; powers of two multiply exactly.
     grid = np.float32(2.0 ** (info.minexp - info.nmant))
-    subnormal = jnp.round(x * (1 / grid)) * grid
+    subnormal = nearest_integer(x * (1 / grid)).astype(jnp.float32) * grid
     return jnp.where(jnp.abs(x) < np.float32(2.0**info.minexp), subnormal, nearest)
 
 
