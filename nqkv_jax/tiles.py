@@ -13,6 +13,8 @@ The words [R, head_dim] are stored as rows of 128: row by row if head_dim < 128,
 load without padding; on other platforms it is a free reshape.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -76,35 +78,74 @@ def write_token(
     """The tiles `words` int16[tiles, heads, rows, 128] of one sequence, in which the token i32[]
     has the codes u8[heads, head_dim], if `keep` bool[]. Of each word only its bits are written."""
     tile, place = divmod(token, TOKENS)
-    head_dim, low_bits = codes.shape[1], 2 if bits == 3 else bits
-    rows = 8 * low_bits
-    # (bits, row, shift of the field, first element) of each plane
-    planes = [(codes, low_bits, rows, place % rows, place // rows * low_bits, 0)]
-    if bits == 3:
-        row = place % rows
-        bit = row // 8 * 8 + place // rows
-        planes.append((codes >> jnp.uint8(2), 1, 8, row % 8, bit, rows * head_dim))
+    head_dim = codes.shape[1]
     width = min(head_dim, LANES)
     # Rows of 128 words that have those of one row of a plane.
     span = 1 if LANES % width == 0 else 2
     last, zero = words.shape[2] - span, jnp.zeros_like(tile)
 
     lane = jnp.arange(span * LANES)
-    for part, size, rows, row, shift, begin in planes:
-        field, shift = jnp.int16(2**size - 1), shift.astype(jnp.int16)
-        for column, new in enumerate(jnp.split(part.astype(jnp.int16), head_dim // width, axis=1)):
-            first = begin + (column * rows + row) * width
+    for plane in planes(place, bits, head_dim):
+        part, shift = plane.of(codes).astype(jnp.int16), plane.shift.astype(jnp.int16)
+        for column, new in enumerate(jnp.split(part, head_dim // width, axis=1)):
+            first = plane.element(jnp.int32(column * width))
             stored = jnp.minimum(first // LANES, last)
             channel = lane + (stored * LANES - first)
             if span == 1:
                 new = jnp.tile(new, (1, LANES // width))
             else:
                 new = new[:, jnp.clip(channel, 0, width - 1)]
-            mask = jnp.where(keep & (channel >= 0) & (channel < width), field << shift, 0)
+            mask = jnp.int16(plane.field) << shift
+            mask = jnp.where(keep & (channel >= 0) & (channel < width), mask, 0)
             window = lambda a: a.astype(jnp.int16).reshape(1, -1, span, LANES)
             at = jnp.stack([tile, zero, stored, zero])
             words = update(words, at, window(new << shift), window(mask))
     return words
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plane:
+    """Where words have one token's low bits, or of 3 bits the high one; see `planes`."""
+
+    bits: int
+    drop: int  # bits of a code below these
+    begin: int  # words of a head before the plane
+    rows: int  # of head_dim words each
+    head_dim: int
+    row: jax.Array  # i32[], the token's
+    shift: jax.Array  # i32[], of its bits in each word of the row
+
+    @property
+    def field(self) -> int:
+        return 2**self.bits - 1
+
+    def of(self, codes: jax.Array) -> jax.Array:
+        """The bits of `codes` that the plane has, and above them others of theirs."""
+        return codes >> jnp.asarray(self.drop, codes.dtype) if self.drop else codes
+
+    def element(self, channel: jax.Array) -> jax.Array:
+        """i32[...], the numbers of the words of channels i32[...] among those of a head."""
+        width = min(self.head_dim, LANES)
+        column = jax.lax.div(channel, jnp.full_like(channel, width))
+        return self.begin + (column * (self.rows - 1) + self.row) * width + channel
+
+
+def planes(place: jax.Array, bits: int, head_dim: int) -> list[Plane]:
+    """Of the token at place i32[] of a tile."""
+    div = lambda a, n: jax.lax.div(a, jnp.int32(n))
+    low = 2 if bits == 3 else bits
+    rows = 8 * low
+    field = div(place, rows)
+    row = place - field * rows
+    plane = lambda **kwargs: Plane(head_dim=head_dim, **kwargs)
+    found = [plane(bits=low, drop=0, begin=0, rows=rows, row=row, shift=field * low)]
+    if bits == 3:
+        half = div(row, 8)
+        found.append(plane(
+            bits=1, drop=low, begin=rows * head_dim, rows=8, row=row - half * 8,
+            shift=half * 8 + field,
+        ))  # fmt: skip
+    return found
 
 
 @jax.custom_batching.custom_vmap

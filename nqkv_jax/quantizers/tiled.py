@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels import append_token
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer, check_group
@@ -59,42 +60,64 @@ class TiledQuantizer(Quantizer):
     def splice(
         self, body: TiledPayload, x: jax.Array, first: jax.Array, last: jax.Array, context: Context
     ) -> TiledPayload:
+        if x.shape[0] == 1:
+            return self._append_token(body, x, first, first < last)
         bits, size = self.inner.codebook.bits, x.shape[0]
         codes, scale, zero = self.inner.encode(x)
-        if size == 1:  # in the words of its row, and not of a tile
-            fresh, (begin, place) = first < last, divmod(first, TOKENS)
-            words = tiles.write_token(body.words, codes[0], first, bits, fresh)
+        # In all tiles that have some of the tokens.
+        num_tiles, start = body.words.shape[0], jnp.zeros_like(first)
+        count = min((size + TOKENS - 2) // TOKENS + 1, num_tiles)
+        begin, room = jnp.clip(first // TOKENS, 0, num_tiles - count), count * TOKENS
+        token = (begin * TOKENS + jnp.arange(room)).reshape(count, TOKENS)
+        fresh = (token >= first) & (token < jnp.minimum(first + size, last))
+        pack = jax.vmap(lambda codes: tiles.pack(codes, bits))
+
+        def in_place(a):
+            """[count, 128, ...], of tokens [size, ...]."""
+            # Not indexed by the token: on a CPU that takes several times as long.
+            padding = [(room, max(room - size, 0)), *[(0, 0)] * (a.ndim - 1)]
+            a = jax.lax.optimization_barrier(jnp.pad(a, padding))
+            a = jax.lax.dynamic_slice_in_dim(a, room + begin * TOKENS - first, room)
+            return a.reshape(count, TOKENS, *a.shape[1:])
+
+        mask = jnp.where(fresh, 2**bits - 1, 0).astype(jnp.uint8)[..., None, None]
+        mask = pack(jnp.broadcast_to(mask, (count, TOKENS, 1, x.shape[2])))  # of all heads
+        at = jnp.stack([begin, start, start, start])
+        words = tiles.update(body.words, at, pack(in_place(codes)), mask)
+        stored = lambda a: jnp.swapaxes(in_place(self._store(a).T), 1, 2)
+        put = functools.partial(_put, tile=begin, place=start, fresh=fresh[:, None])
+        zero = None if zero is None else put(body.zero, stored(zero))
+        return TiledPayload(words=words, scale=put(body.scale, stored(scale)), zero=zero)
+
+    def _append_token(
+        self, body: TiledPayload, x: jax.Array, token: jax.Array, keep: jax.Array
+    ) -> TiledPayload:
+        """`body` with x [1, heads, head_dim] in the place of `token`, if `keep`."""
+
+        def by_xla(body, x, token, keep):
+            codes, scale, zero = self.inner.encode(x)
+            # In the words of its row, and not of a tile.
+            words = tiles.write_token(body.words, codes[0], token, self.inner.codebook.bits, keep)
+            tile, place = divmod(token, TOKENS)
+            put = functools.partial(_put, tile=tile, place=place, fresh=keep[None, None, None])
             stored = lambda a: self._store(a)[None]
-        else:  # in all tiles that have some of the tokens
-            num_tiles, place = body.words.shape[0], jnp.zeros_like(first)
-            count = min((size + TOKENS - 2) // TOKENS + 1, num_tiles)
-            begin, room = jnp.clip(first // TOKENS, 0, num_tiles - count), count * TOKENS
-            token = (begin * TOKENS + jnp.arange(room)).reshape(count, TOKENS)
-            fresh = (token >= first) & (token < jnp.minimum(first + size, last))
-            pack = jax.vmap(lambda codes: tiles.pack(codes, bits))
+            zero = None if zero is None else put(body.zero, stored(zero))
+            return TiledPayload(words=words, scale=put(body.scale, stored(scale)), zero=zero)
 
-            def in_place(a):
-                """[count, 128, ...], of tokens [size, ...]."""
-                # Not indexed by the token: on a CPU that takes several times as long.
-                padding = [(room, max(room - size, 0)), *[(0, 0)] * (a.ndim - 1)]
-                a = jax.lax.optimization_barrier(jnp.pad(a, padding))
-                a = jax.lax.dynamic_slice_in_dim(a, room + begin * TOKENS - first, room)
-                return a.reshape(count, TOKENS, *a.shape[1:])
+        def by_kernel(body, x, token, keep):
+            words, scale, zero = append_token.append_token(
+                body.words, body.scale, body.zero, x[0], token, keep, quantizer=self.inner
+            )
+            return TiledPayload(words=words, scale=scale, zero=zero)
 
-            mask = jnp.where(fresh, 2**bits - 1, 0).astype(jnp.uint8)[..., None, None]
-            mask = pack(jnp.broadcast_to(mask, (count, TOKENS, 1, x.shape[2])))  # of all heads
-            at = jnp.stack([begin, place, place, place])
-            words = tiles.update(body.words, at, pack(in_place(codes)), mask)
-            stored = lambda a: jnp.swapaxes(in_place(self._store(a).T), 1, 2)
-
-        def put(old, new):
-            new = stored(new)  # [tiles, blocks, tokens]
-            mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
-            mask = mask[:, None] if mask.ndim else mask[None, None, None]
-            return tiles.update(old, jnp.stack([begin, jnp.zeros_like(begin), place]), new, mask)
-
-        zero = None if zero is None else put(body.zero, zero)
-        return TiledPayload(words=words, scale=put(body.scale, scale), zero=zero)
+        if append_token.unsupported(self.inner) is None:
+            by_platform = dict.fromkeys(append_token.PLATFORMS, by_kernel)
+        else:
+            by_platform = {}
+        arguments = (body, x, token, keep)
+        if not by_platform:
+            return by_xla(*arguments)
+        return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
 
     def dequantize(self, payload: TiledPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         bits = self.inner.codebook.bits
@@ -135,6 +158,15 @@ class TiledQuantizer(Quantizer):
         if self._per_channel:
             return jnp.swapaxes(scale.reshape(heads, -1, scale.shape[1]), 0, 1)
         return scale.T
+
+
+def _put(
+    old: jax.Array, new: jax.Array, *, tile: jax.Array, place: jax.Array, fresh: jax.Array
+) -> jax.Array:
+    """Scales `old` [tiles, blocks, 128], with those of `new`, from a tile and a place on, that are
+    `fresh`."""
+    mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
+    return tiles.update(old, jnp.stack([tile, jnp.zeros_like(tile), place]), new, mask)
 
 
 def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Quantizer:

@@ -1,0 +1,102 @@
+"""Encodes one token and writes it into its bits of a body in tiles, in one launch, by Triton.
+
+XLA takes three launches for it: a block's extremes, its scale, the words. Here one program has a
+block of the token, from its extremes to its words.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from nqkv_jax import tiles
+from nqkv_jax.quantizers.block import BlockQuantizer
+
+# The platforms of `jax.lax.platform_dependent` on which caches take it. None as long as it has not
+# been timed on one.
+PLATFORMS: set[str] = set()
+MOST = 8192  # elements of a block, at most: what a program holds in registers
+LANES_PER_WARP = 256  # elements of a block for each warp: 8 per thread
+
+
+def unsupported(quantizer: BlockQuantizer) -> str | None:
+    """What this kernel would need to serve the quantizer, or None if it can."""
+    if quantizer.axis != "hidden":
+        return "blocks of one token"
+    if quantizer.scale == "rms":
+        return 'scale="absmax", "signed_absmax" or "minmax"; got "rms"'
+    if quantizer.block_size > MOST:
+        return f"blocks of {MOST} elements or fewer; got {quantizer.block_size}"
+    return None
+
+
+def append_token(
+    words: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    x: jax.Array,
+    token: jax.Array,
+    keep: jax.Array,
+    *,
+    quantizer: BlockQuantizer,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The body of one sequence, in place, with `x` as its token number `token`.
+
+    Args:
+      words: int16[tiles, heads, rows, 128], see `nqkv_jax.tiles`.
+      scale, zero: scale_dtype [tiles, blocks, 128], float16 as int16; zero is of min-max only.
+      x: float[heads, head_dim].
+      token: i32[], below 128 * tiles.
+      keep: bool[]; nothing is written if it is not set.
+      quantizer: how x is encoded; `unsupported` is None for it.
+
+    Returns: words, scale and zero, to the bit as XLA writes them.
+    """
+    arrays = [words, scale] if zero is None else [words, scale, zero]
+    whole, count = pl.BlockSpec(), len(arrays)
+    at = jnp.where(keep, token, -1)[None]
+    found = pl.pallas_call(
+        functools.partial(_kernel, quantizer=quantizer, heads=x.shape[0], head_dim=x.shape[1]),
+        grid=(x.size // quantizer.block_size,),
+        in_specs=[whole] * (2 + count),
+        out_specs=[whole] * count,
+        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays],
+        input_output_aliases={2 + i: i for i in range(count)},
+        compiler_params=pltriton.CompilerParams(
+            num_warps=max(1, pl.next_power_of_2(quantizer.block_size) // LANES_PER_WARP)
+        ),
+        interpret=interpret,
+        name="append_token",
+    )(at, x.reshape(-1), *arrays)
+    return found[0], found[1], None if zero is None else found[2]
+
+
+def _kernel(at, x, *refs, quantizer: BlockQuantizer, heads: int, head_dim: int):
+    words, *scales = refs[len(refs) // 2 :]  # where the results are; the arguments are there too
+    size, bits = quantizer.block_size, quantizer.codebook.bits
+    block, token = pl.program_id(0), at[0]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(size),), 0)
+    # Beyond a block's end its last element is repeated: no extreme changes, and its word is written
+    # more than once, with the same bits.
+    channel = block * size + jnp.minimum(lane, size - 1)
+    codes, *stored = quantizer.encode_blocks(x[channel].astype(jnp.float32), 0)
+
+    @pl.when(token >= 0)
+    def _():
+        divmod = lambda a, n: (jax.lax.div(a, jnp.full_like(a, n)), a % n)
+        tile, place = divmod(token, tiles.TOKENS)
+        head, c = divmod(channel, head_dim)
+        for plane in tiles.planes(place, bits, head_dim):
+            row, column = divmod(plane.element(c), tiles.LANES)
+            ref = words.at[tile, head, row, column]
+            shift = plane.shift.astype(jnp.int16)
+            field = jnp.int16(plane.field)
+            new = (plane.of(codes).astype(jnp.int16) & field) << shift
+            ref[...] = (ref[...] & ~(field << shift)) | new
+        for ref, value in zip(scales, (v for v in stored if v is not None), strict=True):
+            if value.dtype == jnp.float16:
+                value = jax.lax.bitcast_convert_type(value, jnp.int16)
+            ref[tile, block, pl.ds(place, 1)] = value

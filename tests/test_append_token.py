@@ -1,0 +1,86 @@
+"""The kernel that encodes a token and writes it: the bits that XLA writes, and no others."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from append_token_cases import CASES, KEEP, TOKEN, body, expected, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nqkv_jax as nq
+from nqkv_jax import codebooks
+from nqkv_jax.pallas_kernels.append_token import PLATFORMS, append_token, unsupported
+from nqkv_jax.quantizers import BlockQuantizer
+
+
+@functools.partial(jax.jit, static_argnames="quantizer")
+def appended(before, x, quantizer):
+    def one(before, x, token, keep):
+        arrays = (before.words, before.scale, before.zero)
+        return append_token(*arrays, x, token, keep, quantizer=quantizer, interpret=True)
+
+    words, scale, zero = jax.vmap(one)(before, x, jnp.asarray(TOKEN), jnp.asarray(KEEP))
+    return type(before)(words=words, scale=scale, zero=zero)
+
+
+def assert_same_bits(a, b):
+    as_bytes = lambda a: np.ascontiguousarray(a).view(np.uint8)
+    chex.assert_trees_all_equal(jax.tree.map(as_bytes, a), jax.tree.map(as_bytes, b))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_bits_are_those_of_xla(case):
+    before, x = body(case), tokens(case)
+    after = appended(before, x, case.quantizer)
+    assert_same_bits(after, expected(case, before, x))
+    # The last sequence is not to be written, the others are.
+    changed = [bool((a != b).any()) for a, b in zip(after.words, before.words, strict=True)]
+    assert changed == list(KEEP)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    name=st.sampled_from(["cubic4-signed", "uniform2-minmax-parts", "nf3-d80"]),
+    exponent=st.integers(-40, 38),
+    offset=st.sampled_from([0, 1, 1000]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_bits_of_any_blocks(name, exponent, offset, seed):
+    case = CASES[name]
+    shape = (len(TOKEN), case.heads, case.head_dim)
+    x = (np.random.default_rng(seed).normal(size=shape) + offset) * 10.0**exponent
+    x = jnp.asarray(np.clip(x, -3e38, 3e38), jnp.float32).astype(case.dtype)
+    before = body(case, seed)
+    assert_same_bits(appended(before, x, case.quantizer), expected(case, before, x))
+
+
+@pytest.mark.parametrize(
+    "quantizer, reason",
+    [
+        (BlockQuantizer(codebooks.uniform(2), block_size=32, axis="tokens", scale="minmax"),
+         "one token"),
+        (BlockQuantizer(codebooks.lloyd_max_normal(4), block_size=64, scale="rms"), "absmax"),
+        (BlockQuantizer(codebooks.normal_float(4), block_size=16384), "8192 elements or fewer"),
+    ],
+)  # fmt: skip
+def test_what_it_would_need(quantizer, reason):
+    assert reason in unsupported(quantizer)
+
+
+@pytest.mark.parametrize(
+    "scheme, kernels", [("nqkv", 2), ("int8", 2), ("kivi", 1), ("nqkv:codebook=lloyd_max", 0)]
+)
+def test_caches_take_it_on_the_platforms_that_have_it(scheme, kernels, monkeypatch):
+    monkeypatch.setattr("nqkv_jax.pallas_kernels.append_token.PLATFORMS", PLATFORMS | {"cuda"})
+    cache = nq.schemes.get(scheme).init(
+        num_layers=1, batch=2, max_len=256, num_kv_heads=2, head_dim=128, dtype=jnp.bfloat16
+    )
+    x = jnp.zeros((2, 1, 2, 128), jnp.bfloat16)
+    append = jax.jit(lambda cache, x: cache.append(0, x, x, jnp.ones(2, jnp.int32), None))
+    lowered = append.trace(cache, x).lower(lowering_platforms=("cpu",))
+    assert str(append.trace(cache, x).jaxpr).count("name=append_token") == kernels
+    assert "append_token" not in lowered.as_text()  # of this platform
