@@ -76,6 +76,14 @@ as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
         ("and.b32 %r3, %r3, 0x3BFF3BFF; add.f16x2 %r4, %r3, %r5", lambda a: (
             as_halves(a & 0x3BFF3BFF) + np.tile(as_halves(OTHER), 128)
         ).view(np.uint32)),
+        ("redux.sync.min.s32 %r4, %r3, -1", lambda a: (
+            as_signed(a).reshape(4, 32).min(1).repeat(32).view(np.uint32)
+        )),
+        ("cvt.u16.u32 %rs1, %r3; setp.num.bf16 %p1, %rs1, %rs1; selp.b32 %r4, 5, %r3, %p1",
+         lambda a: np.where((a & 0x7FFF) > 0x7F80, a, 5)),
+        ("setp.leu.f32 %p1, %r3, 0f3F800000; selp.b32 %r4, 5, %r3, %p1",
+         lambda a: np.where(a.view(np.float32) > 1, a, 5)),
+        ("abs.f32 %r4, %r3", lambda a: a & 0x7FFFFFFF),
         ("@%p0 mov.b32 %r4, %r3", lambda a: np.where(np.arange(128) == 0, a, 1)),
         ("setp.lt.s32 %p1, %r3, 0; selp.b32 %r4, 5, %r3, %p1",
          lambda a: np.where(as_signed(a) < 0, 5, a)),

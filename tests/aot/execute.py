@@ -45,11 +45,11 @@ def executed(kernel):
 
 
 def _run(program, host_code: str, results, *operands) -> tuple[np.ndarray, ...]:
-    inputs = [_aligned(np.asarray(a)) for a in operands]
+    inputs = [aligned(np.asarray(a)) for a in operands]
     before = [a.tobytes() for a in inputs]
     found = []
     for schedule in SCHEDULES:
-        outputs = [_aligned(np.full(a.shape, np.nan, a.dtype)) for a in results]
+        outputs = [aligned(np.full(a.shape, np.nan, a.dtype)) for a in results]
         launch = host.launch(host_code, program, inputs + outputs)
         machine.run(program, launch, Global(inputs + outputs), schedule)
         found.append(outputs)
@@ -61,7 +61,7 @@ def _run(program, host_code: str, results, *operands) -> tuple[np.ndarray, ...]:
     return tuple(found[0])
 
 
-def _aligned(a: np.ndarray) -> np.ndarray:
+def aligned(a: np.ndarray) -> np.ndarray:
     """A copy at a multiple of 256 bytes, as buffers of a GPU are."""
     data = np.empty(a.nbytes + 256, np.uint8)
     first = -data.ctypes.data % 256

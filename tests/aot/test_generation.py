@@ -103,6 +103,10 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
         # The host evaluates conditions: beside that of the loop one for the flush of all layers, or
         # one for each side where these have windows of their own.
         assert step.count(" while(") == {"nqkv": 0, "kivi": 2}.get(scheme, 1)
+        # Tokens that are encoded by themselves are appended by a kernel: of kivi, values.
+        sides = {"nqkv": 2, "kivi": 1}.get(scheme, 0)
+        appends = compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"')
+        assert appends == sides * config.num_layers
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])

@@ -82,8 +82,9 @@ def test_registers_are_as_recorded():
             assert abs(row[count] - before[count]) <= 0.1 * before[count], (row, before)
 
 
-def test_the_instructions_of_a_gpu_give_what_the_oracle_gives():
+@pytest.mark.parametrize("script", ["execute.py", "execute_append.py"])
+def test_the_instructions_of_a_gpu_give_what_is_right(script):
     """All of them, one by one, on the CPU."""
-    command = [sys.executable, str(HERE / "execute.py")]
+    command = [sys.executable, str(HERE / script)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

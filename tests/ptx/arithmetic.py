@@ -4,6 +4,7 @@ import operator
 import re
 import struct
 
+import ml_dtypes
 import numpy as np
 
 TYPES = {
@@ -11,6 +12,7 @@ TYPES = {
     for letter, kind in (("s", "i"), ("u", "u"), ("b", "u"), ("f", "f"))
     for bits in (16, 32, 64)
 }
+TYPES["bf16"] = np.dtype(ml_dtypes.bfloat16)
 
 
 def storage(dtype) -> np.dtype:
@@ -98,16 +100,21 @@ FUNCTIONS = {
     "bfe": _field,
     "ex2": np.exp2,
     "div": operator.truediv,
+    "abs": np.abs,
 }
+_no_number = lambda a, b: np.isnan(a) | np.isnan(b)
 COMPARISONS = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
     "ge": operator.ge,
+    # True if one is NaN.
+    "neu": operator.ne, "leu": lambda a, b: ~(a > b),
+    "nan": _no_number, "num": lambda a, b: ~_no_number(a, b),
 }  # fmt: skip
 KNOWN = {
     "add": {"ftz", "rn"}, "sub": {"ftz", "rn"}, "fma": {"ftz", "rn"}, "neg": {"ftz"},
     "mul": {"ftz", "rn", "lo", "wide", "hi"}, "mad": {"lo"}, "min": {"ftz", "NaN"},
     "max": {"ftz", "NaN"}, "shf": {"l", "r", "wrap"}, "ex2": {"approx", "ftz"},
-    "div": {"full", "ftz", "rn"},
+    "div": {"full", "ftz", "rn"}, "abs": {"ftz"},
 }  # fmt: skip
 
 

@@ -174,6 +174,19 @@ def _shfl(opcode, operands, program):
     return execute
 
 
+def _redux(opcode, operands, program):
+    if not opcode.startswith("redux.sync.min."):
+        raise NotImplementedError(opcode)
+    target, source, _ = operands
+    dtype = TYPES[opcode.split(".")[-1]]
+
+    def execute(warp, active):
+        value = warp.read(source, dtype).min()
+        warp.write(target, np.full(32, value, dtype), active)
+
+    return _of_all(execute)
+
+
 def _ld(opcode, operands, program):
     parts = opcode.split("::")[0].split(".")
     target, address = operands
@@ -310,7 +323,8 @@ def _fence(opcode, operands, program):
     raise NotImplementedError(opcode)
 
 
-def _prefetch(opcode, operands, program):
+def _nothing(opcode, operands, program):
+    """Of the caches, or of the kernels before."""
     return lambda warp, active: None
 
 
@@ -383,7 +397,9 @@ SPECIAL = {
     "wgmma": _wgmma,
     "bar": _bar,
     "fence": _fence,
-    "prefetch": _prefetch,
+    "prefetch": _nothing,
+    "griddepcontrol": _nothing,
+    "redux": _redux,
     "mbarrier": _mbarrier,
     "cp": _cp,
 }

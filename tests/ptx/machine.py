@@ -63,7 +63,7 @@ class Block:
         self.meetings = collections.defaultdict(set)  # of warps that wait, by barrier
         self.met = collections.Counter()
         self.copies = collections.deque()  # that are under way
-        self.symbols = {"__dynamic_shmem__0": SHARED_BASE}
+        self.symbols = dict.fromkeys(("__dynamic_shmem__0", "global_smem"), SHARED_BASE)
         for n, name in enumerate(program.parameters):
             self.symbols[name] = PARAMETERS + n * PARAMETER_BYTES
 

@@ -1,0 +1,98 @@
+"""The kernel that appends a token, as it was compiled, executed on the CPU: the bits are XLA's.
+
+    python tests/aot/execute_append.py [CASE ...]
+
+Every instruction, of every thread (see `ptx`), with the first warp ahead and with the last.
+"""
+
+import os
+import pathlib
+import re
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import dump  # first: see there
+import jax
+import jax.numpy as jnp
+import numpy as np
+from append_token_cases import CASES, KEEP, TOKEN, body, expected, tokens
+from execute import aligned
+from ptx import machine
+from ptx.memory import Global
+from ptx.program import parse
+from tqdm import tqdm
+
+from nqkv_jax.pallas_kernels.append_token import append_token
+
+# Read when a process compiles its first program.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_dump_to={dump.FOLDER} --xla_dump_hlo_module_re=jit_append --xla_dump_hlo_as_text "
+    "--xla_gpu_dump_llvmir=true --xla_dump_emitter_re=.*"
+)
+
+
+def compiled(case):
+    """The kernel, and how it is started but for its parameters."""
+
+    def append(words, scale, zero, x, token, keep):
+        return append_token(words, scale, zero, x, token, keep, quantizer=case.quantizer)
+
+    before = body(case)
+    arguments = before.words, before.scale, before.zero, tokens(case)
+    arguments += jnp.asarray(TOKEN, jnp.int32), jnp.asarray(KEEP)
+    dump.compile_for_h100(jax.jit(jax.vmap(append), donate_argnums=(0, 1, 2)), *arguments)
+    texts = [file.read_text() for file in dump.FOLDER.glob("*.ptx")]
+    (text,) = (t for t in texts if ".entry append_token" in t)
+    launches = dump.text("thunk_sequence.txt").splitlines()
+    (launch,) = (line for line in launches if " append_token grid" in line)
+    numbers = re.search(
+        r"grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), 1, 1\] +shared_memory: (\d+)", launch
+    )
+    *grid, threads, shared = map(int, numbers.groups())
+    return parse(text), dict(grid=tuple(grid), threads=threads, shared_bytes=shared)
+
+
+def executed(case, schedule, program, options):
+    """The body of every sequence after it, from `body`."""
+    before = body(case)
+    places = np.where(KEEP, np.asarray(TOKEN, np.int32), np.int32(-1))
+    inputs = [aligned(a) for a in (places, np.asarray(tokens(case)))]
+    state = [aligned(np.asarray(a)) for a in jax.tree.leaves(before)]  # read and written
+    pointers = [a.ctypes.data.to_bytes(8, "little") for a in inputs + state + state]
+    launch = machine.Launch(parameters=tuple(pointers), tensor_maps={}, **options)
+    machine.run(program, launch, Global(inputs + state), schedule)
+    return jax.tree.unflatten(jax.tree.structure(before), state)
+
+
+def check(case) -> None:
+    """
+    Raises: AssertionError if a bit differs from XLA's.
+    """
+    program, options = compiled(case)
+    order = tuple(range(options["threads"] // 32))
+    for warps in {order, order[::-1]}:
+        found = executed(case, machine.Schedule(warps=warps), program, options)
+        for name, a in vars(expected(case, body(case), tokens(case))).items():
+            if a is not None:
+                a, b = (np.asarray(x).view(np.uint8) for x in (a, getattr(found, name)))
+                np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(CASES)
+    if unknown := set(names) - set(CASES):
+        sys.exit(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
+    failed = 0
+    for name in tqdm(names, unit="case", disable=None):
+        try:
+            check(CASES[name])
+        except Exception as error:
+            failed += 1
+            tqdm.write(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{len(names) - failed} of {len(names)} to the bit as XLA has them")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
