@@ -1,8 +1,9 @@
 """Checks and measures decoding from packed caches on a GPU, from a bare checkout, in one command.
 
-Parts: `check` runs every case of the kernels' tests on the device, against a float64 oracle;
-`bandwidth` is what the memory can do; `sweep` times one token's attention over caches of many
-shapes, against bfloat16 in the same run; `end-to-end` decodes with whole models of random weights.
+Parts: `check` runs every case of the kernels' tests on the device, against a float64 oracle, and
+what is appended against XLA, byte by byte; `bandwidth` is what the memory can do; `append` times
+how a token gets into a layer; `sweep` one token's attention over caches of many shapes, against
+bfloat16 in the same run; `end-to-end` decodes with whole models of random weights.
 
 What is found is written as it comes. The same command goes on where it was interrupted, or where
 its time was up.
@@ -18,14 +19,14 @@ import time
 
 from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
 
-PARTS = ("check", "bandwidth", "sweep", "end-to-end")
+PARTS = ("check", "bandwidth", "append", "sweep", "end-to-end")
 # By when a part must have begun its last unit, as a share of the time. What is left is the next's.
-SHARES = {"check": 0.25, "bandwidth": 0.3, "sweep": 0.6, "end-to-end": 0.9}
+SHARES = {"check": 0.25, "bandwidth": 0.3, "append": 0.35, "sweep": 0.6, "end-to-end": 0.9}
 LAST = 0.97  # when what still runs is ended, so that there is time for the report
 # Of the device's memory. torch, in the process of the sweep, needs some of its own.
 MEMORY = {"sweep": "0.85", "end-to-end": "0.93"}
 # Seconds without a line in the journal, before a process is taken to hang: compiling takes time.
-PATIENCE = {"check": 90, "bandwidth": 90, "sweep": 120, "end-to-end": 240}
+PATIENCE = {"check": 90, "bandwidth": 90, "append": 90, "sweep": 120, "end-to-end": 240}
 TRIES = 8  # processes for a part, each of which ended before it was done
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -127,12 +128,20 @@ def _units(part: str, journal: Journal, dry_run: bool) -> list[Unit]:
     # Where the allocator says nothing, a CPU's, nothing large is tried.
     memory = (device.memory_stats() or {}).get("bytes_limit", 2**30)
     if part == "check":
-        from gpu import check
+        from gpu import append, check
 
-        return check.units(["cubic4", "integer8-d64"]) if dry_run else check.units()
+        if dry_run:
+            return [*check.units(["cubic4", "integer8-d64"]), *append.checks(["nf4"])]
+        return [*check.units(), *append.checks()]
     bandwidth = _bandwidth(2**20 if dry_run else min(2**32, memory // 4))
     if part == "bandwidth":
         return [bandwidth]
+    if part == "append":
+        from gpu import append, end_to_end
+
+        if dry_run:
+            return append.units(end_to_end.tiny(), steps=2, repeats=2)
+        return append.units(end_to_end.settings(), steps=512, repeats=15)
     if part == "sweep":
         from gpu import shapes, sweep
 

@@ -71,6 +71,16 @@ def test_every_row_is_timed_or_says_why_not(folder):
         assert r["copy_fraction"] == pytest.approx(fraction)
 
 
+def test_appends_are_timed_against_what_comes_before_them(folder):
+    found = {(r["spec"], r["implementation"], r["codebook"]): r for r in rows(folder, "append")}
+    for spec in ("tiny/b1", "tiny/b2"):
+        nothing = found[spec, "nothing", "none"]
+        assert found[spec, "triton", "nqkv"]["skipped"] == "needs a GPU; this is cpu"
+        for row in (found[spec, "xla", "none"], found[spec, "xla", "nqkv"]):
+            assert row["own_us"] == pytest.approx(row["median_us"] - nothing["median_us"])
+    assert "| tiny/b1 | xla | nqkv |" in (folder / "gpu_decode.md").read_text()
+
+
 def test_cases_are_checked_against_the_oracle(folder):
     found = {(r["spec"], r["implementation"]): r for r in rows(folder, "check")}
     assert found["cubic4/short", "xla"]["passed"] and found["cubic4/short", "xla"]["error"] < 1e-5
@@ -115,10 +125,10 @@ def test_a_run_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
 def test_time_that_is_up(tmp_path):
     arguments = ["--worker", "--dry-run", "--out", str(tmp_path), "--parts", "check"]
     assert gpu_decode.main([*arguments, "--deadline", "0"]) == 0
-    assert Journal(tmp_path / "gpu_decode.jsonl").left == {"check": 6}
+    assert Journal(tmp_path / "gpu_decode.jsonl").left == {"check": 7}
     assert gpu_decode.report(tmp_path) == 0
     assert (
-        "Not reached in the time that was given: 6 of check"
+        "Not reached in the time that was given: 7 of check"
         in (tmp_path / "gpu_decode.md").read_text()
     )
 

@@ -1,5 +1,6 @@
 """Tables and the roofline of a run's records."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterable
@@ -38,8 +39,12 @@ def markdown(machine: dict, records: list[dict], left: dict[str, int]) -> str:
     missing = [f"{count} of {part}" for part, count in left.items() if count]
     if missing:
         lines += [f"Not reached in the time that was given: {', '.join(missing)}.", ""]
-    sections = (_check, _bandwidth, _sweep, _end_to_end)
-    for part, section in zip(("check", "bandwidth", "sweep", "end-to-end"), sections, strict=True):
+    sections = {
+        "check": _check, "bandwidth": _bandwidth,
+        "append": functools.partial(_append, whole=of("end-to-end")),
+        "sweep": _sweep, "end-to-end": _end_to_end,
+    }  # fmt: skip
+    for part, section in sections.items():
         if of(part):
             lines += [*section(of(part)), ""]
     return "\n".join(lines)
@@ -54,11 +59,17 @@ def _check(records: list[dict]) -> list[str]:
     for r in records:
         verdict = {True: "yes", False: "**NO**", None: "not run"}[r["passed"]]
         error = f"{r['error']:.1e}" if "error" in r else ""
+        if "wrong_bytes" in r:
+            error = f"{r['wrong_bytes']} bytes"
         log_sum = f"{r['log_sum_error']:.1e}" if "error" in r else ""
         why = r.get("failure") or r.get("skipped") or ""
         rows.append([r["spec"], r["implementation"], verdict, error, log_sum, why])
     header = ["case", "implementation", "within tolerance", "largest error", "of log-sums", ""]
-    return ["### Against the float64 oracle", "", *_table(header, rows)]
+    return [
+        "### Against the float64 oracle; what is appended against XLA",
+        "",
+        *_table(header, rows),
+    ]
 
 
 def _bandwidth(records: list[dict]) -> list[str]:
@@ -68,6 +79,30 @@ def _bandwidth(records: list[dict]) -> list[str]:
     ]
     header = ["a pass over a large array", "bytes per second", "spread"]
     return ["### Bandwidth", "", *_table(header, rows)]
+
+
+def _append(records: list[dict], whole: list[dict]) -> list[str]:
+    """`whole`: records of decoders, of whose steps this is a part."""
+    steps = {
+        (r["spec"], r["codebook"], r["batch"]): r["median_us"] for r in whole
+        if r["median_us"] and r["implementation"] == KERNEL
+    }  # fmt: skip
+    rows = []
+    for r in records:
+        fixed = [r["spec"], r["implementation"], r["codebook"]]
+        if r["own_us"] is None:
+            rows.append([*fixed, "", "", r.get("failure") or r.get("skipped") or ""])
+            continue
+        model = r["spec"].split("/")[0]
+        step = steps.get((f"{model}/equal batch", r["codebook"], r["batch"]))
+        share = f"{r['own_us'] * r['num_layers'] / step:.1%} of a step" if step else ""
+        rows.append([*fixed, f"{r['median_us']:.2f}", f"{r['own_us']:.2f}", share])
+    header = ["layer of", "implementation", "cache", "microseconds", "above nothing", ""]
+    return [
+        "### Appending one token to the keys and values of a layer", "",
+        "In all layers, as a part of a decoder's step with that cache in the same batch.", "",
+        *_table(header, rows),
+    ]  # fmt: skip
 
 
 def _sweep(records: list[dict]) -> list[str]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from gpu import end_to_end, sweep, timing
+from gpu import append, end_to_end, sweep, timing
 from gpu.check import KERNEL
 from gpu.shapes import Shape, bfloat16_caches, coded_caches, formats
 from targets import compile_for
@@ -65,3 +65,14 @@ def test_decoders_attend_by_what_is_said(name, variant):
     assert memory.alias_size_in_bytes >= cache.nbytes
     # Encoding 128 tokens of every sequence takes some, however long they are.
     assert memory.temp_size_in_bytes < cache.nbytes / 10
+
+
+@pytest.mark.parametrize("implementation, scheme", append.ROWS)
+def test_appends_write_in_place_by_what_is_said(implementation, scheme):
+    setting = end_to_end.settings()[0]
+    layer, x = jax.eval_shape(lambda: append.new_layer(setting, scheme, 2, 4))
+    with append.platforms(implementation):
+        compiled = compile_for("h100", append.loop(implementation, 4), layer, x)
+    kernels = compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"')
+    assert kernels == (2 if implementation == append.KERNEL else 0)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**16
