@@ -1,7 +1,7 @@
 """Decode attention on Hopper GPUs: codes become float16 in registers, the operands of `wgmma`.
 
 One program (a warpgroup) serves one KV head of one sequence and one of several splits of its
-tokens, with an online softmax; the splits are merged in XLA. Tokens of keys, and channels of
+tokens, with an online softmax; another kernel merges them. Tokens of keys, and channels of
 values, are the 64-row side of the tensor core, and the query heads of a group the other, so that
 hardly anything is padded and what was decoded goes from registers into the product.
 
@@ -29,7 +29,9 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
     fetch,
     load_rows,
     memory,
+    store,
 )
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_merge import merge
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     ROWS,
     SHARED_MEMORY,
@@ -145,12 +147,10 @@ def decode_attention(
         grid_names=("split", "head", "batch"),
         **options,
     )(lengths, first, q, *jax.tree.leaves(arrays))
-    top = jnp.max(maximum, axis=2, keepdims=True)
-    weight = jnp.exp(maximum - top)
-    denominator = jnp.sum(weight * denominator, axis=2)[..., :group]
-    numerator = jnp.sum(weight[:, :, :, None] * numerator, axis=2)
+    numerator, denominator, maximum = merge(numerator, denominator, maximum, interpret)
     numerator = jnp.swapaxes(numerator, 2, 3)[:, :, :group]
-    return numerator, denominator, jnp.where(denominator == 0, -jnp.inf, top[:, :, 0, :group])
+    maximum = jnp.where(denominator == 0, -jnp.inf, maximum)
+    return numerator, denominator[..., :group], maximum[..., :group]
 
 
 def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
@@ -386,17 +386,9 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         numerator = numerator * jnp.float32(plan.value.levels.slope)
         channel = pl.ds(operand.column * plan.width(plan.value) + operand.first, operand.count)
         whole = operand.count == plan.head_dim
-        _store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
-    _store(denominator_gmem, jnp.sum(denominator, axis=0))
-    _store(maximum_gmem, maximum)
-
-
-def _store(target, x: jax.Array) -> None:
-    """To global memory, also where that is less than a cache line for each warp."""
-    if jax.__version_info__ < (0, 12):
-        target[...] = x
-    else:
-        plgpu.store(target, x, optimized=False)
+        store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
+    store(denominator_gmem, jnp.sum(denominator, axis=0))
+    store(maximum_gmem, maximum)
 
 
 def _matmul(left: jax.Array, right, plan: Plan, *more: tuple) -> jax.Array:

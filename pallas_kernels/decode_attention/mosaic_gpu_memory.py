@@ -154,3 +154,11 @@ def _load_rows(context, bits: ir.Value) -> mgpu.FragmentedArray:
         found = memref.load(bits, [arith.divui(row, size), arith.remui(row, size)])
         registers.flat[i] = vector.broadcast(number, found)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+
+def store(target, x: jax.Array) -> None:
+    """To global memory, also where that is less than a cache line for each warp."""
+    if jax.__version_info__ < (0, 12):
+        target[...] = x
+    else:
+        plgpu.store(target, x, optimized=False)

@@ -1,4 +1,4 @@
-"""The GPU kernel as it was compiled, executed on the CPU, against the float64 oracle.
+"""The GPU kernels as they were compiled, executed on the CPU, against the float64 oracle.
 
     python tests/aot/execute.py [CASE ...]
 
@@ -16,42 +16,68 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import dump  # first: see there
 import jax
 import jax.numpy as jnp
+import merge_splits_cases
 import numpy as np
 from decode_attention_cases import CASES, LENGTHS, arguments, check
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from ptx import host, machine
 from ptx.memory import Global
 from ptx.program import parse
 from tqdm import tqdm
+from vector_attention_cases import VectorCase
 
-from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu, unsupported
+from nqkv_jax.pallas_kernels.decode_attention import unsupported
 from nqkv_jax.tiles import TOKENS
 
 SCHEDULES = machine.Schedule(), machine.Schedule(warps=(3, 1, 2, 0), late=True)
 TOLERANCE = 2e-3  # of products in float16
+PROGRAMS = {}  # of Mosaic, by name and operands; and the code of their host
 
 
-def executed(kernel):
-    """The same kernel, for an H100 that is not there."""
+def executed(kernel, compiled):
+    """The same kernel, for an H100 that is not there.
+
+    `compiled(kernel, *shapes)` is its program, and the function of buffers that is its launch.
+    """
 
     def call(*operands):
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands]
-        dump.compile_for_h100(jax.jit(kernel), *shapes)
         results = jax.eval_shape(kernel, *shapes)
-        run = functools.partial(_run, parse(dump.text(".ptx")), dump.text(".ll"), results)
+        run = functools.partial(_run, *compiled(kernel, *shapes), results)
         return jax.pure_callback(run, results, *operands)
 
     return call
 
 
-def _run(program, host_code: str, results, *operands) -> tuple[np.ndarray, ...]:
+def by_mosaic(name: str, kernel, *shapes):
+    dump.compile_for_h100(jax.jit(kernel), *shapes)
+    key = name, *((a.shape, a.dtype) for a in shapes)
+    if any(dump.FOLDER.glob("*.ptx")):  # A process compiles a kernel once.
+        PROGRAMS[key] = parse(dump.text(".ptx")), dump.text(".ll")
+    program, host_code = PROGRAMS[key]
+    return program, functools.partial(host.launch, host_code, program)
+
+
+def by_triton(name: str, kernel, *shapes):
+    program, options = dump.triton_kernel(name, kernel, *shapes)
+    return program, functools.partial(started, options)
+
+
+def started(options: dict, arrays: list[np.ndarray]) -> machine.Launch:
+    """The launch of a kernel whose parameters are pointers, with the rest as `options`."""
+    pointers = [a.ctypes.data.to_bytes(8, "little") for a in arrays]
+    return machine.Launch(parameters=tuple(pointers), tensor_maps={}, **options)
+
+
+def _run(program, launch, results, *operands) -> tuple[np.ndarray, ...]:
     inputs = [aligned(np.asarray(a)) for a in operands]
     before = [a.tobytes() for a in inputs]
     found = []
     for schedule in SCHEDULES:
         outputs = [aligned(np.full(a.shape, np.nan, a.dtype)) for a in results]
-        launch = host.launch(host_code, program, inputs + outputs)
-        machine.run(program, launch, Global(inputs + outputs), schedule)
+        arrays = inputs + outputs
+        machine.run(program, launch(arrays), Global(arrays), schedule)
         found.append(outputs)
     if [a.tobytes() for a in inputs] != before:
         raise RuntimeError("the kernel wrote to its operands")
@@ -70,36 +96,49 @@ def aligned(a: np.ndarray) -> np.ndarray:
     return copy
 
 
-def served(case) -> bool:
+def kernel_of(case) -> str | None:
+    """Which one serves the case on a GPU."""
     _, key, value, *_ = arguments(case, (1,), num_tiles=4)
-    return unsupported("mosaic_gpu", key, value, case.group) is None
+    name = "triton" if isinstance(case, VectorCase) else "mosaic_gpu"
+    return name if unsupported(name, key, value, case.group) is None else None
 
 
-def runs(names: list[str]):
-    """(case, tiles, lengths)"""
-    for name in names:
-        # With a window the kernel is the same as without, and a process compiles a kernel once.
-        yield CASES[name], 4 if CASES[name].window is None else 5, LENGTHS
-    for name in set(names) & {"cubic4", "uniform3-minmax", "plus2"}:
+def runs(kernels: dict[str, str]):
+    """Names, and functions that check, for the kernels of cases by name."""
+    sizes = [(name, 4, LENGTHS) for name in kernels]
+    for name in set(kernels) & {"cubic4", "uniform3-minmax", "plus2"}:
         # Several splits, of units that follow each other in the same memory; the last is moved.
-        yield CASES[name], 17, (0, 1, 1153, 17 * TOKENS)
+        sizes.append((name, 17, (0, 1, 1153, 17 * TOKENS)))
+    for name, *size in sizes:
+        run = functools.partial(check, CASES[name], jnp.bfloat16, TOLERANCE, *size)
+        yield f"{name} of {size[0]} tiles", functools.partial(run, implementation=kernels[name])
+
+
+def merges():
+    """Likewise, of the kernel that merges splits."""
+    for case in merge_splits_cases.CASES:
+        yield f"merge_splits {case}", functools.partial(merge_splits_cases.check, *case)
 
 
 def main() -> None:
-    cases = [name for name, case in CASES.items() if served(case)]
-    names = sys.argv[1:] or cases
-    if unknown := set(names) - set(cases):
-        sys.exit(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(cases)}")
-    kernel = plgpu.kernel
-    mosaic_gpu.plgpu.kernel = lambda *args, **options: executed(kernel(*args, **options))
-    planned, failed = list(runs(names)), 0
-    for case, num_tiles, lengths in tqdm(planned, unit="case", disable=None):
+    kernels = {name: kernel for name, case in CASES.items() if (kernel := kernel_of(case))}
+    names = sys.argv[1:] or list(kernels)
+    if unknown := set(names) - set(kernels):
+        sys.exit(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(kernels)}")
+    mosaic, triton = plgpu.kernel, pl.pallas_call
+    plgpu.kernel = lambda *args, **options: executed(
+        mosaic(*args, **options), functools.partial(by_mosaic, options["kernel_name"])
+    )
+    pl.pallas_call = lambda *args, **options: executed(
+        triton(*args, **options), functools.partial(by_triton, options["name"])
+    )
+    planned, failed = [*runs({name: kernels[name] for name in names}), *merges()], 0
+    for name, run in tqdm(planned, unit="case", disable=None):
         try:
-            check(case, jnp.bfloat16, TOLERANCE, num_tiles, lengths, implementation="mosaic_gpu")
+            run()
         except Exception as error:
             failed += 1
-            message = f"{case} of {num_tiles} tiles: {type(error).__name__}: {error}"
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"{len(planned) - failed} of {len(planned)} as the oracle has them")
     sys.exit(failed > 0)
 

@@ -5,9 +5,7 @@
 Every instruction, of every thread (see `ptx`), with the first warp ahead and with the last.
 """
 
-import os
 import pathlib
-import re
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -17,19 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from append_token_cases import CASES, KEEP, TOKEN, body, expected, tokens
-from execute import aligned
+from execute import aligned, started
 from ptx import machine
 from ptx.memory import Global
-from ptx.program import parse
 from tqdm import tqdm
 
 from nqkv_jax.pallas_kernels.append_token import append_token
-
-# Read when a process compiles its first program.
-os.environ["XLA_FLAGS"] = (
-    f"--xla_dump_to={dump.FOLDER} --xla_dump_hlo_module_re=jit_append --xla_dump_hlo_as_text "
-    "--xla_gpu_dump_llvmir=true --xla_dump_emitter_re=.*"
-)
 
 
 def compiled(case):
@@ -41,16 +32,7 @@ def compiled(case):
     before = body(case)
     arguments = before.words, before.scale, before.zero, tokens(case)
     arguments += jnp.asarray(TOKEN, jnp.int32), jnp.asarray(KEEP)
-    dump.compile_for_h100(jax.jit(jax.vmap(append), donate_argnums=(0, 1, 2)), *arguments)
-    texts = [file.read_text() for file in dump.FOLDER.glob("*.ptx")]
-    (text,) = (t for t in texts if ".entry append_token" in t)
-    launches = dump.text("thunk_sequence.txt").splitlines()
-    (launch,) = (line for line in launches if " append_token grid" in line)
-    numbers = re.search(
-        r"grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), 1, 1\] +shared_memory: (\d+)", launch
-    )
-    *grid, threads, shared = map(int, numbers.groups())
-    return parse(text), dict(grid=tuple(grid), threads=threads, shared_bytes=shared)
+    return dump.triton_kernel("append_token", jax.vmap(append), *arguments, donated=(0, 1, 2))
 
 
 def executed(case, schedule, program, options):
@@ -59,8 +41,7 @@ def executed(case, schedule, program, options):
     places = np.where(KEEP, np.asarray(TOKEN, np.int32), np.int32(-1))
     inputs = [aligned(a) for a in (places, np.asarray(tokens(case)))]
     state = [aligned(np.asarray(a)) for a in jax.tree.leaves(before)]  # read and written
-    pointers = [a.ctypes.data.to_bytes(8, "little") for a in inputs + state + state]
-    launch = machine.Launch(parameters=tuple(pointers), tensor_maps={}, **options)
+    launch = started(options, inputs + state + state)
     machine.run(program, launch, Global(inputs + state), schedule)
     return jax.tree.unflatten(jax.tree.structure(before), state)
 

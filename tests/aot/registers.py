@@ -27,6 +27,8 @@ from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupport
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import Plan, make_plan
 from nqkv_jax.tiles import TOKENS
 
+KERNEL = "decode_attention"
+
 
 def tool(name: str) -> str:
     """Of the CUDA compiler that is installed as Python packages."""
@@ -56,7 +58,7 @@ def loops(sass: str) -> list[int]:
 
 
 def instructions_per_element(plan: Plan) -> float:
-    (ptx,), cubin = dump.FOLDER.glob("*.ptx"), dump.FOLDER / "kernel.cubin"
+    (ptx,), cubin = dump.FOLDER.glob(f"{KERNEL}*.ptx"), dump.FOLDER / "kernel.cubin"
     subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
     command = [tool("nvdisasm"), "-c", str(cubin)]
     sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -76,11 +78,11 @@ def measure(case) -> dict:
     *arrays, first = arguments(case, (1, 1), num_tiles=32, dtype=jnp.bfloat16)
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="mosaic_gpu")
     dump.compile_for_h100(jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
-    text = dump.text(".ptxas")
+    text = dump.text(".ptxas", KERNEL)
     spilled = re.findall(r"(\d+) bytes spill stores", text)
     registers = int(re.search(r"Used (\d+) registers", text)[1])
     plan = make_plan(case.group, *arrays[1:3], case.soft_cap, None)
-    layouts = dump.text(".after_layout_inference.txt")
+    layouts = dump.text(".after_layout_inference.txt", KERNEL)
     shared = int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", layouts)[1])
     if shared != plan.shared_bytes:
         raise RuntimeError(f"{case}: the plan has {plan.shared_bytes} bytes, the program {shared}")

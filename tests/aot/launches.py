@@ -1,0 +1,73 @@
+"""Launches on an H100: of an append to one layer, and of a whole layer, for one token.
+
+    python tests/aot/launches.py
+
+Of programs as they were compiled: fusions, kernels and copies of a round of the loop over tokens.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import jax
+import jax.numpy as jnp
+import targets
+from flax import nnx
+from gpu import append, end_to_end
+from gpu.check import KERNEL
+
+from nqkv_jax.models import families
+
+LAUNCH = re.compile(r"= .*?\s(?:fusion|custom-call|copy|scatter|gather|dynamic-update-slice)\(")
+
+
+def in_loop(compiled) -> int:
+    """Of a round of the loop that is the program."""
+    computations = re.split(r"\n(?=%|ENTRY)", compiled.as_text())
+    names = re.findall(r" while\(.*?body=(%[\w.]+)", computations[-1])
+    (body,) = (c for c in computations for name in names if c.startswith(f"{name} "))
+    return len(LAUNCH.findall(body))
+
+
+def of_append(implementation: str, scheme: str) -> int:
+    """Of one token's keys and values, beyond what comes before them."""
+    layer, x = jax.eval_shape(lambda: append.new_layer(end_to_end.settings()[0], scheme, 32, 4))
+
+    def count(implementation):
+        with append.platforms(implementation):
+            loop = append.loop(implementation, 4)
+            return in_loop(targets.compile_for("h100", loop, layer, x))
+
+    return count(implementation) - count("nothing")
+
+
+def of_layer(variant: end_to_end.Variant) -> float:
+    """Of Llama-3-8B."""
+
+    def count(num_layers):
+        config = dataclasses.replace(families.presets["llama-3-8b"], num_layers=num_layers)
+        model = nnx.split(families.abstract(config, dtype=jnp.bfloat16))
+        cache = end_to_end.abstract_cache(config, variant, 4, 8192)
+        token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+        kernel = variant.implementation == KERNEL
+        with end_to_end.kernel_is_automatic() if kernel else contextlib.nullcontext():
+            loop = end_to_end.decode_loop(model[0], steps=4)
+            return in_loop(targets.compile_for("h100", loop, model[1], token, cache))
+
+    return (count(6) - count(2)) / 4
+
+
+def main() -> None:
+    for implementation, scheme in append.ROWS[1:]:
+        print(f"append: {implementation} {scheme}: {of_append(implementation, scheme)}")
+    for variant in end_to_end.variants(cuda=True)[:3]:
+        name = f"{variant.implementation} {variant.scheme or 'bfloat16'}"
+        print(f"layer: {name}: {of_layer(variant):g}")
+
+
+if __name__ == "__main__":
+    main()
