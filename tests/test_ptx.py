@@ -83,6 +83,11 @@ as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
          lambda a: np.where((a & 0x7FFF) > 0x7F80, a, 5)),
         ("setp.leu.f32 %p1, %r3, 0f3F800000; selp.b32 %r4, 5, %r3, %p1",
          lambda a: np.where(a.view(np.float32) > 1, a, 5)),
+        ("cvt.sat.f32.f32 %r4, %r3", lambda a: np.clip(
+            np.nan_to_num(a.view(np.float32)), 0, 1
+        ).view(np.uint32)),
+        ("fma.rm.f32 %r4, 0fBF800001, 0f3F800001, 0fC0000000",  # -3 - 2^-22 - 2^-46
+         lambda a: np.full(128, np.float32(-3 - 2**-21)).view(np.uint32)),
         ("abs.f32 %r4, %r3", lambda a: a & 0x7FFFFFFF),
         ("@%p0 mov.b32 %r4, %r3", lambda a: np.where(np.arange(128) == 0, a, 1)),
         ("setp.lt.s32 %p1, %r3, 0; selp.b32 %r4, 5, %r3, %p1",
@@ -237,9 +242,62 @@ def test_what_a_product_must_wait_for(part, text, error):
         product(Schedule(late=True), **{part: text})
 
 
-def test_a_fence_lets_a_product_see_what_was_written():
-    write = "st.shared.b32 [%r2], %r20; fence.proxy.async.shared::cta; bar.sync 1, 128;"
+@pytest.mark.parametrize("first", ["fence.proxy.async.shared::cta;", "bar.sync 1, 128;"])
+def test_a_fence_lets_a_product_see_what_was_written(first):
+    """By whoever wrote it, before a barrier; or after it, by whoever reads."""
+    both = "fence.proxy.async.shared::cta; bar.sync 1, 128; fence.proxy.async.shared::cta;"
+    write = "st.shared.b32 [%r2], %r20;" + both[both.index(first) :]
     assert np.isfinite(product(Schedule(late=True), write=write)).all()
+
+
+# Each thread copies its own four bytes, and reads those of another warp.
+LATER = """
+  shl.b32 %r5, %r0, 2;
+  add.s32 %r6, %r2, %r5;
+  setp.eq.u32 %p1, %r0, 9;
+  cp.async.ca.shared.global [%r6+0], [%rd4+0], 0x4, %p1;
+  cp.async.commit_group;
+  cp.async.ca.shared.global [%r6+1024], [%rd4+0], 0x4, %p1;
+  cp.async.commit_group;
+  cp.async.wait_group GROUPS;
+  bar.sync 0;
+  xor.b32 %r5, %r5, 384;
+  add.s32 %r6, %r2, %r5;
+  ld.shared.b32 %r4, [%r6+1024];
+  ld.shared.b32 %r5, [%r6];
+  sub.s32 %r4, %r4, %r5;
+  st.global.b32 [%rd3], %r4;
+"""
+
+
+def test_copies_of_threads_are_there_when_their_group_was_waited_for():
+    run = lambda groups, schedule: execute(
+        LATER.replace("GROUPS", groups), NUMBERS, np.ones(128, np.uint32), schedule
+    )
+    for schedule in SCHEDULES:
+        assert not run("0", schedule).any()
+    source = NUMBERS[np.arange(128) ^ 96]
+    source[9 ^ 96] = 0  # where the source is ignored
+    late = run("1", Schedule(late=True))  # of the second group there is nothing but ones
+    np.testing.assert_array_equal(late, ~np.uint32(0) - source)
+
+
+def test_a_product_of_registers():
+    """Of 16 ones in each row, and numbers in bfloat16 that are the lane's."""
+    body = """
+      cvt.rn.f32.s32 %r5, %r1;
+      cvt.rn.bf16x2.f32 %r6, %r5, %r5;
+      mov.b32 %r7, 0x3F803F80;
+      mov.b32 %r8, 0;
+      mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r10,%r11,%r12,%r13},
+        {%r7,%r7,%r7,%r7}, {%r6,%r6}, {%r8,%r8,%r8,%r8};
+      st.global.b32 [%rd3], %r11;
+    """
+    # A column's lanes are four that follow each other, each with four of its elements.
+    column = 2 * (np.arange(128) % 4) + 1
+    expected = 4 * (4 * column[:, None] + np.arange(4)).sum(1)
+    found = execute(body, NUMBERS, np.zeros(128, np.float32))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

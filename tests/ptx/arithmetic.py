@@ -39,6 +39,13 @@ def _fused(a, b, c):
     return wide.astype(a.dtype)
 
 
+def _fused_down(a, b, c):
+    """`fma.rm`, rounded towards minus infinity."""
+    wide = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+    value = wide.astype(a.dtype)
+    return np.where(value > wide, np.nextafter(value, a.dtype.type(-np.inf)), value)
+
+
 def _wide(a, b):
     return a.astype(np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")) * b
 
@@ -111,7 +118,7 @@ COMPARISONS = {
     "nan": _no_number, "num": lambda a, b: ~_no_number(a, b),
 }  # fmt: skip
 KNOWN = {
-    "add": {"ftz", "rn"}, "sub": {"ftz", "rn"}, "fma": {"ftz", "rn"}, "neg": {"ftz"},
+    "add": {"ftz", "rn"}, "sub": {"ftz", "rn"}, "fma": {"ftz", "rn", "rm"}, "neg": {"ftz"},
     "mul": {"ftz", "rn", "lo", "wide", "hi"}, "mad": {"lo"}, "min": {"ftz", "NaN"},
     "max": {"ftz", "NaN"}, "shf": {"l", "r", "wrap"}, "ex2": {"approx", "ftz"},
     "div": {"full", "ftz", "rn"}, "abs": {"ftz"},
@@ -132,6 +139,8 @@ def function(name: str, modifiers: list[str]):
         return _wide
     if "hi" in modifiers:
         return _high
+    if "rm" in modifiers:
+        return _fused_down
     if name == "shf" and "wrap" in modifiers and "l" in modifiers:
         return _funnel_left
     if "NaN" in modifiers:
@@ -154,4 +163,6 @@ def convert(source: np.ndarray, dtype: np.dtype, modifiers: list[str]) -> np.nda
             return np.clip(value, limits.min, limits.max).astype(dtype)
     elif set(modifiers) <= {"rn"}:
         return source.astype(dtype)
+    elif modifiers == ["sat"] and source.dtype.kind == dtype.kind == "f":
+        return np.clip(np.where(np.isnan(source), 0, source), 0, 1).astype(dtype)
     raise NotImplementedError(f"cvt with {modifiers} from {source.dtype} to {dtype}")

@@ -1,14 +1,11 @@
 """What each instruction makes of the registers of a warp."""
 
-import re
-
 import numpy as np
 
-from . import arithmetic, tensor_core
+from . import arithmetic, copies, matrices
 from .arithmetic import TYPES
-from .memory import Barrier
 from .program import Instruction, Program
-from .warp import ALL, LANE
+from .warp import LANE, of_all
 
 
 def compile_instruction(instruction: Instruction, program: Program):
@@ -89,10 +86,11 @@ def _cvt(opcode, operands, program):
 
     def execute(warp, active):
         values = [warp.read(s, kind) for s in sources]
-        if to == "f16x2":
+        if to in ("f16x2", "bf16x2"):
             if modifiers != ["rn"]:
                 raise NotImplementedError(opcode)
-            pair = np.stack([v.astype(np.float16) for v in reversed(values)], axis=1)
+            half = TYPES[to.removesuffix("x2")]
+            pair = np.stack([v.astype(half) for v in reversed(values)], axis=1)
             value = np.ascontiguousarray(pair).view(np.uint32)[:, 0]
         else:
             value = arithmetic.convert(values[0], TYPES[to], modifiers)
@@ -184,7 +182,7 @@ def _redux(opcode, operands, program):
         value = warp.read(source, dtype).min()
         warp.write(target, np.full(32, value, dtype), active)
 
-    return _of_all(execute)
+    return of_all(execute)
 
 
 def _ld(opcode, operands, program):
@@ -222,87 +220,6 @@ def _st(opcode, operands, program):
     return execute
 
 
-def _ldmatrix(opcode, operands, program):
-    targets, address = operands
-    targets = targets if isinstance(targets, tuple) else (targets,)
-
-    def execute(warp, active):
-        rows = warp.addresses(address)
-        transposed = ".trans" in opcode
-        fragments = tensor_core.load_matrices(warp.block.shared, rows, len(targets), transposed)
-        for name, value in zip(targets, fragments, strict=True):
-            warp.write(name, value, active)
-
-    return _of_all(execute)
-
-
-def _stmatrix(opcode, operands, program):
-    address, sources = operands
-    sources = sources if isinstance(sources, tuple) else (sources,)
-
-    def execute(warp, active):
-        rows, fragments = warp.addresses(address), warp.vector(sources)
-        transposed = ".trans" in opcode
-        tensor_core.store_matrices(warp.block.shared, rows, fragments, transposed, warp.number)
-
-    return _of_all(execute)
-
-
-def _of_all(execute):
-    """An instruction that all threads of a warp take part in."""
-
-    def checked(warp, active):
-        if not active.all():
-            raise RuntimeError("threads of a warp are missing")
-        execute(warp, active)
-
-    return checked
-
-
-def _wgmma(opcode, operands, program):
-    if ".fence." in opcode:
-        return _of_all(lambda warp, active: None)
-    if ".commit_group." in opcode:
-        return _of_all(lambda warp, active: None)
-    if ".wait_group." in opcode:
-        if operands != ("0",):
-            raise NotImplementedError(f"{opcode} {operands}")
-        return _of_all(lambda warp, active: warp.finish_products())
-    shape, *types = opcode.split(".")[4:]
-    rows, columns, depth = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups())
-    if (rows, depth, types) != (64, 16, ["f32", "f16", "f16"]) or not isinstance(
-        operands[1], tuple
-    ):
-        raise NotImplementedError(opcode)
-    targets, left, descriptor, accumulate, *signs, transposed = operands
-    if signs != ["1", "1"] or len(targets) != columns // 2:
-        raise NotImplementedError(f"{opcode} with {signs}")
-
-    def execute(warp, active):
-        for name in (*targets, *left):
-            warp.under_way.setdefault(name, warp.registers[name])
-
-        def product():
-            for name in (*targets, *left):
-                if warp.registers[name] is not warp.under_way[name]:
-                    raise RuntimeError(f"{name} was written before a product was waited for")
-            a = tensor_core.left_operand(warp.vector(left)).astype(np.float64)
-            number = int(warp.read(descriptor, np.uint64)[0])
-            b = tensor_core.right_operand(warp.block.shared, number, columns, transposed == "1")
-            result = a @ b.T.astype(np.float64)
-            if warp.read(accumulate, bool).all():
-                sums = warp.vector(targets).view(np.float32)
-                result = result + tensor_core.from_accumulator(sums)
-            registers = tensor_core.accumulator(result.astype(np.float32))
-            for name, value in zip(targets, registers, strict=True):
-                warp.write(name, value, active)
-                warp.under_way[name] = warp.registers[name]
-
-        warp.start_product(product)
-
-    return _of_all(execute)
-
-
 def _bar(opcode, operands, program):
     if opcode != "bar.sync":
         raise NotImplementedError(opcode)
@@ -312,15 +229,7 @@ def _bar(opcode, operands, program):
         threads = int(warp.read(operands[1], np.uint32)[0]) if len(operands) > 1 else None
         warp.block.meet(warp, number, threads)
 
-    return _of_all(execute)
-
-
-def _fence(opcode, operands, program):
-    if opcode.startswith("fence.proxy.async"):
-        return lambda warp, active: warp.block.shared.fence(warp.number)
-    if opcode.startswith("fence.mbarrier_init"):
-        return lambda warp, active: None
-    raise NotImplementedError(opcode)
+    return of_all(execute)
 
 
 def _nothing(opcode, operands, program):
@@ -328,78 +237,25 @@ def _nothing(opcode, operands, program):
     return lambda warp, active: None
 
 
-def _mbarrier(opcode, operands, program):
-    if ".try_wait.parity." in opcode:
-        target, address, parity, *_ = operands
-
-        def execute(warp, active):
-            barrier = warp.block.barriers[int(warp.addresses(address)[0])]
-            number = int(warp.read(parity, np.uint32)[0])
-            waits = lambda: not barrier.passed(number)
-            warp.blocked = waits if waits() else None
-            warp.write(target, ALL, active)
-
-        return _of_all(execute)
-    if ".init." in opcode:
-        address, count = operands
-
-        def execute(warp, active):
-            for lane in np.flatnonzero(active):
-                arrivals = int(warp.read(count, np.uint32)[lane])
-                warp.block.barriers[int(warp.addresses(address)[lane])] = Barrier(arrivals)
-
-        return execute
-    if ".arrive.expect_tx." in opcode:
-        _, address, size = operands
-
-        def execute(warp, active):
-            for lane in np.flatnonzero(active):
-                barrier = warp.block.barriers[int(warp.addresses(address)[lane])]
-                barrier.arrive(1, int(warp.read(size, np.uint32)[lane]))
-
-        return execute
-    raise NotImplementedError(opcode)
-
-
-def _cp(opcode, operands, program):
-    if not re.fullmatch(
-        r"cp\.async\.bulk\.tensor\.\dd\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes",
-        opcode,
-    ):
-        raise NotImplementedError(opcode)
-    target, source, barrier = operands
-
-    def execute(warp, active):
-        for lane in np.flatnonzero(active):
-            tensor = int(warp.read(source.base, np.uint64)[lane]) + source.offset
-            coordinates = [int(warp.read(c, np.int32)[lane]) for c in source.coordinates]
-            to = int(warp.addresses(target)[lane])
-            warp.block.copy(tensor, coordinates, to, int(warp.addresses(barrier)[lane]))
-
-    return execute
-
-
 # What is not a function of the registers of each thread.
-SPECIAL = {
-    "mov": _mov,
-    "cvta": _cvta,
-    "cvt": _cvt,
-    "setp": _setp,
-    "selp": _selp,
-    "bra": _bra,
-    "ret": _ret,
-    "elect": _elect,
-    "shfl": _shfl,
-    "ld": _ld,
-    "st": _st,
-    "ldmatrix": _ldmatrix,
-    "stmatrix": _stmatrix,
-    "wgmma": _wgmma,
-    "bar": _bar,
-    "fence": _fence,
-    "prefetch": _nothing,
-    "griddepcontrol": _nothing,
-    "redux": _redux,
-    "mbarrier": _mbarrier,
-    "cp": _cp,
-}
+SPECIAL = (
+    {
+        "mov": _mov,
+        "cvta": _cvta,
+        "cvt": _cvt,
+        "setp": _setp,
+        "selp": _selp,
+        "bra": _bra,
+        "ret": _ret,
+        "elect": _elect,
+        "shfl": _shfl,
+        "ld": _ld,
+        "st": _st,
+        "bar": _bar,
+        "prefetch": _nothing,
+        "griddepcontrol": _nothing,
+        "redux": _redux,
+    }
+    | matrices.SPECIAL
+    | copies.SPECIAL
+)

@@ -107,6 +107,7 @@ class Block:
         waiting.add(warp.number)
         if 32 * len(waiting) == (threads or self.launch.threads):
             waiting.clear()
+            self.shared.meet()
             self.met[number] += 1
         else:
             warp.blocked = lambda: self.met[number] == generation

@@ -47,7 +47,8 @@ class Shared:
 
     def __init__(self, size: int):
         self.data = np.full(SHARED_BASE + size, 0xFF, np.uint8)  # NaN
-        self.unfenced = np.zeros(SHARED_BASE + size, np.uint8)  # a bit for each warp
+        # A bit for each warp, and the highest for what all know of, as a barrier came after it.
+        self.unfenced = np.zeros(SHARED_BASE + size, np.uint8)
 
     def _index(self, addresses: np.ndarray, size: int) -> np.ndarray:
         addresses = addresses.astype(np.int64)
@@ -69,9 +70,13 @@ class Shared:
         self.data[index] = values
         self.unfenced[index] |= 1 << warp
 
+    def meet(self) -> None:
+        """At a barrier."""
+        self.unfenced[self.unfenced > 0] = 0x80
+
     def fence(self, warp: int) -> None:
-        """What the warp wrote is seen by tensor cores and copies."""
-        self.unfenced &= 0xFF ^ (1 << warp)
+        """What the warp wrote or knows of is seen by tensor cores and copies."""
+        self.unfenced &= 0x7F ^ (1 << warp)
 
     def asynchronous_load(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """By a tensor core or a copy."""

@@ -29,13 +29,22 @@ def store_matrices(
     shared.store(rows[: 8 * count], data, warp)
 
 
-def left_operand(fragments: np.ndarray) -> np.ndarray:
-    """float16[16, 16] of uint32[4, 32]: a warp's rows of the left operand of `wgmma`."""
-    matrix = np.empty((16, 16), np.float16)
+def left_operand(fragments: np.ndarray, kind=np.float16) -> np.ndarray:
+    """kind[16, 16] of uint32[4, 32]: a warp's rows of the left operand of `wgmma` and `mma`."""
+    matrix = np.empty((16, 16), kind)
     for n, registers in enumerate(fragments):
         row, column = 8 * (n % 2) + LANE // 4, 8 * (n // 2) + 2 * (LANE % 4)
-        pairs = registers.view(np.float16).reshape(32, 2)
+        pairs = registers.view(kind).reshape(32, 2)
         matrix[row, column], matrix[row, column + 1] = pairs[:, 0], pairs[:, 1]
+    return matrix
+
+
+def right_fragments(fragments: np.ndarray, kind) -> np.ndarray:
+    """kind[16, 8] of uint32[2, 32]: the right operand of `mma`."""
+    matrix = np.empty((16, 8), kind)
+    for n, registers in enumerate(fragments):
+        pairs, row = registers.view(kind).reshape(32, 2), 8 * n + 2 * (LANE % 4)
+        matrix[row, LANE // 4], matrix[row + 1, LANE // 4] = pairs[:, 0], pairs[:, 1]
     return matrix
 
 

@@ -11,6 +11,17 @@ ALL = np.ones(32, bool)
 LANE = np.arange(32)
 
 
+def of_all(execute):
+    """An instruction that all threads of a warp take part in."""
+
+    def checked(warp, active):
+        if not active.all():
+            raise RuntimeError("threads of a warp are missing")
+        execute(warp, active)
+
+    return checked
+
+
 class Warp:
     """Registers and places of 32 threads. Those behind wait for no one: the ones whose next
     instruction is the earliest go first, so that branches meet again."""
@@ -22,6 +33,7 @@ class Warp:
         self.alive = ALL.copy()
         self.blocked = None  # a function that says whether it still is
         self.products = []  # of the tensor core that are put off
+        self.copies = [[]]  # groups of them that nobody has waited for; the last is open
         self.under_way: dict[str, np.ndarray] = {}  # registers that products use
 
     @property
@@ -53,6 +65,15 @@ class Warp:
                 error.add_note(f"in warp {self.number} of block {self.block.index}: {instruction}")
                 raise
         return True
+
+    def commit_copies(self) -> None:
+        self.copies.append([])
+
+    def finish_copies(self, but: int) -> None:
+        """All groups but the last few that were committed."""
+        while len(self.copies) > but + 1:
+            for copy in self.copies.pop(0):
+                copy()
 
     def start_product(self, product) -> None:
         if self.block.schedule.late:

@@ -1,0 +1,106 @@
+"""Instructions of a whole warp that load, store and multiply matrices."""
+
+import re
+
+import numpy as np
+
+from . import tensor_core
+from .arithmetic import TYPES
+from .warp import of_all
+
+
+def _ldmatrix(opcode, operands, program):
+    targets, address = operands
+    targets = targets if isinstance(targets, tuple) else (targets,)
+
+    def execute(warp, active):
+        rows = warp.addresses(address)
+        transposed = ".trans" in opcode
+        fragments = tensor_core.load_matrices(warp.block.shared, rows, len(targets), transposed)
+        for name, value in zip(targets, fragments, strict=True):
+            warp.write(name, value, active)
+
+    return of_all(execute)
+
+
+def _stmatrix(opcode, operands, program):
+    address, sources = operands
+    sources = sources if isinstance(sources, tuple) else (sources,)
+
+    def execute(warp, active):
+        rows, fragments = warp.addresses(address), warp.vector(sources)
+        transposed = ".trans" in opcode
+        tensor_core.store_matrices(warp.block.shared, rows, fragments, transposed, warp.number)
+
+    return of_all(execute)
+
+
+def _wgmma(opcode, operands, program):
+    if ".fence." in opcode:
+        return of_all(lambda warp, active: None)
+    if ".commit_group." in opcode:
+        return of_all(lambda warp, active: None)
+    if ".wait_group." in opcode:
+        if operands != ("0",):
+            raise NotImplementedError(f"{opcode} {operands}")
+        return of_all(lambda warp, active: warp.finish_products())
+    shape, *types = opcode.split(".")[4:]
+    rows, columns, depth = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups())
+    if (rows, depth, types) != (64, 16, ["f32", "f16", "f16"]) or not isinstance(
+        operands[1], tuple
+    ):
+        raise NotImplementedError(opcode)
+    targets, left, descriptor, accumulate, *signs, transposed = operands
+    if signs != ["1", "1"] or len(targets) != columns // 2:
+        raise NotImplementedError(f"{opcode} with {signs}")
+
+    def execute(warp, active):
+        for name in targets:  # which may hold nothing yet
+            if name not in warp.registers:
+                warp.write(name, np.zeros(32, np.uint32), active)
+        for name in (*targets, *left):
+            warp.under_way.setdefault(name, warp.registers[name])
+
+        def product():
+            for name in (*targets, *left):
+                if warp.registers[name] is not warp.under_way[name]:
+                    raise RuntimeError(f"{name} was written before a product was waited for")
+            a = tensor_core.left_operand(warp.vector(left)).astype(np.float64)
+            number = int(warp.read(descriptor, np.uint64)[0])
+            b = tensor_core.right_operand(warp.block.shared, number, columns, transposed == "1")
+            result = a @ b.T.astype(np.float64)
+            if warp.read(accumulate, bool).all():
+                sums = warp.vector(targets).view(np.float32)
+                result = result + tensor_core.from_accumulator(sums)
+            registers = tensor_core.accumulator(result.astype(np.float32))
+            for name, value in zip(targets, registers, strict=True):
+                warp.write(name, value, active)
+                warp.under_way[name] = warp.registers[name]
+
+        warp.start_product(product)
+
+    return of_all(execute)
+
+
+def _mma(opcode, operands, program):
+    """`mma.sync`: the product of operands in registers."""
+    found = re.fullmatch(
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32", opcode
+    )
+    if not found:
+        raise NotImplementedError(opcode)
+    targets, left, right, sums = operands
+    kind = TYPES[found[1]]
+
+    def execute(warp, active):
+        a = tensor_core.left_operand(warp.vector(left), kind).astype(np.float64)
+        b = tensor_core.right_fragments(warp.vector(right), kind).astype(np.float64)
+        before = tensor_core.from_accumulator(warp.vector(sums).view(np.float32))
+        registers = tensor_core.accumulator((a @ b + before).astype(np.float32))
+        for name, value in zip(targets, registers, strict=True):
+            warp.write(name, value, active)
+
+    return of_all(execute)
+
+
+SPECIAL = {"ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "wgmma": _wgmma, "mma": _mma}
