@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from nqkv_jax.body import attend_body, decode_groups, slice_groups
 from nqkv_jax.cache import KVCache
 from nqkv_jax.pallas_kernels import decode_attention as kernels
+from nqkv_jax.pallas_kernels import exact_attention
+from nqkv_jax.pallas_kernels.exact_attention import Slots
 from nqkv_jax.partial import Partial, attend_new, attend_tokens, visible
 from nqkv_jax.prefill import attend_prompt
 from nqkv_jax.rotary import Rotary
@@ -177,9 +179,8 @@ def _attend_cache(
         unrotated = None if layer.rotated else rotary
         keys = _read_exact(key, value, token, common, key_encoded, unrotated, q.dtype)
         values = _read_exact(value, key, token, common, value_encoded, None, q.dtype)
-        at = _positions(token, key.num_sinks)
-        mask = visible(query_positions, at, at < length[:, None], window)
-        partial = attend_tokens(q, keys, values, mask)
+        slots = Slots(num_sinks=key.num_sinks, ring=tail, window=window)
+        partial = _attend_exact(q, keys, values, common, length, query_positions, slots)
     if not decoding:
         fresh = k if rotary is None or layer.rotated else rotary(k, query_positions)
         ok = jnp.arange(size)[None] < num_new[:, None]
@@ -191,6 +192,39 @@ def _attend_cache(
     # the old one would keep two copies alive.
     body = attend_body(q, updated, common, query_positions, rotary, window, implementation)
     return partial.merge(body), cache
+
+
+def _attend_exact(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    first: jax.Array,
+    length: jax.Array,
+    query_positions: jax.Array,
+    slots: Slots,
+) -> Partial:
+    """Attention over sinks and residual; see `exact_attention`, of which this is the general form:
+    for queries [B, Hkv, G, S, D] at query_positions i32[B, S]."""
+
+    def by_xla(q, keys, values, first, length, query_positions):
+        slot = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape[:2])
+        numbers = (jnp.broadcast_to(a[:, None], slot.shape) for a in (first, length))
+        position = slots.position(slot, next(numbers))
+        mask = visible(query_positions, position, position < next(numbers), slots.window)
+        return attend_tokens(q, keys, values, mask)
+
+    def by_kernel(q, keys, values, first, length, query_positions):
+        numbers = first, length, query_positions[:, 0]
+        found = exact_attention.exact_attention(q[..., 0, :], keys, values, *numbers, slots)
+        names = "numerator", "denominator", "maximum"
+        return Partial(**{n: jnp.expand_dims(a, 3) for n, a in zip(names, found, strict=True)})
+
+    served = q.shape[3] == 1 and exact_attention.unsupported(q, keys) is None
+    by_platform = dict.fromkeys(exact_attention.PLATFORMS if served else (), by_kernel)
+    arguments = q, keys, values, first, length, query_positions
+    if not by_platform:
+        return by_xla(*arguments)
+    return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
 
 
 def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:

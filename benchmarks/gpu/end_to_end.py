@@ -22,7 +22,7 @@ from nqkv_jax.evaluation.throughput import NO_CACHE
 from nqkv_jax.models import families
 from nqkv_jax.models.config import ModelConfig
 from nqkv_jax.models.loading import apply
-from nqkv_jax.pallas_kernels import append_token, decode_attention
+from nqkv_jax.pallas_kernels import append_token, decode_attention, exact_attention
 from nqkv_jax.plan import cache_sizes, largest
 
 BEST = "nqkv:residual=128,codebook=cubic"  # the levels that take the kernel least
@@ -112,12 +112,15 @@ def random_params(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 def kernel_is_automatic():
     """Models append and attend by what is automatic; inside, on a GPU, those are its kernels."""
     decode_attention.PLATFORMS[KERNEL] = "cuda"
-    append_token.PLATFORMS.add("cuda")
+    others = append_token.PLATFORMS, exact_attention.PLATFORMS
+    for platforms in others:
+        platforms.add("cuda")
     try:
         yield
     finally:
         del decode_attention.PLATFORMS[KERNEL]
-        append_token.PLATFORMS.remove("cuda")
+        for platforms in others:
+            platforms.remove("cuda")
 
 
 def abstract_cache(config: ModelConfig, variant: Variant, batch: int, max_len: int):

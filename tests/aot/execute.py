@@ -14,6 +14,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import dump  # first: see there
+import exact_attention_cases
 import jax
 import jax.numpy as jnp
 import merge_splits_cases
@@ -114,10 +115,12 @@ def runs(kernels: dict[str, str]):
         yield f"{name} of {size[0]} tiles", functools.partial(run, implementation=kernels[name])
 
 
-def merges():
-    """Likewise, of the kernel that merges splits."""
+def others():
+    """Likewise, of the kernels that merge splits, and attend to sinks and residual."""
     for case in merge_splits_cases.CASES:
         yield f"merge_splits {case}", functools.partial(merge_splits_cases.check, *case)
+    for name, case in exact_attention_cases.CASES.items():
+        yield f"exact_attention {name}", functools.partial(exact_attention_cases.check, case)
 
 
 def main() -> None:
@@ -132,7 +135,7 @@ def main() -> None:
     pl.pallas_call = lambda *args, **options: executed(
         triton(*args, **options), functools.partial(by_triton, options["name"])
     )
-    planned, failed = [*runs({name: kernels[name] for name in names}), *merges()], 0
+    planned, failed = [*runs({name: kernels[name] for name in names}), *others()], 0
     for name, run in tqdm(planned, unit="case", disable=None):
         try:
             run()

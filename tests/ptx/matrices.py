@@ -46,29 +46,39 @@ def _wgmma(opcode, operands, program):
         return of_all(lambda warp, active: warp.finish_products())
     shape, *types = opcode.split(".")[4:]
     rows, columns, depth = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", shape).groups())
-    if (rows, depth, types) != (64, 16, ["f32", "f16", "f16"]) or not isinstance(
-        operands[1], tuple
-    ):
+    targets, left, descriptor, accumulate, *rest = operands
+    in_registers = isinstance(left, tuple)
+    known = (["f32", "f16", "f16"], ["f32", "bf16", "bf16"])
+    if (rows, depth) != (64, 16) or types not in known or len(targets) != columns // 2:
         raise NotImplementedError(opcode)
-    targets, left, descriptor, accumulate, *signs, transposed = operands
-    if signs != ["1", "1"] or len(targets) != columns // 2:
-        raise NotImplementedError(f"{opcode} with {signs}")
+    # Signs of the operands, and which are transposed: those in shared memory may be.
+    if rest != ["1", "1", "0", "0"][: 3 + (not in_registers)]:
+        raise NotImplementedError(f"{opcode} with {rest}")
+    kind, used = TYPES[types[1]], (*targets, *(left if in_registers else ()))
 
     def execute(warp, active):
         for name in targets:  # which may hold nothing yet
             if name not in warp.registers:
                 warp.write(name, np.zeros(32, np.uint32), active)
-        for name in (*targets, *left):
+        for name in used:
             warp.under_way.setdefault(name, warp.registers[name])
+        numbers = [
+            None if isinstance(name, tuple) else int(warp.read(name, np.uint64)[0])
+            for name in (left, descriptor)
+        ]
 
         def product():
-            for name in (*targets, *left):
+            for name in used:
                 if warp.registers[name] is not warp.under_way[name]:
                     raise RuntimeError(f"{name} was written before a product was waited for")
-            a = tensor_core.left_operand(warp.vector(left)).astype(np.float64)
-            number = int(warp.read(descriptor, np.uint64)[0])
-            b = tensor_core.right_operand(warp.block.shared, number, columns, transposed == "1")
-            result = a @ b.T.astype(np.float64)
+            shared = warp.block.shared
+            if in_registers:
+                a = tensor_core.left_operand(warp.vector(left), kind)
+            else:
+                a = tensor_core.shared_operand(shared, numbers[0], rows, kind)
+                a = a[16 * (warp.number % 4) :][:16]
+            b = tensor_core.shared_operand(shared, numbers[1], columns, kind)
+            result = a.astype(np.float64) @ b.T.astype(np.float64)
             if warp.read(accumulate, bool).all():
                 sums = warp.vector(targets).view(np.float32)
                 result = result + tensor_core.from_accumulator(sums)

@@ -48,22 +48,23 @@ def right_fragments(fragments: np.ndarray, kind) -> np.ndarray:
     return matrix
 
 
-def right_operand(shared: Shared, descriptor: int, columns: int, transposed: bool) -> np.ndarray:
-    """float16[columns, 16] of shared memory: for each column the 16 elements that are summed over.
+def shared_operand(shared: Shared, descriptor: int, columns: int, kind=np.float16) -> np.ndarray:
+    """kind[columns, 16] of shared memory: the 16 elements that are summed over, for each column of
+    the right operand (or row of the left one).
 
     Raises:
-      NotImplementedError: its elements are not side by side, or the descriptor has an offset.
+      NotImplementedError: the descriptor has an offset.
     """
     field = lambda first, bits: descriptor >> first & (2**bits - 1)
     span = {0: 16, 1: 128, 2: 64, 3: 32}[field(62, 2)]
-    if transposed or field(49, 3):
-        raise NotImplementedError("a right operand that is transposed, or has a base offset")
+    if field(49, 3):
+        raise NotImplementedError("a base offset")
     start, leading, stride = (16 * field(first, 14) for first in (0, 16, 32))
     column, chunk = np.arange(columns)[:, None], np.arange(2)[None, :]  # of 8 elements
     along = 16 * chunk if span > 16 else leading * chunk
     addresses = start + (column // 8) * stride + (column % 8) * span + along
     data = shared.asynchronous_load(swizzle(addresses, span).reshape(-1), 16)
-    return data.view(np.float16).reshape(columns, 16)
+    return data.view(kind).reshape(columns, 16)
 
 
 def accumulator(matrix: np.ndarray) -> np.ndarray:
