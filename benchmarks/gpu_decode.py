@@ -131,8 +131,9 @@ def _units(part: str, journal: Journal, dry_run: bool) -> list[Unit]:
         from gpu import append, check
 
         if dry_run:
-            return [*check.units(["cubic4", "integer8-d64"]), *append.checks(["nf4"])]
-        return [*check.units(), *append.checks()]
+            few = check.units(["cubic4", "integer8-d64"])
+            return [*few, *check.exact_units(["residual"]), *append.checks(["nf4"])]
+        return [*check.units(), *check.exact_units(), *append.checks()]
     bandwidth = _bandwidth(2**20 if dry_run else min(2**32, memory // 4))
     if part == "bandwidth":
         return [bandwidth]

@@ -125,10 +125,10 @@ def test_a_run_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
 def test_time_that_is_up(tmp_path):
     arguments = ["--worker", "--dry-run", "--out", str(tmp_path), "--parts", "check"]
     assert gpu_decode.main([*arguments, "--deadline", "0"]) == 0
-    assert Journal(tmp_path / "gpu_decode.jsonl").left == {"check": 7}
+    assert Journal(tmp_path / "gpu_decode.jsonl").left == {"check": 8}
     assert gpu_decode.report(tmp_path) == 0
     assert (
-        "Not reached in the time that was given: 7 of check"
+        "Not reached in the time that was given: 8 of check"
         in (tmp_path / "gpu_decode.md").read_text()
     )
 

@@ -13,6 +13,7 @@ from gpu import ROOT
 from gpu.journal import Unit
 
 sys.path.insert(0, str(ROOT / "tests"))
+import exact_attention_cases
 from decode_attention_cases import CASES, arguments, dense, oracle
 from vector_attention_cases import VectorCase
 
@@ -90,6 +91,30 @@ def units(cases: Sequence[str] = tuple(CASES)) -> list[Unit]:
         jobs += [(case, kernel, "short"), (case, kernel, "long"), (case, "xla", "short")]
     programs = _Programs(jobs)
     return [_unit(i, *job, programs) for i, job in enumerate(jobs)]
+
+
+def exact_units(names: Sequence[str] = tuple(exact_attention_cases.CASES)) -> list[Unit]:
+    """Likewise, of the kernel for sinks and residual."""
+
+    def unit(case) -> Unit:
+        slots = case.slots.num_sinks + case.slots.ring
+        fields = dict(
+            part="check", spec=f"exact-{case.name}", implementation=VECTOR_KERNEL, bits=16,
+            num_kv_heads=exact_attention_cases.HEADS, context=slots,
+            batch=len(exact_attention_cases.FIRST),
+        )  # fmt: skip
+
+        def run(note, fatal) -> list[dict]:
+            if jax.default_backend() != "gpu":
+                skipped = f"needs a GPU; this is {jax.default_backend()}"
+                return [dict(**fields, passed=None, skipped=skipped)]
+            exact_attention_cases.check(case)
+            return [dict(**fields, passed=True)]
+
+        failed = lambda reason: [dict(**fields, passed=False, failure=reason)]
+        return Unit(f"check/exact-{case.name}", run, failed)
+
+    return [unit(exact_attention_cases.CASES[name]) for name in names]
 
 
 def _unit(index: int, case, implementation: str, size: str, programs: _Programs) -> Unit:
