@@ -70,6 +70,8 @@ as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
         ("shf.l.wrap.b32 %r4, %r5, %r3, 32", lambda a: a),
         ("xor.b32 %r4, %r3, %r5", lambda a: a ^ OTHER),
         ("bfe.u32 %r4, %r3, 7, 12", lambda a: a >> 7 & 0xFFF),
+        ("bfe.s32 %r4, %r3, 7, 12",
+         lambda a: (as_signed(a >> 7 & 0xFFF) << 20 >> 20).view(np.uint32)),
         ("shfl.sync.bfly.b32 %r4, %r3, 4, 31, -1", lambda a: a[np.arange(128) ^ 4]),
         ("shfl.sync.idx.b32 %r4, %r3, 3, 31, -1", lambda a: a[np.arange(128) // 32 * 32 + 3]),
         ("cvt.rn.f32.s32 %r4, %r3", lambda a: as_signed(a).astype(np.float32).view(np.uint32)),

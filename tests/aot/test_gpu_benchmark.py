@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import launches
 import pytest
 from flax import nnx
 from gpu import append, end_to_end, sweep, timing
@@ -76,3 +77,11 @@ def test_appends_write_in_place_by_what_is_said(implementation, scheme):
     kernels = compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"')
     assert kernels == (2 if implementation == append.KERNEL else 0)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**16
+
+
+def test_launches_are_no_more_than_recorded():
+    """In benchmarks/RESULTS.md."""
+    assert launches.of_append(append.KERNEL, end_to_end.PUBLISHED) <= 4
+    _, best, published = end_to_end.variants(cuda=True)[:3]
+    assert launches.of_layer(best) <= 18
+    assert launches.of_layer(published) <= 17

@@ -79,12 +79,16 @@ def _funnel_left(low, high, amount):
 
 
 def _field(a, first, count):
-    """`bfe`"""
-    if a.dtype.kind != "u":
-        raise NotImplementedError("bfe of numbers with a sign")
-    mask = (np.uint64(1) << np.minimum(count & 255, 63).astype(np.uint64)) - np.uint64(1)
-    moved = a.astype(np.uint64) >> np.minimum(first & 255, 63).astype(np.uint64)
-    return (moved & mask).astype(a.dtype)
+    """`bfe`, of bits that are there; of numbers with a sign its highest bit is one."""
+    if np.any(first + count > 8 * a.dtype.itemsize):
+        raise NotImplementedError("bfe of more bits than there are")
+    mask = (np.uint64(1) << count.astype(np.uint64)) - np.uint64(1)
+    unsigned = a.view(f"u{a.dtype.itemsize}").astype(np.uint64)
+    found = unsigned >> first.astype(np.uint64) & mask
+    if a.dtype.kind == "i":
+        sign = mask ^ mask >> np.uint64(1)
+        found = (found ^ sign) - sign
+    return found.astype(a.dtype)
 
 
 # By the name before the first period; types are those at the end of the opcode.

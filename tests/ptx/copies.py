@@ -58,15 +58,24 @@ def _cp(opcode, operands, program):
         return of_all(lambda warp, active: warp.finish_copies(int(operands[0])))
     if not re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", opcode) or len(operands) != 4:
         raise NotImplementedError(opcode)
-    target, source, size, ignored = operands
+    target, source, whole, condition = operands
+    whole = int(whole, 0)
 
     def execute(warp, active):
-        # Where the source is ignored there are zeros.
-        taken, size_ = active & ~warp.read(ignored, bool), int(size, 0)
+        # A predicate under which the source is ignored, or the bytes that are taken from it. Else
+        # there are zeros.
+        if condition.startswith("%p"):
+            ignored = warp.read(condition, bool)
+        else:
+            count = warp.read(condition, np.uint32)
+            if not np.isin(count[active], [0, whole]).all():
+                raise NotImplementedError(f"{opcode} of some of the bytes")
+            ignored = count == 0
+        taken = active & ~ignored
         to, origin = warp.addresses(target), warp.addresses(source)
-        data = np.zeros((32, size_), np.uint8)
+        data = np.zeros((32, whole), np.uint8)
         if taken.any():
-            data[taken] = warp.block.memory_of(origin[taken]).load(origin[taken], size_)
+            data[taken] = warp.block.memory_of(origin[taken]).load(origin[taken], whole)
         store = lambda data: warp.block.store(to[active], data[active], warp.number)
         if warp.block.schedule.late:
             store(np.full_like(data, 0xFF))  # until somebody waits
