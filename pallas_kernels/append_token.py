@@ -59,7 +59,7 @@ def append_token(
     whole, count = pl.BlockSpec(), len(arrays)
     at = jnp.where(keep, token, -1)[None]
     found = pl.pallas_call(
-        functools.partial(_kernel, quantizer=quantizer, heads=x.shape[0], head_dim=x.shape[1]),
+        functools.partial(_kernel, quantizer=quantizer, head_dim=x.shape[1]),
         grid=(x.size // quantizer.block_size,),
         in_specs=[whole] * (2 + count),
         out_specs=[whole] * count,
@@ -74,7 +74,7 @@ def append_token(
     return found[0], found[1], None if zero is None else found[2]
 
 
-def _kernel(at, x, *refs, quantizer: BlockQuantizer, heads: int, head_dim: int):
+def _kernel(at, x, *refs, quantizer: BlockQuantizer, head_dim: int):
     words, *scales = refs[len(refs) // 2 :]  # where the results are; the arguments are there too
     size, bits = quantizer.block_size, quantizer.codebook.bits
     block, token = pl.program_id(0), at[0]
@@ -86,11 +86,10 @@ def _kernel(at, x, *refs, quantizer: BlockQuantizer, heads: int, head_dim: int):
 
     @pl.when(token >= 0)
     def _():
-        divmod = lambda a, n: (jax.lax.div(a, jnp.full_like(a, n)), a % n)
-        tile, place = divmod(token, tiles.TOKENS)
-        head, c = divmod(channel, head_dim)
+        tile, place = _divmod(token, tiles.TOKENS)
+        head, c = _divmod(channel, head_dim)
         for plane in tiles.planes(place, bits, head_dim):
-            row, column = divmod(plane.element(c), tiles.LANES)
+            row, column = _divmod(plane.element(c), tiles.LANES)
             ref = words.at[tile, head, row, column]
             shift = plane.shift.astype(jnp.int16)
             field = jnp.int16(plane.field)
@@ -100,3 +99,9 @@ def _kernel(at, x, *refs, quantizer: BlockQuantizer, heads: int, head_dim: int):
             if value.dtype == jnp.float16:
                 value = jax.lax.bitcast_convert_type(value, jnp.int16)
             ref[tile, block, pl.ds(place, 1)] = value
+
+
+def _divmod(a: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Of integers that are not negative."""
+    n = jnp.full_like(a, n)
+    return jax.lax.div(a, n), jax.lax.rem(a, n)
