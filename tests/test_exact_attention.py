@@ -53,7 +53,7 @@ def decoded(scheme, dtype=jnp.bfloat16, **options):
     "scheme, options",
     [
         ("nqkv:residual=128", {}), ("nqkv:residual=32,sinks=4", dict(window=20)), ("kivi", {}),
-        ("nqkv:sinks=3", {}), ("nqkv-plus", {}),
+        ("nqkv:sinks=3", {}), pytest.param("nqkv-plus", {}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_attend_gives_the_same_with_it(scheme, options, request):
