@@ -45,20 +45,22 @@ def of_append(implementation: str, scheme: str) -> int:
     return count(implementation) - count("nothing")
 
 
+def decoder(name: str, variant: end_to_end.Variant, num_layers: int):
+    """A decoding loop with as many layers of a model, compiled; and its cache."""
+    config = dataclasses.replace(families.presets[name], num_layers=num_layers)
+    model = nnx.split(families.abstract(config, dtype=jnp.bfloat16))
+    cache = end_to_end.abstract_cache(config, variant, 4, 8192)
+    token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
+    kernel = variant.implementation == KERNEL
+    with end_to_end.kernel_is_automatic() if kernel else contextlib.nullcontext():
+        loop = end_to_end.decode_loop(model[0], steps=4)
+        return targets.compile_for("h100", loop, model[1], token, cache), cache
+
+
 def of_layer(variant: end_to_end.Variant) -> float:
     """Of Llama-3-8B."""
-
-    def count(num_layers):
-        config = dataclasses.replace(families.presets["llama-3-8b"], num_layers=num_layers)
-        model = nnx.split(families.abstract(config, dtype=jnp.bfloat16))
-        cache = end_to_end.abstract_cache(config, variant, 4, 8192)
-        token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
-        kernel = variant.implementation == KERNEL
-        with end_to_end.kernel_is_automatic() if kernel else contextlib.nullcontext():
-            loop = end_to_end.decode_loop(model[0], steps=4)
-            return in_loop(targets.compile_for("h100", loop, model[1], token, cache))
-
-    return (count(6) - count(2)) / 4
+    few, many = (in_loop(decoder("llama-3-8b", variant, n)[0]) for n in (2, 6))
+    return (many - few) / 4
 
 
 def main() -> None:

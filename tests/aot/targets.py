@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import sys
 
 os.environ.update(
@@ -28,6 +29,7 @@ TPUS = {
     "v6e": ("v6e:2x2", "TPU v6 lite"),
     "tpu7x": ("tpu7x:2x2x1", "TPU7x"),
 }
+TRITON = "__gpu$xla.gpu.triton"  # of custom calls
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -74,3 +76,10 @@ def compile_for(target: str, jitted, *args):
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jitted.trace(*jax.tree.map(place, args)).lower().compile()
+
+
+def calls(compiled, target: str, kernel: str = "") -> int:
+    """Custom calls in a program: of a target that begins so, by the kernel of a name."""
+    lines = compiled.as_text().splitlines()
+    found = [line for line in lines if f'custom_call_target="{target}' in line]
+    return sum(bool(re.search(rf'op_name="[^"]*{kernel}', line)) for line in found)

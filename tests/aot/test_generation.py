@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from gpu.end_to_end import kernel_is_automatic
 from jax.extend.core import jaxpr_as_fun
-from targets import TPUS, compile_for
+from targets import TPUS, TRITON, calls, compile_for
 
 from nqkv_jax import schemes
 from nqkv_jax.models import decoding, families
@@ -88,7 +88,8 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     config = model("smollm2-135m")[0]
     kernel = "tpu_custom_call" if target in TPUS else "mosaic_gpu"
-    assert compiled.as_text().count(f'custom_call_target="{kernel}') == config.num_layers
+    attends = calls(compiled, kernel, "" if target in TPUS else "decode_attention")
+    assert attends == config.num_layers
     # Less than one side of one layer decoded, of 60. What grow on a TPU are scales and some words,
     # which the compiler brings into VMEM ahead of the kernel: less than two sides, or four where
     # scales are a third of what is stored.
@@ -103,10 +104,12 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
         # The host evaluates conditions: beside that of the loop one for the flush of all layers, or
         # one for each side where these have windows of their own.
         assert step.count(" while(") == {"nqkv": 0, "kivi": 2}.get(scheme, 1)
-        # Tokens that are encoded by themselves are appended by a kernel: of kivi, values.
+        # Tokens that are encoded by themselves are appended by a kernel: of kivi, values. Where
+        # there is a residual, another attends to it.
+        of = functools.partial(calls, compiled, TRITON)
         sides = {"nqkv": 2, "kivi": 1}.get(scheme, 0)
-        appends = compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"')
-        assert appends == sides * config.num_layers
+        assert of("append_token") == sides * config.num_layers
+        assert of("exact_attention") == (scheme != "nqkv") * config.num_layers
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])

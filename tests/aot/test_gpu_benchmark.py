@@ -1,23 +1,20 @@
 """What benchmarks/gpu_decode.py times is what it says: programs compiled for an H100."""
 
-import contextlib
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import launches
 import pytest
-from flax import nnx
 from gpu import append, end_to_end, sweep, timing
 from gpu.check import KERNEL
 from gpu.shapes import Shape, bfloat16_caches, coded_caches, formats
-from targets import compile_for
+from targets import TRITON, calls, compile_for
 
-from nqkv_jax.models import families
 from nqkv_jax.pallas_kernels import decode_attention
 
 SHAPE = Shape(batch=2, context=4096, num_heads=32, num_kv_heads=8)
+CALLS = {KERNEL: ("mosaic_gpu", "decode_attention"), "jax.nn cudnn": ("__cudnn$fmha",)}
 ROWS = [r for r in sweep.rows_of(SHAPE, formats(), 3) if r.implementation != "torch"]
 
 
@@ -44,24 +41,15 @@ def test_the_loop_reads_every_cache_in_every_round(row):
             decode_attention.unsupported(KERNEL, *sweep.abstract(SHAPE, row.form), SHAPE.group)
             is None
         )
-    calls = {KERNEL: "mosaic_gpu", "jax.nn cudnn": "__cudnn$fmha"}.get(row.implementation)
-    if calls:
-        assert compiled.as_text().count(f'custom_call_target="{calls}') == row.copies
+    if row.implementation in CALLS:
+        assert calls(compiled, *CALLS[row.implementation]) == row.copies
 
 
 @pytest.mark.parametrize("variant", end_to_end.variants(cuda=True)[:3], ids=str)
 @pytest.mark.parametrize("name", ["llama-3-8b", "opt-6.7b"])
 def test_decoders_attend_by_what_is_said(name, variant):
-    config = dataclasses.replace(families.presets[name], num_layers=2)
-    model = nnx.split(families.abstract(config, dtype=jnp.bfloat16))
-    cache = end_to_end.abstract_cache(config, variant, 4, 8192)
-    token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
-    kernel = variant.implementation == KERNEL
-    with end_to_end.kernel_is_automatic() if kernel else contextlib.nullcontext():
-        loop = end_to_end.decode_loop(model[0], steps=4)
-        compiled = compile_for("h100", loop, model[1], token, cache)
-    calls = "mosaic_gpu" if kernel else "__cudnn$fmha"
-    assert compiled.as_text().count(f'custom_call_target="{calls}') == config.num_layers
+    compiled, cache = launches.decoder(name, variant, num_layers=2)
+    assert calls(compiled, *CALLS.get(variant.implementation, CALLS["jax.nn cudnn"])) == 2
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
     # Encoding 128 tokens of every sequence takes some, however long they are.
@@ -74,8 +62,8 @@ def test_appends_write_in_place_by_what_is_said(implementation, scheme):
     layer, x = jax.eval_shape(lambda: append.new_layer(setting, scheme, 2, 4))
     with append.platforms(implementation):
         compiled = compile_for("h100", append.loop(implementation, 4), layer, x)
-    kernels = compiled.as_text().count('custom_call_target="__gpu$xla.gpu.triton"')
-    assert kernels == (2 if implementation == append.KERNEL else 0)
+    kernels = 2 if implementation == append.KERNEL else 0
+    assert calls(compiled, TRITON, "append_token") == kernels
     assert compiled.memory_analysis().temp_size_in_bytes < 2**16
 
 
