@@ -11,7 +11,7 @@ from nqkv_jax.cache import KVCache
 from nqkv_jax.pallas_kernels import decode_attention as kernels
 from nqkv_jax.pallas_kernels import exact_attention
 from nqkv_jax.pallas_kernels.exact_attention import Slots
-from nqkv_jax.partial import Partial, attend_new, attend_tokens, visible
+from nqkv_jax.partial import Partial, attend_new, attend_tokens
 from nqkv_jax.prefill import attend_prompt
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.side import Side
@@ -180,7 +180,9 @@ def _attend_cache(
         keys = _read_exact(key, value, token, common, key_encoded, unrotated, q.dtype)
         values = _read_exact(value, key, token, common, value_encoded, None, q.dtype)
         slots = Slots(num_sinks=key.num_sinks, ring=tail, window=window)
-        partial = _attend_exact(q, keys, values, common, length, query_positions, slots)
+        partial = _attend_exact(
+            q, keys, values, common, length, query_positions, slots, implementation
+        )
     if not decoding:
         fresh = k if rotary is None or layer.rotated else rotary(k, query_positions)
         ok = jnp.arange(size)[None] < num_new[:, None]
@@ -202,15 +204,15 @@ def _attend_exact(
     length: jax.Array,
     query_positions: jax.Array,
     slots: Slots,
+    implementation: str,
 ) -> Partial:
     """Attention over sinks and residual; see `exact_attention`, of which this is the general form:
     for queries [B, Hkv, G, S, D] at query_positions i32[B, S]."""
 
     def by_xla(q, keys, values, first, length, query_positions):
-        slot = jnp.broadcast_to(jnp.arange(keys.shape[1]), keys.shape[:2])
-        numbers = (jnp.broadcast_to(a[:, None], slot.shape) for a in (first, length))
-        position = slots.position(slot, next(numbers))
-        mask = visible(query_positions, position, position < next(numbers), slots.window)
+        slot = jnp.arange(keys.shape[1])[None, None]
+        of_sequence = (a[:, None, None] for a in (first, length))
+        mask = slots.seen(slot, *of_sequence, query_positions[:, :, None])
         return attend_tokens(q, keys, values, mask)
 
     def by_kernel(q, keys, values, first, length, query_positions):
@@ -220,6 +222,7 @@ def _attend_exact(
         return Partial(**{n: jnp.expand_dims(a, 3) for n, a in zip(names, found, strict=True)})
 
     served = q.shape[3] == 1 and exact_attention.unsupported(q, keys) is None
+    served = served and implementation != "xla"
     by_platform = dict.fromkeys(exact_attention.PLATFORMS if served else (), by_kernel)
     arguments = q, keys, values, first, length, query_positions
     if not by_platform:

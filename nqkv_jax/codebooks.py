@@ -75,6 +75,11 @@ class Codebook:
         return ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
 
     @property
+    def is_even(self) -> bool:
+        """Whether the levels are multiples of a step, which is how they are encoded."""
+        return self._step_and_offset is not None
+
+    @property
     def is_uniform(self) -> bool:
         """Whether the levels are the codes themselves, 0 .. 2^bits - 1."""
         return self._step_and_offset == (1.0, 0)
@@ -159,7 +164,9 @@ class Codebook:
             return None
         step = self.coefficients[1]
         offset = self._middle - self.coefficients[0] / step
-        return (step, round(offset)) if abs(offset - round(offset)) < 1e-9 else None
+        if abs(offset - round(offset)) >= 1e-9 or abs(offset) >= 2**20:  # see `nearest_integer`
+            return None
+        return step, round(offset)
 
 
 def nearest_integer(x: jax.Array) -> jax.Array:

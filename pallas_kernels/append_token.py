@@ -1,10 +1,11 @@
 """Encodes one token and writes it into its bits of a body in tiles, in one launch, by Triton.
 
-XLA takes three launches for it: a block's extremes, its scale, the words. Here one program has a
+XLA takes several: a block's extremes, what is stored of them, the words. Here one program has a
 block of the token, from its extremes to its words.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from nqkv_jax import tiles
-from nqkv_jax.quantizers.block import BlockQuantizer
 
 # The platforms of `jax.lax.platform_dependent` on which caches take it. None as long as it has not
 # been timed on one.
 PLATFORMS: set[str] = set()
 MOST = 8192  # elements of a block, at most: what a program holds in registers
-LANES_PER_WARP = 256  # elements of a block for each warp: 8 per thread
-
-
-def unsupported(quantizer: BlockQuantizer) -> str | None:
-    """What this kernel would need to serve the quantizer, or None if it can."""
-    if quantizer.axis != "hidden":
-        return "blocks of one token"
-    if quantizer.scale == "rms":
-        return 'scale="absmax", "signed_absmax" or "minmax"; got "rms"'
-    if quantizer.block_size > MOST:
-        return f"blocks of {MOST} elements or fewer; got {quantizer.block_size}"
-    return None
+ELEMENTS_PER_WARP = 256  # 8 per thread
 
 
 def append_token(
@@ -40,7 +29,9 @@ def append_token(
     token: jax.Array,
     keep: jax.Array,
     *,
-    quantizer: BlockQuantizer,
+    encode: Callable,
+    bits: int,
+    block_size: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The body of one sequence, in place, with `x` as its token number `token`.
@@ -51,7 +42,9 @@ def append_token(
       x: float[heads, head_dim].
       token: i32[], below 128 * tiles.
       keep: bool[]; nothing is written if it is not set.
-      quantizer: how x is encoded; `unsupported` is None for it.
+      encode: (f32[n], axis 0) -> codes u8[n], scale and zero [1], or None; of operations that
+        Triton has. n is the next power of two of block_size.
+      bits, block_size: of codes; elements, at most `MOST`.
 
     Returns: words, scale and zero, to the bit as XLA writes them.
     """
@@ -59,14 +52,14 @@ def append_token(
     whole, count = pl.BlockSpec(), len(arrays)
     at = jnp.where(keep, token, -1)[None]
     found = pl.pallas_call(
-        functools.partial(_kernel, quantizer=quantizer, head_dim=x.shape[1]),
-        grid=(x.size // quantizer.block_size,),
+        functools.partial(_kernel, encode=encode, bits=bits, size=block_size, head_dim=x.shape[1]),
+        grid=(x.size // block_size,),
         in_specs=[whole] * (2 + count),
         out_specs=[whole] * count,
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays],
         input_output_aliases={2 + i: i for i in range(count)},
         compiler_params=pltriton.CompilerParams(
-            num_warps=max(1, pl.next_power_of_2(quantizer.block_size) // LANES_PER_WARP)
+            num_warps=max(1, pl.next_power_of_2(block_size) // ELEMENTS_PER_WARP)
         ),
         interpret=interpret,
         name="append_token",
@@ -74,15 +67,14 @@ def append_token(
     return found[0], found[1], None if zero is None else found[2]
 
 
-def _kernel(at, x, *refs, quantizer: BlockQuantizer, head_dim: int):
+def _kernel(at, x, *refs, encode: Callable, bits: int, size: int, head_dim: int):
     words, *scales = refs[len(refs) // 2 :]  # where the results are; the arguments are there too
-    size, bits = quantizer.block_size, quantizer.codebook.bits
     block, token = pl.program_id(0), at[0]
     lane = jax.lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(size),), 0)
     # Beyond a block's end its last element is repeated: no extreme changes, and its word is written
     # more than once, with the same bits.
     channel = block * size + jnp.minimum(lane, size - 1)
-    codes, *stored = quantizer.encode_blocks(x[channel].astype(jnp.float32), 0)
+    codes, *stored = encode(x[channel].astype(jnp.float32), 0)
 
     @pl.when(token >= 0)
     def _():

@@ -1,7 +1,7 @@
 """Attention of one query per sequence over sinks and residual, in one launch, by Triton.
 
-XLA takes five launches for it: scores, their maximum, exponentials, values without what is unseen,
-and the product. One program has a KV head of a sequence.
+XLA takes one for each of: scores, their maximum, exponentials, values without what is unseen, and
+their product. Here one program has a KV head of a sequence.
 """
 
 import dataclasses
@@ -36,17 +36,14 @@ class Slots:
     ring: int
     window: int | None = None
 
-    def position(self, slot: jax.Array, first: jax.Array) -> jax.Array:
-        """i32[...], of the token in `slot` i32[...], where the ring's first one is `first`."""
-        place = slot - self.num_sinks
-        ahead = jax.lax.rem(place - first, jnp.full_like(place, max(self.ring, 1)))
-        ahead = jnp.where(ahead < 0, ahead + self.ring, ahead)
-        return jnp.where(place < 0, slot, first + ahead + self.num_sinks)
-
     def seen(self, slot: jax.Array, first, length, query) -> jax.Array:
-        """bool[...]: whether the token in `slot` i32[...] is there and seen by a query; see
-        `exact_attention` for the numbers of a sequence."""
-        position = self.position(slot, first)
+        """bool: whether the token in `slot` i32[...] is there and seen by a query; see
+        `exact_attention` for the numbers of a sequence, of shapes that broadcast."""
+        place = slot - self.num_sinks
+        ahead = place - first
+        ahead = jax.lax.rem(ahead, jnp.full_like(ahead, max(self.ring, 1)))
+        ahead = jnp.where(ahead < 0, ahead + self.ring, ahead)
+        position = jnp.where(place < 0, slot, first + ahead + self.num_sinks)
         seen = (slot < self.num_sinks + self.ring) & (position < length) & (position <= query)
         return seen if self.window is None else seen & (query - position < self.window)
 

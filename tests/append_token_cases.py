@@ -28,6 +28,15 @@ class AppendCase:
     def __str__(self):
         return self.name
 
+    @property
+    def options(self) -> dict:
+        """Of `append_token`."""
+        quantizer = self.quantizer
+        return dict(
+            encode=quantizer.encode_blocks, bits=quantizer.codebook.bits,
+            block_size=quantizer.block_size,
+        )  # fmt: skip
+
 
 def _case(name, codebook, block_size, scale="absmax", scale_dtype="float16", **options):
     quantizer = BlockQuantizer(

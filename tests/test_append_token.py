@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 import nqkv_jax as nq
 from nqkv_jax import codebooks
-from nqkv_jax.pallas_kernels.append_token import PLATFORMS, append_token, unsupported
+from nqkv_jax.pallas_kernels.append_token import PLATFORMS, append_token
 from nqkv_jax.quantizers import BlockQuantizer
+from nqkv_jax.quantizers.tiled import TiledQuantizer
 
 
-@functools.partial(jax.jit, static_argnames="quantizer")
-def appended(before, x, quantizer):
+@functools.partial(jax.jit, static_argnames="case")
+def appended(before, x, case):
     def one(before, x, token, keep):
         arrays = (before.words, before.scale, before.zero)
-        return append_token(*arrays, x, token, keep, quantizer=quantizer, interpret=True)
+        return append_token(*arrays, x, token, keep, **case.options, interpret=True)
 
     words, scale, zero = jax.vmap(one)(before, x, jnp.asarray(TOKEN), jnp.asarray(KEEP))
     return type(before)(words=words, scale=scale, zero=zero)
@@ -35,7 +36,7 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_bits_are_those_of_xla(case):
     before, x = body(case), tokens(case)
-    after = appended(before, x, case.quantizer)
+    after = appended(before, x, case)
     assert_same_bits(after, expected(case, before, x))
     # The last sequence is not to be written, the others are.
     changed = [bool((a != b).any()) for a, b in zip(after.words, before.words, strict=True)]
@@ -55,20 +56,21 @@ def test_bits_of_any_blocks(name, exponent, offset, seed):
     x = (np.random.default_rng(seed).normal(size=shape) + offset) * 10.0**exponent
     x = jnp.asarray(np.clip(x, -3e38, 3e38), jnp.float32).astype(case.dtype)
     before = body(case, seed)
-    assert_same_bits(appended(before, x, case.quantizer), expected(case, before, x))
+    assert_same_bits(appended(before, x, case), expected(case, before, x))
 
 
 @pytest.mark.parametrize(
-    "quantizer, reason",
+    "quantizer, served",
     [
-        (BlockQuantizer(codebooks.uniform(2), block_size=32, axis="tokens", scale="minmax"),
-         "one token"),
-        (BlockQuantizer(codebooks.lloyd_max_normal(4), block_size=64, scale="rms"), "absmax"),
-        (BlockQuantizer(codebooks.normal_float(4), block_size=16384), "8192 elements or fewer"),
+        (BlockQuantizer(codebooks.integer(8), block_size=8192), True),
+        (BlockQuantizer(codebooks.normal_float(4), block_size=16384), False),
+        (BlockQuantizer(codebooks.lloyd_max_normal(4), block_size=64, scale="rms"), False),
+        (BlockQuantizer(codebooks.uniform(2), block_size=32, axis="tokens", scale="minmax"), False),
+        (BlockQuantizer(codebooks.fit(np.linspace(-1, 1, 999) ** 3, 8), block_size=64), False),
     ],
-)  # fmt: skip
-def test_what_it_would_need(quantizer, reason):
-    assert reason in unsupported(quantizer)
+)
+def test_which_quantizers_it_serves(quantizer, served):
+    assert TiledQuantizer(quantizer).kernel_appends == served
 
 
 @pytest.mark.parametrize(

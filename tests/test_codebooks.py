@@ -166,6 +166,21 @@ def test_nf4_example_codes_and_ties():
     np.testing.assert_array_equal(u2, [0, 0, 2, 2, 3])  # half to even
 
 
+def test_levels_far_from_zero():
+    """Where floats are no finer than the steps, rounding by the bits of a sum would be off."""
+    levels = tuple(6e6 + np.arange(4))
+    far = codebooks.Codebook(bits=2, levels=levels, coefficients=(6e6 + 1.5, 1.0))
+    np.testing.assert_array_equal(far.encode(jnp.asarray(levels, jnp.float32)), range(4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-(2.0**20), 2.0**20, width=32))
+def test_the_nearest_integer(x):
+    x = np.float32(x)
+    for value in (x, np.floor(x) + np.float32(0.5)):
+        assert int(codebooks.nearest_integer(jnp.float32(value))) == np.round(value)
+
+
 def test_integer_codes():
     int8 = codebooks.integer(8)
     y = jnp.asarray(np.linspace(-1.0005, 1.0005, 999, dtype=np.float32))

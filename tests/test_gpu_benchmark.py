@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from decode_attention_cases import CASES, arguments, dense, oracle
 from flax import nnx
-from gpu import check, sweep
+from gpu import check, report, sweep
 from gpu.dense_cache import DenseCache
 from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
 from gpu.shapes import Format, Shape, coded_caches, formats, shapes, sides
@@ -79,6 +79,24 @@ def test_appends_are_timed_against_what_comes_before_them(folder):
         for row in (found[spec, "xla", "none"], found[spec, "xla", "nqkv"]):
             assert row["own_us"] == pytest.approx(row["median_us"] - nothing["median_us"])
     assert "| tiny/b1 | xla | nqkv |" in (folder / "gpu_decode.md").read_text()
+
+
+def test_an_append_is_a_part_of_the_step_that_has_it():
+    append = dict(part="append", num_layers=4, batch=8, codebook="nqkv", median_us=9.0, own_us=5.0)
+    step = dict(part="end-to-end", spec="m/equal batch", batch=8, codebook="nqkv", median_us=100.0,
+                context=1, tokens_per_second=1.0, cache_bytes=1, spread=0.0)  # fmt: skip
+    records = [
+        append | dict(spec="m/b8", implementation="triton"),
+        append | dict(spec="m/b8", implementation="xla"),
+        append | dict(spec="m/b1", implementation="triton", batch=1),
+        append | dict(spec="m/b1", implementation="xla", batch=1, own_us=None),
+        step | dict(implementation="mosaic_gpu"),
+    ]
+    text = report.markdown(dict(device="d", jax="0", date="now"), records, {})
+    assert "| m/b8 | triton | nqkv | 9.00 | 5.00 | 20.0% of a step |" in text
+    assert "| m/b8 | xla | nqkv | 9.00 | 5.00 |  |" in text  # no such decoder was measured
+    assert "| m/b1 | triton | nqkv | 9.00 | 5.00 |  |" in text
+    assert "| m/b1 | xla | nqkv | 9.00 |  |  |" in text
 
 
 def test_cases_are_checked_against_the_oracle(folder):

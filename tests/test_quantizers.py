@@ -25,6 +25,7 @@ from quantizer_cases import (
 
 from nqkv_jax import codebooks, packing
 from nqkv_jax.quantizers import BlockQuantizer, Float8Quantizer, FullPrecision
+from nqkv_jax.quantizers.block import store
 
 # Laws of all quantizers -------------------------------------------------------------------------
 
@@ -76,6 +77,27 @@ def test_traces_once(quantizer):
 
     for seed in range(2):
         trip(quantizer, jnp.asarray(sample(quantizer, seed=seed)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(x=st.floats(width=32), dtype=st.sampled_from([np.float16, ml_dtypes.bfloat16]))
+def test_scales_are_rounded_as_a_cast_does(x, dtype):
+    top = np.float32(ml_dtypes.finfo(dtype).max)
+    cast = np.clip(np.float32(x), -top, top).astype(dtype)
+    expected = np.where(np.isfinite(x), np.where(cast == 0, 0, cast), np.nan).astype(dtype)
+    # XLA:CPU takes subnormal floats as 0.
+    if np.isfinite(x) and 0 < abs(x) < np.finfo(np.float32).tiny:
+        return
+    found = store(jnp.float32(x), jnp.isfinite(jnp.float32(x)), jnp.dtype(dtype))
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_every_nan_stays_one(bits, dtype):
+    """The first is what GPUs compute."""
+    scale = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
+    assert jnp.isnan(store(scale, jnp.bool_(True), jnp.dtype(dtype)))
 
 
 @every

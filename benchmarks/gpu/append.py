@@ -24,13 +24,13 @@ import append_token_cases as cases
 
 from nqkv_jax.pallas_kernels.append_token import append_token
 
-KERNEL = "triton"
+BY_KERNEL = "triton"
 # (implementation, scheme); the first is no append, but what all of them wait for.
-ROWS = (("nothing", "none"), ("xla", "none"), ("xla", PUBLISHED), (KERNEL, PUBLISHED))
+ROWS = (("nothing", "none"), ("xla", "none"), ("xla", PUBLISHED), (BY_KERNEL, PUBLISHED))
 
 
 def why_not(implementation: str) -> str | None:
-    if implementation == KERNEL and jax.default_backend() != "gpu":
+    if implementation == BY_KERNEL and jax.default_backend() != "gpu":
         return f"needs a GPU; this is {jax.default_backend()}"
     return None
 
@@ -40,12 +40,12 @@ def checks(names: Sequence[str] = tuple(cases.CASES)) -> list[Unit]:
 
     def unit(case) -> Unit:
         base = dict(
-            part="check", spec=f"append-{case.name}", implementation=KERNEL,
+            part="check", spec=f"append-{case.name}", implementation=BY_KERNEL,
             bits=case.quantizer.codebook.bits, num_kv_heads=case.heads, batch=len(cases.TOKEN),
         )  # fmt: skip
 
         def run(note, fatal) -> list[dict]:
-            if reason := why_not(KERNEL):
+            if reason := why_not(BY_KERNEL):
                 return [base | dict(passed=None, skipped=reason)]
             before, x = cases.body(case), cases.tokens(case)
             after = jax.tree.leaves(appended(case, before, x))
@@ -68,46 +68,50 @@ def appended(case, before, x):
 
     def one(before, x, token, keep):
         arrays = before.words, before.scale, before.zero
-        return append_token(*arrays, x, token, keep, quantizer=case.quantizer)
+        return append_token(*arrays, x, token, keep, **case.options)
 
     token, keep = jnp.asarray(cases.TOKEN, jnp.int32), jnp.asarray(cases.KEEP)
     return jax.jit(jax.vmap(one))(before, x, token, keep)
 
 
 def new_layer(setting: Setting, scheme: str, batch: int, steps: int):
-    """An empty one, with room for `steps` tokens at least; and a token for its keys and values."""
+    """An empty one, with room for `steps` tokens at least; and a token, key and value."""
     config = setting.config
     sizes = dict(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     cache = schemes.get(scheme).init(
         num_layers=1, batch=batch, max_len=max(setting.context, steps), dtype=jnp.bfloat16, **sizes
     )
-    x = jax.random.normal(jax.random.key(0), (batch, 1, *sizes.values()), jnp.bfloat16)
-    return cache.layers[0], x
+    new = jax.random.normal(jax.random.key(0), (2, batch, 1, *sizes.values()), jnp.bfloat16)
+    return cache.layers[0], tuple(new)
 
 
 def loop(implementation: str, steps: int):
-    """(layer, x) -> (layer, x) after `steps` tokens, each another one; jitted.
+    """(layer, token) -> (layer, token) after `steps` tokens, each another one; jitted.
 
     Trace it within `platforms(implementation)`.
     """
 
     def step(_, carry):
-        layer, x = carry
-        # In a decoder something comes before, too, with which encoding cannot be one launch.
-        x = jax.lax.optimization_barrier(x * jnp.bfloat16(1.0078125))
+        layer, new = carry
+        # In a decoder something comes before, too, with which encoding cannot be one launch. Two
+        # factors, so that keys and values are not the same.
+        factors = jnp.bfloat16(1.0078125), jnp.bfloat16(0.9921875)
+        new = jax.lax.optimization_barrier(tuple(a * f for a, f in zip(new, factors, strict=True)))
         if implementation != "nothing":
-            layer = layer.append(x, x, jnp.ones_like(layer.lengths), None)
-        return layer, x
+            layer = layer.append(*new, jnp.ones_like(layer.lengths), None)
+        return layer, new
 
-    many = lambda layer, x: jax.lax.fori_loop(0, steps, step, (layer, x))
+    many = lambda layer, new: jax.lax.fori_loop(0, steps, step, (layer, new))
     return jax.jit(many, donate_argnums=0)
 
 
 def platforms(implementation: str):
-    return kernel_is_automatic() if implementation == KERNEL else contextlib.nullcontext()
+    return kernel_is_automatic() if implementation == BY_KERNEL else contextlib.nullcontext()
 
 
 def measure(setting: Setting, batch: int, steps: int, repeats: int, note, fatal) -> list[dict]:
+    if "timing" in fatal:
+        return [fields(setting, batch, *row) | dict(failure=fatal["timing"]) for row in ROWS]
     runs, records, programs = {}, [], {}
     for implementation, scheme in ROWS:
         name, record = f"{implementation} {scheme}", fields(setting, batch, implementation, scheme)
@@ -118,10 +122,10 @@ def measure(setting: Setting, batch: int, steps: int, repeats: int, note, fatal)
             continue
         note(name)
         try:
-            layer, x = new_layer(setting, scheme, batch, steps)
+            layer, new = new_layer(setting, scheme, batch, steps)
             with platforms(implementation):
-                compiled = loop(implementation, steps).lower(layer, x).compile()
-            programs[name] = [compiled, layer, x]
+                compiled = loop(implementation, steps).lower(layer, new).compile()
+            programs[name] = [compiled, layer, new]
             runs[name] = functools.partial(_seconds, programs[name], steps)
             runs[name]()  # the first run is slower
         except Exception as error:
@@ -142,12 +146,12 @@ def measure(setting: Setting, batch: int, steps: int, repeats: int, note, fatal)
 
 def _seconds(program: list, steps: int) -> float:
     """Of one token. The layer is given away, and the one that comes back is the next one's."""
-    run, layer, x = program
+    run, layer, new = program
     empty = jnp.zeros_like(layer.lengths)
     layer = dataclasses.replace(layer, lengths=empty, overflow=jnp.zeros_like(empty))
     jax.block_until_ready(layer)
     began = time.perf_counter()
-    program[1], _ = jax.block_until_ready(run(layer, x))
+    program[1], _ = jax.block_until_ready(run(layer, new))
     return (time.perf_counter() - began) / steps
 
 

@@ -5,8 +5,9 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -108,19 +109,22 @@ def random_params(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return graphdef, jax.block_until_ready(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
+OTHERS = {"append": append_token, "exact": exact_attention}  # by how their checks are named
+
+
 @contextlib.contextmanager
-def kernel_is_automatic():
-    """Models append and attend by what is automatic; inside, on a GPU, those are its kernels."""
-    decode_attention.PLATFORMS[KERNEL] = "cuda"
-    others = append_token.PLATFORMS, exact_attention.PLATFORMS
-    for platforms in others:
-        platforms.add("cuda")
-    try:
+def kernel_is_automatic(left_out: Collection[str] = ()):
+    """Models append and attend by what is automatic; inside, on a GPU, those are its kernels.
+
+    Args:  left_out: of `OTHERS`, what is left to XLA.
+    """
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args: stack.enter_context(mock.patch.object(*args))
+        automatic = {**decode_attention.PLATFORMS, KERNEL: "cuda"}
+        stack.enter_context(mock.patch.dict(decode_attention.PLATFORMS, automatic))
+        for name in set(OTHERS) - set(left_out):
+            patch(OTHERS[name], "PLATFORMS", OTHERS[name].PLATFORMS | {"cuda"})
         yield
-    finally:
-        del decode_attention.PLATFORMS[KERNEL]
-        for platforms in others:
-            platforms.remove("cuda")
 
 
 def abstract_cache(config: ModelConfig, variant: Variant, batch: int, max_len: int):
@@ -191,9 +195,13 @@ class Program:
     Args:
       model: as `random_params` returns it.
       calls: that there will be of a program, beside the first.
+      left_out: see `kernel_is_automatic`.
     """
 
-    def __init__(self, setting: Setting, variant: Variant, model, batch: int, steps: int, calls):
+    def __init__(
+        self, setting: Setting, variant: Variant, model, batch: int, steps: int, calls,
+        left_out: Collection[str] = (),
+    ):  # fmt: skip
         self.setting, self.variant, self.batch, self.steps = setting, variant, batch, steps
         graphdef, self._params = model
         self.max_len = setting.context + steps * (calls + 1)
@@ -203,7 +211,7 @@ class Program:
         self.cache_bytes = shapes.nbytes
         token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
         kernel = variant.implementation == KERNEL
-        with kernel_is_automatic() if kernel else contextlib.nullcontext():
+        with kernel_is_automatic(left_out) if kernel else contextlib.nullcontext():
             loop = decode_loop(graphdef, steps)
             self._lowered = loop.lower(self._params, token, shapes)
         if kernel and KERNEL not in self._lowered.as_text():
@@ -251,10 +259,12 @@ class Measurements:
       steps: tokens per call.
       repeats: calls that are timed.
       memory: bytes that the process may take on the device.
+      left_out: see `kernel_is_automatic`.
     """
 
-    def __init__(self, *, steps: int, repeats: int, memory: int):
+    def __init__(self, *, steps: int, repeats: int, memory: int, left_out: Collection[str]):
         self._steps, self._repeats, self._memory = steps, repeats, memory
+        self._left_out = left_out
         self._name, self._model = None, None
         self._temporary: dict[tuple, float] = {}  # bytes per sequence
 
@@ -269,7 +279,9 @@ class Measurements:
         model, lowered = self._model_of(setting), {}
         for variant, batch in batches.items():
             try:
-                program = Program(setting, variant, model, batch, self._steps, self._repeats)
+                program = Program(
+                    setting, variant, model, batch, self._steps, self._repeats, self._left_out
+                )
                 lowered[variant] = program.compile
             except Exception as error:
                 lowered[variant] = functools.partial(_raise, error)
@@ -382,9 +394,15 @@ def why_not(variant: Variant) -> str | None:
     return None
 
 
-def units(chosen: Sequence[Setting], *, steps: int, repeats: int, memory: int) -> list[Unit]:
+def units(
+    chosen: Sequence[Setting], *, steps: int, repeats: int, memory: int,
+    left_out: Collection[str] = (),
+) -> list[Unit]:  # fmt: skip
     """Of each model: every variant in a batch of one size, the largest batches, and no cache."""
-    measurements, found = Measurements(steps=steps, repeats=repeats, memory=memory), []
+    measurements, found = (
+        Measurements(steps=steps, repeats=repeats, memory=memory, left_out=left_out),
+        [],
+    )
     for setting in chosen:
         for measure in ("equal batch", "largest batch", "no cache"):
             method = getattr(measurements, measure.replace(" ", "_"))

@@ -5,6 +5,7 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+from gpu.append import BY_KERNEL
 from gpu.check import KERNEL
 from gpu.sweep import BFLOAT16
 from nqkv_jax.analysis import plots
@@ -84,23 +85,27 @@ def _bandwidth(records: list[dict]) -> list[str]:
 def _append(records: list[dict], whole: list[dict]) -> list[str]:
     """`whole`: records of decoders, of whose steps this is a part."""
     steps = {
-        (r["spec"], r["codebook"], r["batch"]): r["median_us"] for r in whole
-        if r["median_us"] and r["implementation"] == KERNEL
+        (r["spec"], r["implementation"], r["codebook"]): r["median_us"]
+        for r in whole if r["median_us"] and r["spec"].endswith("/equal batch")
     }  # fmt: skip
+    batches = {r["spec"]: r["batch"] for r in whole}
     rows = []
     for r in records:
         fixed = [r["spec"], r["implementation"], r["codebook"]]
-        if r["own_us"] is None:
-            rows.append([*fixed, "", "", r.get("failure") or r.get("skipped") or ""])
+        if r["median_us"] is None:
+            rows.append([*fixed, "", "", r.get("failure") or r.get("skipped")])
             continue
-        model = r["spec"].split("/")[0]
-        step = steps.get((f"{model}/equal batch", r["codebook"], r["batch"]))
-        share = f"{r['own_us'] * r['num_layers'] / step:.1%} of a step" if step else ""
-        rows.append([*fixed, f"{r['median_us']:.2f}", f"{r['own_us']:.2f}", share])
+        spec = f"{r['spec'].split('/')[0]}/equal batch"
+        # Decoders are named by how they attend: those with the kernel for it append by one, too.
+        by = KERNEL if r["implementation"] == BY_KERNEL else r["implementation"]
+        step = steps.get((spec, by, r["codebook"])) if batches.get(spec) == r["batch"] else None
+        own = "" if r["own_us"] is None else f"{r['own_us']:.2f}"
+        share = f"{r['own_us'] * r['num_layers'] / step:.1%} of a step" if step and own else ""
+        rows.append([*fixed, f"{r['median_us']:.2f}", own, share])
     header = ["layer of", "implementation", "cache", "microseconds", "above nothing", ""]
     return [
         "### Appending one token to the keys and values of a layer", "",
-        "In all layers, as a part of a decoder's step with that cache in the same batch.", "",
+        "In all layers, as a part of the step of a decoder that appends so, in the same batch.", "",
         *_table(header, rows),
     ]  # fmt: skip
 

@@ -123,7 +123,7 @@ class BlockQuantizer(Quantizer):
         """Of f32 blocks that lie along `axis`: codes u8, and scales and zeros with `axis` 1 long.
 
         The operations are those that kernels have too (`pallas_kernels.append_token`), except for
-        scale="rms".
+        scale="rms", and more than 16 levels that are not even.
         """
         low = jnp.min(blocks, axis=axis, keepdims=True)
         high = jnp.max(blocks, axis=axis, keepdims=True)
@@ -200,6 +200,7 @@ def check_hidden_blocks(what: str, heads: int, head_dim: int, block_size: int) -
 def store(scale: jax.Array, finite: jax.Array, dtype: np.dtype) -> jax.Array:
     """`scale` rounded to `dtype`: saturated where `finite`, else NaN; zero is never negative."""
     top = np.float32(jnp.finfo(dtype).max)
+    finite = finite & (scale == scale)  # before the bits of a NaN are rounded
     scale = _round_to(jnp.clip(scale, -top, top), dtype)
     # Which zero a minimum over zeros of both signs returns is open: the stored bits must not be.
     scale = jnp.where(scale == 0, np.float32(0), scale)
@@ -240,7 +241,8 @@ def rounded(x: jax.Array) -> jax.Array:
 
 
 def divide(x: jax.Array, by) -> jax.Array:
-    """x / by, rounded once, for f32 `by` of the rank of `x` or a constant.
+    """x / by, for f32 `by` of the rank of `x` or a constant: rounded once on a CPU, and within two
+    units in the last place on a GPU.
 
     XLA multiplies by a rounded reciprocal where it sees that the divisor is constant or broadcast.
     That moves values across thresholds, and would make the stored bits depend on how a program was

@@ -106,14 +106,14 @@ class TiledQuantizer(Quantizer):
 
         def by_kernel(body, x, token, keep):
             words, scale, zero = append_token.append_token(
-                body.words, body.scale, body.zero, x[0], token, keep, quantizer=self.inner
-            )
+                body.words, body.scale, body.zero, x[0], token, keep,
+                encode=self.inner.encode_blocks, bits=self.inner.codebook.bits,
+                block_size=self.inner.block_size,
+            )  # fmt: skip
             return TiledPayload(words=words, scale=scale, zero=zero)
 
-        if append_token.unsupported(self.inner) is None:
-            by_platform = dict.fromkeys(append_token.PLATFORMS, by_kernel)
-        else:
-            by_platform = {}
+        platforms = append_token.PLATFORMS if self.kernel_appends else ()
+        by_platform = dict.fromkeys(platforms, by_kernel)
         arguments = (body, x, token, keep)
         if not by_platform:
             return by_xla(*arguments)
@@ -134,6 +134,17 @@ class TiledQuantizer(Quantizer):
             words=body.words, scale=body.scale, zero=body.zero, codebook=self.inner.codebook,
             per_channel=self._per_channel,
         )  # fmt: skip
+
+    @property
+    def kernel_appends(self) -> bool:
+        """Whether `append_token` can encode a token: see `BlockQuantizer.encode_blocks`."""
+        codebook = self.inner.codebook
+        return (
+            not self._per_channel
+            and self.inner.scale != "rms"
+            and (codebook.bits <= 4 or codebook.is_even)
+            and self.inner.block_size <= append_token.MOST
+        )
 
     @property
     def _per_channel(self) -> bool:

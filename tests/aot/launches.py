@@ -35,12 +35,12 @@ def in_loop(compiled) -> int:
 
 def of_append(implementation: str, scheme: str) -> int:
     """Of one token's keys and values, beyond what comes before them."""
-    layer, x = jax.eval_shape(lambda: append.new_layer(end_to_end.settings()[0], scheme, 32, 4))
+    layer, new = jax.eval_shape(lambda: append.new_layer(end_to_end.settings()[0], scheme, 32, 4))
 
     def count(implementation):
         with append.platforms(implementation):
             loop = append.loop(implementation, 4)
-            return in_loop(targets.compile_for("h100", loop, layer, x))
+            return in_loop(targets.compile_for("h100", loop, layer, new))
 
     return count(implementation) - count("nothing")
 

@@ -1,12 +1,14 @@
 """What benchmarks/gpu_decode.py times is what it says: programs compiled for an H100."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import launches
+import numpy as np
 import pytest
-from gpu import append, end_to_end, sweep, timing
+from gpu import ROOT, append, end_to_end, sweep, timing
 from gpu.check import KERNEL
 from gpu.shapes import Shape, bfloat16_caches, coded_caches, formats
 from targets import TRITON, calls, compile_for
@@ -59,17 +61,19 @@ def test_decoders_attend_by_what_is_said(name, variant):
 @pytest.mark.parametrize("implementation, scheme", append.ROWS)
 def test_appends_write_in_place_by_what_is_said(implementation, scheme):
     setting = end_to_end.settings()[0]
-    layer, x = jax.eval_shape(lambda: append.new_layer(setting, scheme, 2, 4))
+    layer, new = jax.eval_shape(lambda: append.new_layer(setting, scheme, 2, 4))
     with append.platforms(implementation):
-        compiled = compile_for("h100", append.loop(implementation, 4), layer, x)
-    kernels = 2 if implementation == append.KERNEL else 0
+        compiled = compile_for("h100", append.loop(implementation, 4), layer, new)
+    kernels = 2 if implementation == append.BY_KERNEL else 0
     assert calls(compiled, TRITON, "append_token") == kernels
     assert compiled.memory_analysis().temp_size_in_bytes < 2**16
 
 
-def test_launches_are_no_more_than_recorded():
-    """In benchmarks/RESULTS.md."""
-    assert launches.of_append(append.KERNEL, end_to_end.PUBLISHED) <= 4
-    _, best, published = end_to_end.variants(cuda=True)[:3]
-    assert launches.of_layer(best) <= 18
-    assert launches.of_layer(published) <= 17
+def test_launches_are_as_recorded():
+    """In benchmarks/RESULTS.md; other compilers may make one more or less of ours."""
+    text = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    table = text[text.index("| launches per token |") :].split("\n\n")[0]
+    recorded = [float(n) for n in re.findall(r"\| ([\d.]+) \|$", table, flags=re.MULTILINE)]
+    found = [launches.of_append(*row) for row in append.ROWS[1:]]
+    found += [launches.of_layer(variant) for variant in end_to_end.variants(cuda=True)[:3]]
+    assert len(found) == len(recorded) and np.abs(np.subtract(found, recorded)).max() <= 1

@@ -106,8 +106,9 @@ class Block:
         waiting, generation = self.meetings[number], self.met[number]
         waiting.add(warp.number)
         if 32 * len(waiting) == (threads or self.launch.threads):
+            if len(waiting) == len(self.warps):
+                self.shared.meet()
             waiting.clear()
-            self.shared.meet()
             self.met[number] += 1
         else:
             warp.blocked = lambda: self.met[number] == generation

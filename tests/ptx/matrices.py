@@ -57,9 +57,9 @@ def _wgmma(opcode, operands, program):
     kind, used = TYPES[types[1]], (*targets, *(left if in_registers else ()))
 
     def execute(warp, active):
-        for name in targets:  # which may hold nothing yet
+        for name in targets:  # which may hold nothing yet: NaN, if it is added to
             if name not in warp.registers:
-                warp.write(name, np.zeros(32, np.uint32), active)
+                warp.write(name, np.full(32, 0xFFFFFFFF, np.uint32), active)
         for name in used:
             warp.under_way.setdefault(name, warp.registers[name])
         numbers = [

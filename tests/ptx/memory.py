@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 
 SHARED_BASE = 1024  # of the window; what lies below is the driver's
+KNOWN = np.uint64(1 << 63)
 
 
 class Global:
@@ -47,8 +48,8 @@ class Shared:
 
     def __init__(self, size: int):
         self.data = np.full(SHARED_BASE + size, 0xFF, np.uint8)  # NaN
-        # A bit for each warp, and the highest for what all know of, as a barrier came after it.
-        self.unfenced = np.zeros(SHARED_BASE + size, np.uint8)
+        # A bit for each warp, and `KNOWN` for what all know of, as a barrier came after it.
+        self.unfenced = np.zeros(SHARED_BASE + size, np.uint64)
 
     def _index(self, addresses: np.ndarray, size: int) -> np.ndarray:
         addresses = addresses.astype(np.int64)
@@ -68,15 +69,15 @@ class Shared:
         """uint8[n, size]"""
         index = self._index(addresses, values.shape[1])
         self.data[index] = values
-        self.unfenced[index] |= 1 << warp
+        self.unfenced[index] |= np.uint64(1 << warp)
 
     def meet(self) -> None:
         """At a barrier."""
-        self.unfenced[self.unfenced > 0] = 0x80
+        self.unfenced[self.unfenced > 0] = KNOWN
 
     def fence(self, warp: int) -> None:
         """What the warp wrote or knows of is seen by tensor cores and copies."""
-        self.unfenced &= 0x7F ^ (1 << warp)
+        self.unfenced &= ~(KNOWN | np.uint64(1 << warp))
 
     def asynchronous_load(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """By a tensor core or a copy."""
