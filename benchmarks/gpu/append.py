@@ -130,6 +130,7 @@ def measure(setting: Setting, batch: int, steps: int, repeats: int, note, fatal)
             runs[name]()  # the first run is slower
         except Exception as error:
             timing.examine(error)
+            runs.pop(name, None)
             record |= dict(failure=reason_of(error))
     note("timing")
     times = timing.in_turn(runs, repeats)
