@@ -10,6 +10,8 @@ bits, and those of the oracle.
 import functools
 import pathlib
 import sys
+from collections.abc import Callable, Collection
+from typing import NoReturn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -124,11 +126,30 @@ def others():
         yield f"exact_attention {name}", functools.partial(exact_attention_cases.check, case)
 
 
+def chosen(known: Collection[str]) -> list[str]:
+    """Cases, as the command line has them: all, if it names none."""
+    names = sys.argv[1:] or list(known)
+    if unknown := set(names) - set(known):
+        sys.exit(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    return names
+
+
+def finish(planned: Collection[tuple[str, Callable[[], None]]], how: str) -> NoReturn:
+    """Runs what was planned, and exits; `how` is what those that raise nothing are."""
+    failed = 0
+    for name, run in tqdm(planned, unit="case", disable=None):
+        try:
+            run()
+        except Exception as error:
+            failed += 1
+            tqdm.write(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"{len(planned) - failed} of {len(planned)} {how}")
+    sys.exit(failed > 0)
+
+
 def main() -> None:
     kernels = {name: kernel for name, case in CASES.items() if (kernel := kernel_of(case))}
-    names = sys.argv[1:] or list(kernels)
-    if unknown := set(names) - set(kernels):
-        sys.exit(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(kernels)}")
+    names = chosen(kernels)
     mosaic, triton = plgpu.kernel, pl.pallas_call
     plgpu.kernel = lambda *args, **options: executed(
         mosaic(*args, **options), functools.partial(by_mosaic, options["kernel_name"])
@@ -136,15 +157,8 @@ def main() -> None:
     pl.pallas_call = lambda *args, **options: executed(
         triton(*args, **options), functools.partial(by_triton, options["name"])
     )
-    planned, failed = [*runs({name: kernels[name] for name in names}), *others()], 0
-    for name, run in tqdm(planned, unit="case", disable=None):
-        try:
-            run()
-        except Exception as error:
-            failed += 1
-            tqdm.write(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-    print(f"{len(planned) - failed} of {len(planned)} as the oracle has them")
-    sys.exit(failed > 0)
+    planned = [*runs({name: kernels[name] for name in names}), *others()]
+    finish(planned, "as the oracle has them")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Divisions are rounded once here, as on the CPU to which this is compared; on a G
 kernel divide by the same instruction, which may be off by two units in the last place.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -17,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from append_token_cases import CASES, KEEP, TOKEN, body, expected, tokens
-from execute import aligned, started
+from execute import aligned, chosen, finish, started
 from ptx import machine
 from ptx.memory import Global
-from tqdm import tqdm
 
 from nqkv_jax.pallas_kernels.append_token import append_token
 
@@ -63,18 +63,8 @@ def check(case) -> None:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(CASES)
-    if unknown := set(names) - set(CASES):
-        sys.exit(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
-    failed = 0
-    for name in tqdm(names, unit="case", disable=None):
-        try:
-            check(CASES[name])
-        except Exception as error:
-            failed += 1
-            tqdm.write(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-    print(f"{len(names) - failed} of {len(names)} to the bit as XLA has them")
-    sys.exit(failed > 0)
+    planned = [(name, functools.partial(check, CASES[name])) for name in chosen(CASES)]
+    finish(planned, "to the bit as XLA has them")
 
 
 if __name__ == "__main__":
