@@ -119,11 +119,10 @@ def kernel_is_automatic(left_out: Collection[str] = ()):
     Args:  left_out: of `OTHERS`, what is left to XLA.
     """
     with contextlib.ExitStack() as stack:
-        patch = lambda *args: stack.enter_context(mock.patch.object(*args))
-        automatic = {**decode_attention.PLATFORMS, KERNEL: "cuda"}
-        stack.enter_context(mock.patch.dict(decode_attention.PLATFORMS, automatic))
-        for name in set(OTHERS) - set(left_out):
-            patch(OTHERS[name], "PLATFORMS", OTHERS[name].PLATFORMS | {"cuda"})
+        stack.enter_context(mock.patch.dict(decode_attention.PLATFORMS, {KERNEL: "cuda"}))
+        for other in (OTHERS[name] for name in set(OTHERS) - set(left_out)):
+            platforms = other.PLATFORMS | {"cuda"}
+            stack.enter_context(mock.patch.object(other, "PLATFORMS", platforms))
         yield
 
 
@@ -399,9 +398,9 @@ def units(
     left_out: Collection[str] = (),
 ) -> list[Unit]:  # fmt: skip
     """Of each model: every variant in a batch of one size, the largest batches, and no cache."""
-    measurements, found = (
-        Measurements(steps=steps, repeats=repeats, memory=memory, left_out=left_out),
+    found, measurements = (
         [],
+        Measurements(steps=steps, repeats=repeats, memory=memory, left_out=left_out),
     )
     for setting in chosen:
         for measure in ("equal batch", "largest batch", "no cache"):
