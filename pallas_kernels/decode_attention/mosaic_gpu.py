@@ -25,6 +25,7 @@ from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import SHARING, TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, MOST, Levels
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
+    Memory,
     Source,
     fetch,
     load_rows,
@@ -112,14 +113,14 @@ def decode_attention(
     plan = make_plan(group, key, value, soft_cap, interpret)
     q, meeting_waves = jnp.split(q, [head_dim], axis=-1)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
-    rounded, sums = q.astype(jnp.float16), []
-    if plan.key.needs_sums:
-        blocks = rounded.astype(jnp.float32).reshape(*q.shape[:3], plan.key.blocks, -1)
+    sums = []
+    if plan.key.needs_sums:  # of what the tensor core is given
+        blocks = q.astype(jnp.float16).astype(jnp.float32)
+        blocks = blocks.reshape(*q.shape[:3], plan.key.blocks, -1)
         sums = [jnp.swapaxes(jnp.sum(blocks, axis=4), 2, 3)]
     if plan.key.channels:  # queries wait, in columns, for the scales of every tile
         q = jnp.swapaxes(q, 2, 3).astype(jnp.float32) * jnp.float32(plan.key.levels.slope)
-    else:
-        q = rounded
+    q = q.astype(jnp.float16)
     # A free reshape: the words of a token in a column are a row.
     words = lambda a: a.reshape(*a.shape[:3], -1, plan.stored_width)
     of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
@@ -155,7 +156,8 @@ def decode_attention(
 
 def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     source, query_sums, added = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
-    *outputs, smem = refs[treedef.num_leaves :]
+    *outputs, scratch = refs[treedef.num_leaves :]
+    smem = Memory.of(scratch)
     split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
     unit_tokens = plan.tiles * tiles.TOKENS
     length, oldest = lengths[batch], first[batch]
@@ -175,8 +177,6 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         fetch(source, smem, batch, head, tile, slot, plan)
 
     plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
-    for places, target in zip(added[2:], smem.places, strict=True):
-        plgpu.copy_gmem_to_smem(places, target, smem.queries_arrived)
     for slot in range(STAGES):
         fetch_step(jnp.int32(slot), slot)
     plgpu.barrier_wait(smem.queries_arrived)
@@ -196,11 +196,11 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         bits = array.at[slot, :, block, pl.ds(k * plan.field, plan.field)]
         return float32(load_rows(bits, plan.interpret))
 
-    def shift_unit(loaded):
+    def shift_unit(loaded, places):
         """Leaves what waves add to the scores of a unit."""
         waves.turn(loaded, smem.turned[0], plan)
         plgpu.commit_smem()
-        waves.leave(_matmul(smem.places[0][...], smem.turned[0], plan), smem.shift[0], plan)
+        waves.leave(_matmul(places, smem.turned[0], plan), smem.shift[0], plan)
         plgpu.commit_smem()
 
     def of_own(parts):
@@ -301,7 +301,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
 
     def attend(slot, unit, part, carry):
         """Merges the fields of one part of a unit's words."""
-        if plan.key.groups > 1:
+        if plan.scaled_by_part:
             channels.scale_queries(smem, slot, part, plan)
         numerators, denominator, constant, maximum = carry
         log = plan.field.bit_length() - 1
@@ -352,11 +352,11 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(STAGES))
         if plan.wave_rows:
-            wave_queries, starts, _ = added
+            wave_queries, starts, places = added
             of_unit = wave_queries.at[batch, head], starts, first_tile(begin + i)
-            shift_unit(waves.load(*of_unit, plan))
+            shift_unit(waves.load(*of_unit, plan), waves.load_places(places))
         plgpu.barrier_wait(smem.unit_arrived.at[slot])
-        if plan.key.channels and plan.key.groups == 1:  # for all parts
+        if plan.key.channels and not plan.scaled_by_part:  # for all parts
             channels.scale_queries(smem, slot, 0, plan)
         # A loop, not copies: the compiler would compute all factors of a word at once, and they
         # do not fit into the registers.

@@ -20,6 +20,7 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
     starts = plan.squares(plan.head_dim)
     rows = [pl.ds(start, ROWS) for start in starts]
     queries = [plgpu.load(smem.queries.at[r], layout=plgpu.Layout.WGMMA) for r in rows]
+    queries = [q.astype(jnp.float32) for q in queries]
     by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
 
     def of_channels(array, tile, group, rows):

@@ -18,23 +18,29 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, STAGE
 class Memory(NamedTuple):
     """Buffers of a program; those that arrive with a unit have a slot for each stage ahead."""
 
-    queries: Any  # [group, head_dim]; f32[head_dim, group] if they wait for scales of channels
+    queries: Any  # float16[group, head_dim], or transposed if they wait for scales of channels
     words: tuple[Any, Any]  # of keys and values, int16[STAGES, *Plan.word_shape]
     token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
     channel_scales: list  # of keys, and zeros, int16[STAGES, *Plan.channel_shape]
     scaled_queries: list  # float16[*Plan.scaled_shape]
     channel_shift: list  # float16[*Plan.shift_shape]
     # Of the waves, as in `mosaic_gpu_waves`.
-    places: list
-    turned: list
-    shift: list
+    turned: list  # float16[*Plan.turned_shape]
+    shift: list  # f32[*Plan.wave_shape]
     weights: Any  # float16[*Plan.weight_shape]
     queries_arrived: Any
     unit_arrived: Any  # for each stage
 
+    @classmethod
+    def of(cls, scratch) -> "Memory":
+        """Of the references to what `memory` asks for."""
+        lasting, in_turn = scratch
+        return cls(**lasting, **{k: v for group in in_turn for k, v in group.items()})
 
-def memory(plan: Plan) -> Memory:
-    """What a program asks for."""
+
+def memory(plan: Plan) -> tuple[dict, Any]:
+    """What a program asks for: fields of `Memory` that last, and groups of them that take turns in
+    one place."""
     channels, waves = plan.key.channels, plan.wave_rows > 0
     f32, f16, i16 = jnp.float32, jnp.float16, jnp.int16
     smem = plgpu.SMEM
@@ -46,8 +52,8 @@ def memory(plan: Plan) -> Memory:
     operand, of_channels = swizzled(32), swizzled(min(plan.lanes(plan.key), 32))
     queries = smem((plan.group, plan.head_dim), f16, **of_channels)
     if channels:
-        queries = smem((plan.head_dim, plan.group), f32)
-    return Memory(
+        queries = smem((plan.head_dim, plan.group), f16)
+    lasting = dict(
         queries=queries,
         words=tuple(
             smem((STAGES, *plan.word_shape(side)), i16, **swizzled(plan.lanes(side)))
@@ -58,15 +64,19 @@ def memory(plan: Plan) -> Memory:
             for side in plan.sides
         ),
         channel_scales=[smem((STAGES, *plan.channel_shape), i16)] * plan.key.channel_arrays,
-        scaled_queries=[smem(plan.scaled_shape, f16, **of_channels)] * channels,
-        channel_shift=[smem(plan.shift_shape, f16, **operand)] * plan.key.shifted,
-        places=[smem((ROWS, 2 * plan.wave_rows), f16, **operand)] * waves,
-        turned=[smem((plan.halves * plan.group, 2 * plan.wave_rows), f16, **operand)] * waves,
-        shift=[smem((plan.halves * ROWS, plan.group), f32)] * waves,
-        weights=smem(plan.weight_shape, f16, **operand),
-        queries_arrived=plgpu.Barrier(num_arrivals=1 + waves),
+        shift=[smem(plan.wave_shape, f32)] * waves,
+        queries_arrived=plgpu.Barrier(num_arrivals=1),
         unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=STAGES),
     )
+    turned = dict(turned=[smem(plan.turned_shape, f16, **operand)] * waves)
+    scaled = dict(
+        scaled_queries=[smem(plan.scaled_shape, f16, **of_channels)] * channels,
+        channel_shift=[smem(plan.shift_shape, f16, **operand)] * plan.key.shifted,
+    )
+    weights = dict(weights=smem(plan.weight_shape, f16, **operand))
+    in_turn = (turned, scaled, weights) if plan.scaled_by_part else (turned, scaled | weights)
+    # An interpreter has no memory that is shared, and no need of it.
+    return lasting, plgpu.RefUnion(*in_turn)
 
 
 def _copies(plan: Plan) -> int:

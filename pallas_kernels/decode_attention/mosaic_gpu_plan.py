@@ -182,6 +182,16 @@ class Plan:
         """Half tiles of a unit."""
         return self.tiles * tiles.TOKENS // ROWS
 
+    @property
+    def turned_shape(self) -> tuple[int, int]:
+        """Of cosines and sines of queries, turned to where each half tile starts."""
+        return self.halves * self.group, 2 * self.wave_rows
+
+    @property
+    def wave_shape(self) -> tuple[int, int]:
+        """Of what they add to scores."""
+        return self.halves * ROWS, self.group
+
     def word_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit."""
         return side.pieces, side.planes, self.columns(side), ROWS, self.width(side)
@@ -219,6 +229,11 @@ class Plan:
         return max(1, self.per_part // self.fields_of_set)
 
     @property
+    def scaled_by_part(self) -> bool:
+        """Whether queries meet the scales of channels part by part, not once for a unit."""
+        return self.key.groups > 1
+
+    @property
     def scaled_shape(self) -> tuple[int, int, int]:
         """Of queries with scales of channels."""
         return self.sets, self.segments * self.group, self.head_dim
@@ -245,20 +260,20 @@ class Plan:
         buffers = [2 * STAGES * math.prod(self.word_shape(side)) for side in self.sides]
         for side in self.sides:
             buffers += [2 * STAGES * math.prod(self.scale_shape(side))] * side.token_arrays
-        queries = self.group * self.head_dim
-        buffers.append(queries * (4 if self.key.channels else 2))
-        if self.key.channels:  # their scales, and queries with them
-            buffers += [2 * STAGES * math.prod(self.channel_shape)] * self.key.arrays
-            buffers.append(2 * math.prod(self.scaled_shape))
-        if self.key.shifted:
-            buffers.append(2 * math.prod(self.shift_shape))
-        if self.wave_rows:  # places, queries turned to half tiles, and what these give
-            turned = self.halves * self.group
-            buffers += [2 * size * 2 * self.wave_rows for size in (ROWS, turned)]
-            buffers.append(4 * ROWS * turned)
-        buffers.append(2 * math.prod(self.weight_shape))
-        aligned = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers)
-        return aligned + self.reduction_bytes + 8 * (1 + STAGES)  # of barriers
+        buffers.append(2 * self.group * self.head_dim)
+        buffers += [2 * STAGES * math.prod(self.channel_shape)] * self.key.channel_arrays
+        aligned = lambda *sizes: sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        turned = 0
+        if self.wave_rows:
+            buffers.append(4 * math.prod(self.wave_shape))
+            turned = aligned(2 * math.prod(self.turned_shape))
+        scaled = aligned(
+            2 * math.prod(self.scaled_shape) * self.key.channels,
+            2 * math.prod(self.shift_shape) * self.key.shifted,
+        )
+        weights = aligned(2 * math.prod(self.weight_shape))
+        in_turn = (turned, scaled, weights) if self.scaled_by_part else (turned, scaled + weights)
+        return aligned(*buffers) + max(in_turn) + self.reduction_bytes + 8 * (1 + STAGES)  # of barriers
 
     @property
     def programs(self) -> int:

@@ -57,8 +57,14 @@ def load(queries, starts, tile: jax.Array, plan: Plan) -> list:
     return found
 
 
+def load_places(places) -> jax.Array:
+    """The operand of a product, float16[64, 2 * rows]: from global memory, as it is the same for
+    every program, and the cache of a multiprocessor has it."""
+    return plgpu.load(places, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
 def turn(loaded: list, turned, plan: Plan) -> None:
-    """Leaves queries in `turned` float16[2 * tiles * group, 2 * rows]."""
+    """Leaves queries in `turned` float16[*Plan.turned_shape]."""
     by_row = lambda x: jax.lax.broadcast_in_dim(x, (ROWS, plan.group), (0,))
     for c, ((cosine, sine), starts) in enumerate(loaded):
         for n, start in enumerate(starts):
@@ -71,7 +77,7 @@ def turn(loaded: list, turned, plan: Plan) -> None:
 
 
 def leave(product: jax.Array, shift, plan: Plan) -> None:
-    """Leaves what a unit's tokens get in `shift` f32[128 * tiles, group], of the product f32[64,
+    """Leaves what a unit's tokens get in `shift` f32[*Plan.wave_shape], of the product f32[64,
     2 * tiles * group] of places with queries."""
     for n in range(plan.halves):
         columns = jax.lax.slice(product, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
