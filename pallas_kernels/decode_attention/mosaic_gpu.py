@@ -41,7 +41,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     Side,
     make_plan,
 )
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import rotate_pairs
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import load_shared, rotate_pairs
 
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
@@ -260,19 +260,19 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     rotate = functools.partial(rotate_pairs, interpret=plan.interpret)
     zero = (length >> 31).astype(jnp.int16)  # see `Levels.factor`
 
-    def load(side: Side, words, slot, piece, column, part, token_axis, own=None):
-        """A column of a unit, or some channels of it, with tokens along an axis: words whose part
-        begins at bit `FIRST`, and those with the high bits of 3, in the lower byte."""
-        planes = [words.at[slot, piece, plane, column] for plane in range(side.planes)]
-        if own is not None:
-            planes = [a.at[:, own] for a in planes]
-        low, *high = [(a.transpose((1, 0)) if token_axis else a)[...] for a in planes]
+    def load(s, slot, piece, column, part, token_axis, own=slice(None)):
+        """Of a side, a column of a unit, or some channels of it, with tokens along an axis: words
+        whose part begins at bit `FIRST`, and of 3 bits those with the third, in the lower byte."""
+        low = smem.words[s].at[slot, piece, column, :, own]
+        low = (low.transpose((1, 0)) if token_axis else low)[...]
         low = rotate(low, part * (plan.per_part * plan.narrow_bits) - FIRST)
-        if not high:
+        if not plan.sides[s].high:
             return low, None
-        (high,) = high
-        row = plgpu.broadcasted_iota(jnp.int32, high.shape, token_axis, layout=plgpu.Layout.WGMMA)
-        return low, jnp.where((row & (plan.field // 2)) != 0, rotate(high, 8), high)
+        (high,) = smem.high[s]
+        lanes = plan.lanes(plan.sides[s])
+        return low, load_shared(
+            high.at[slot, column, :, own], token_axis, lanes, plan.interpret
+        )
 
     def factor(side: Side, words, part, n):
         """Of field n of a part."""
@@ -314,7 +314,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
 
         products = [[] for _ in range(plan.per_part)]
         for c, piece in itertools.product(range(plan.columns(plan.key)), range(plan.key.pieces)):
-            words = load(plan.key, smem.words[0], slot, piece, c, part, 0)
+            words = load(0, slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
                 found = factor(plan.key, words, part, n)
                 products[n].append(product_with_queries(found, n, c))
@@ -337,11 +337,11 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         merged = []
         for operand, numerator in zip(plan.operands, numerators, strict=True):
             whole = operand.count == plan.width(plan.value)
-            own = None if whole else pl.ds(operand.first, operand.count)
+            own = slice(None) if whole else pl.ds(operand.first, operand.count)
             numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
             blocks = pl.ds(operand.block * plan.group, operand.blocks * plan.group)
             for piece in range(plan.value.pieces):
-                words = load(plan.value, smem.words[1], slot, piece, operand.column, part, 1, own)
+                words = load(1, slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
                     left, weights = factor(plan.value, words, part, n), smem.weights.at[n, blocks]
                     numerator = numerator + product_of(left, weights, operand.blocks)

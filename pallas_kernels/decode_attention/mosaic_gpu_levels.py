@@ -134,16 +134,18 @@ class Levels:
 
         Of 3 bits, words have the low two, and the bit beside them of `high` int16 is the third.
 
-        `zero` int16[] is a 0 that the assembler does not know of: masks it knows, it puts into a
-        register again for every use.
+        `zero` int16[] is a 0 that the compiler does not know of: masks it knows, the assembler
+        puts into a register again for every use.
         """
         bits, at = self.codebook.bits, self.place(field)
-        code = words & (jnp.int16((2**self.low_bits - 1) << at) | zero)
-        if high is not None:
-            code = code | (high & (jnp.int16(1 << (at + self.low_bits)) | zero))
+        hidden = lambda constant: jnp.int16(constant) | zero
         # Below the exponent of `base`, the last bit of a code is worth 1 / half.
         exponent = 10 - at - (bits - 1)
-        number, base = code | jnp.int16((15 + exponent) << 10), 2.0**exponent
+        base, mask = 2.0**exponent, (2**self.low_bits - 1) << at
+        # An exclusive or is not put after the third bit, where it would be an operation more.
+        number = (words & hidden(mask)) ^ hidden((15 + exponent) << 10)
+        if high is not None:
+            number = number | (high & hidden(1 << (at + self.low_bits)))
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
         less = lambda x: number - jnp.float16(base + x / self.half)
         if self.polynomial is None:

@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, STAGES, Plan, Side
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, STAGES, Plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import swizzled
 
 
 class Memory(NamedTuple):
@@ -20,6 +21,7 @@ class Memory(NamedTuple):
 
     queries: Any  # float16[group, head_dim], or transposed if they wait for scales of channels
     words: tuple[Any, Any]  # of keys and values, int16[STAGES, *Plan.word_shape]
+    high: tuple[list, list]  # of 3 bits, int16[STAGES, *Plan.high_shape]
     token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
     channel_scales: list  # of keys, and zeros, int16[STAGES, *Plan.channel_shape]
     scaled_queries: list  # float16[*Plan.scaled_shape]
@@ -45,10 +47,6 @@ def memory(plan: Plan) -> tuple[dict, Any]:
     f32, f16, i16 = jnp.float32, jnp.float16, jnp.int16
     smem = plgpu.SMEM
 
-    def swizzled(lanes):
-        tiling, swizzle = plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)
-        return dict(transforms=(tiling, swizzle))
-
     operand, of_channels = swizzled(32), swizzled(min(plan.lanes(plan.key), 32))
     queries = smem((plan.group, plan.head_dim), f16, **of_channels)
     if channels:
@@ -57,6 +55,10 @@ def memory(plan: Plan) -> tuple[dict, Any]:
         queries=queries,
         words=tuple(
             smem((STAGES, *plan.word_shape(side)), i16, **swizzled(plan.lanes(side)))
+            for side in plan.sides
+        ),
+        high=tuple(
+            [smem((STAGES, *plan.high_shape(side)), i16, **swizzled(plan.lanes(side)))] * side.high
             for side in plan.sides
         ),
         token_scales=tuple(
@@ -83,8 +85,7 @@ def _copies(plan: Plan) -> int:
     """Of a unit, as `fetch` makes them."""
     copies = plan.key.channel_arrays
     for side in plan.sides:
-        # The high bits of 3 come twice.
-        copies += plan.columns(side) * plan.tiles * (side.pieces if side.planes == 1 else 3)
+        copies += plan.columns(side) * plan.tiles * (side.pieces + side.high)
         copies += side.token_arrays
     return copies
 
@@ -98,48 +99,37 @@ class Source(NamedTuple):
 
 
 def fetch(
-    source: Source, memory: Memory, batch: jax.Array, head: jax.Array, tile: jax.Array,
+    source: Source, smem: Memory, batch: jax.Array, head: jax.Array, tile: jax.Array,
     slot: int | jax.Array, plan: Plan,
 ) -> None:  # fmt: skip
     """Starts the copies of the unit that begins with `tile`."""
-    done = memory.unit_arrived.at[slot]
+    done = smem.unit_arrived.at[slot]
     copy = lambda a, b: plgpu.copy_gmem_to_smem(a, b, done)
-    for side, words, target in zip(plan.sides, source.words, memory.words, strict=True):
+    for s, side in enumerate(plan.sides):
         for n, column in itertools.product(range(plan.tiles), range(plan.columns(side))):
-            for rows, lanes, to in _word_copies(side, column, plan):
-                piece, plane, at = to
-                copy(
-                    words.at[batch, tile + n, head, rows, lanes],
-                    target.at[slot, piece, plane, column, pl.ds(n * plan.field + at, rows.size)],
-                )
+            stored_column, lane = divmod(column * plan.width(side), plan.stored_width)
+            rows = source.words[s].at[batch, tile + n, head, :, pl.ds(lane, plan.width(side))]
+            low, count = plan.field * side.pieces, plan.field  # of a stored column, of a piece
+            for piece in range(side.pieces):
+                target = smem.words[s].at[slot, piece, column, pl.ds(n * count, count)]
+                copy(rows.at[pl.ds(stored_column * low + piece * count, count)], target)
+            for high in smem.high[s]:
+                begin, count = plan.head_dim // plan.stored_width * low, low // 2
+                target = high.at[slot, column, pl.ds(n * count, count)]
+                copy(rows.at[pl.ds(begin + stored_column * count, count)], target)
     for side, arrays, targets in zip(
-        plan.sides, source.token_scales, memory.token_scales, strict=True
+        plan.sides, source.token_scales, smem.token_scales, strict=True
     ):
         first = jax.lax.div(head, jnp.int32(side.heads)) * side.blocks
         for array, target in zip(arrays, targets, strict=True):
             of_unit = batch, pl.ds(tile, plan.tiles), pl.ds(first, side.blocks)
             copy(array.at[of_unit], target.at[slot])
-    for array, target in zip(source.channel_scales, memory.channel_scales, strict=True):
+    for array, target in zip(source.channel_scales, smem.channel_scales, strict=True):
         groups = pl.ds(head * plan.key.groups, plan.key.groups)
         copy(
             array.at[batch, pl.ds(tile, plan.tiles), groups],
             target.at[slot, pl.ds(0, plan.tiles)],
         )
-
-
-def _word_copies(side: Side, column: int, plan: Plan):
-    """Of a column of a tile: (rows, lanes) in memory, and (piece, plane, first row) of where to."""
-    width = plan.width(side)
-    stored_column, lane = divmod(column * width, plan.stored_width)
-    lanes = pl.ds(lane, width)
-    low = plan.field * side.pieces  # rows of words with the low bits
-    for piece in range(side.pieces):
-        yield pl.ds(stored_column * low + piece * plan.field, plan.field), lanes, (piece, 0, 0)
-    if side.planes == 2:  # a word has high bits for two rows: twice, so that each has its own
-        high = low // 2
-        begin = plan.head_dim // plan.stored_width * low + stored_column * high
-        for at in (0, high):
-            yield pl.ds(begin, high), lanes, (0, 1, at)
 
 
 def load_rows(bits, interpret: bool) -> jax.Array:

@@ -34,8 +34,9 @@ class Side:
         return self.levels.codebook.bits
 
     @property
-    def planes(self) -> int:
-        return 1 + (self.bits == 3)
+    def high(self) -> bool:
+        """Whether a third bit is in words of its own."""
+        return self.bits == 3
 
     @property
     def arrays(self) -> int:
@@ -115,7 +116,7 @@ class Plan:
         or fewer."""
         scales = any(side.blocks > 1 or side.shifted for side in self.sides)
         demands = scales + (self.group > 8) + (self.head_dim > tiles.LANES)
-        if any(side.bits == 3 for side in self.sides):
+        if any(side.high for side in self.sides):
             demands += 1
         elif not all(side.levels.codebook.coefficients for side in self.sides):
             demands = max(demands, 1)
@@ -194,7 +195,11 @@ class Plan:
 
     def word_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit."""
-        return side.pieces, side.planes, self.columns(side), ROWS, self.width(side)
+        return side.pieces, self.columns(side), ROWS, self.width(side)
+
+    def high_shape(self, side: Side) -> tuple[int, ...]:
+        """Of the words with the third bits, each of which has those of two rows."""
+        return self.columns(side), ROWS // 2, self.width(side)
 
     def scale_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit's tokens."""
@@ -257,8 +262,10 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """Shared memory that a program takes."""
-        buffers = [2 * STAGES * math.prod(self.word_shape(side)) for side in self.sides]
+        buffers = []
         for side in self.sides:
+            buffers.append(2 * STAGES * math.prod(self.word_shape(side)))
+            buffers += [2 * STAGES * math.prod(self.high_shape(side))] * side.high
             buffers += [2 * STAGES * math.prod(self.scale_shape(side))] * side.token_arrays
         buffers.append(2 * self.group * self.head_dim)
         buffers += [2 * STAGES * math.prod(self.channel_shape)] * self.key.channel_arrays

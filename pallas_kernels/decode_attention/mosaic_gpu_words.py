@@ -1,12 +1,24 @@
 """Words in the registers of a GPU: two of 16 bits share one, and are turned together."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
+
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS
+
+
+def swizzled(lanes: int) -> dict:
+    """Options of a buffer in shared memory that the tensor core reads, of 2 bytes and so many lanes
+    side by side."""
+    tiling, swizzle = plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(2 * lanes)
+    return dict(transforms=(tiling, swizzle))
 
 
 def rotate_pairs(words: jax.Array, amount: jax.Array | int, interpret: bool) -> jax.Array:
@@ -33,12 +45,69 @@ def rotate_pairs(words: jax.Array, amount: jax.Array | int, interpret: bool) -> 
 
 
 def _rotate(context, words: mgpu.FragmentedArray, amount: mgpu.FragmentedArray):
-    (by,), pair = amount.registers.flat, ir.IntegerType.get_signless(32)
-    registers = words.registers.copy()
+    (by,) = amount.registers.flat
+    return mgpu.FragmentedArray(
+        _registers=_rotated(words.registers, by),
+        _layout=words.layout,
+        _is_signed=words.is_signed,
+    )
+
+
+def _rotated(registers: np.ndarray, by: ir.Value) -> np.ndarray:
+    pair, found = ir.IntegerType.get_signless(32), np.empty_like(registers)
     for i, register in enumerate(registers.flat):
         number = utils.bitcast(register, pair)
-        number = llvm.intr_fshr(number, number, by)
-        registers.flat[i] = utils.bitcast(number, register.type)
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=words.layout, _is_signed=words.is_signed
-    )
+        found.flat[i] = utils.bitcast(llvm.intr_fshr(number, number, by), register.type)
+    return found
+
+
+def load_shared(words, token_axis: int, lanes: int, interpret: bool) -> jax.Array:
+    """An operand of words that two tokens share, 8 apart: int16 [64, n], or [n, 64] if tokens are
+    axis 1, of `words` [32, n] in shared memory, with `lanes` side by side. The lower byte is the
+    token's own.
+
+    A row of the operand and the one 8 below it are in the same thread: a word is loaded once, and
+    turned for the second.
+    """
+    if interpret:
+        found = words[...]
+        own = jnp.stack([x.reshape(-1, 8, x.shape[1]) for x in (found, _swapped(found))], axis=1)
+        own = own.reshape(ROWS, -1)
+        return own.T if token_axis else own
+    n, layout = words.shape[1], plgpu.Layout.WGMMA
+    if token_axis:
+        shape, source, kind = (n, ROWS), words.transpose((1, 0))[...], layout
+    else:
+        shape, source, kind = (ROWS, n), words, plgpu.RefType(swizzled(lanes)["transforms"])
+    double = plgpu.inline_mgpu(
+        arg_types=(kind,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int16, layout=layout)
+    )(_of_columns if token_axis else functools.partial(_of_rows, lanes=lanes))
+    return double(source)
+
+
+def _swapped(words: jax.Array) -> jax.Array:
+    """With the upper byte below."""
+    words = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    return jax.lax.bitcast_convert_type(words << 8 | words >> 8, jnp.int16)
+
+
+def _of_rows(context, words: ir.Value, *, lanes: int):
+    # As of 64 rows, whose layout has two groups of 8 for each warp.
+    eight = fragmented_array.Tiling(((32, 8), (8, 8), (2,)))
+    layout = mgpu.TiledLayout(eight, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    loaded = mgpu.FragmentedArray.load_tiled(words, 2 * lanes, is_signed=True, layout=layout)
+    return _doubled(loaded.registers.reshape(-1), (ROWS, loaded.shape[1]))
+
+
+def _of_columns(context, words: mgpu.FragmentedArray):
+    rows, columns = words.shape
+    registers = words.registers.reshape(rows // ROWS, columns // 8, 2)
+    return _doubled(registers, (rows, ROWS), axis=2)
+
+
+def _doubled(registers: np.ndarray, shape: tuple[int, int], axis: int = -1):
+    layout = mgpu.WGMMA_LAYOUT
+    by = utils.c(8, ir.IntegerType.get_signless(32))
+    both = np.stack([registers, _rotated(registers, by)], axis=axis)
+    both = both.reshape(layout.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=both, _layout=layout, _is_signed=True)
