@@ -247,7 +247,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
                     s = s + sums[b] * by_row(per_token(arrays[1], slot, b, k))
             scores = s if scores is None else scores + s
         if plan.wave_rows:
-            scores = scores + of_own(waves.of_field(smem.shift[0], k, plan))
+            scores = scores + waves.of_field(smem.shift[0], k)
         if plan.soft_cap is not None:
             # tanh, whose approximation would be off by up to 5e-4.
             doubled = jnp.exp(scores * jnp.float32(2 / plan.soft_cap))

@@ -189,9 +189,9 @@ class Plan:
         return self.halves * self.group, 2 * self.wave_rows
 
     @property
-    def wave_shape(self) -> tuple[int, int]:
-        """Of what they add to scores."""
-        return self.halves * ROWS, self.group
+    def wave_shape(self) -> tuple[int, int, int, int]:
+        """Of what they add to the scores of the rows of each field, tile by tile."""
+        return self.fields, self.tiles, self.field, self.group
 
     def word_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit."""

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import Waves
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import store_rows
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
 
 
@@ -79,15 +80,14 @@ def turn(loaded: list, turned, plan: Plan) -> None:
 def leave(product: jax.Array, shift, plan: Plan) -> None:
     """Leaves what a unit's tokens get in `shift` f32[*Plan.wave_shape], of the product f32[64,
     2 * tiles * group] of places with queries."""
+    fields = ROWS // plan.field
     for n in range(plan.halves):
+        tile, half = divmod(n, tiles.TOKENS // ROWS)
         columns = jax.lax.slice(product, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
-        shift.at[pl.ds(n * ROWS, ROWS)][...] = columns
+        target = shift.at[pl.ds(half * fields, fields), tile]
+        store_rows(target, columns, plan.interpret)
 
 
-def of_field(shift, k: jax.Array, plan: Plan) -> list[jax.Array]:
-    """f32 squares for field k: of each tile the one whose rows of that tile are right."""
-    begin = lambda tile: tile * (tiles.TOKENS - plan.field) + k * plan.field
-    return [
-        plgpu.load(shift.at[pl.ds(begin(tile), ROWS)], layout=plgpu.Layout.WGMMA)
-        for tile in range(plan.tiles)
-    ]
+def of_field(shift, k: jax.Array) -> jax.Array:
+    """f32 square, for the rows of field k."""
+    return plgpu.load(shift.at[k].reshape(ROWS, shift.shape[-1]), layout=plgpu.Layout.WGMMA)
