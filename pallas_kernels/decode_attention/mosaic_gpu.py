@@ -270,9 +270,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             return low, None
         (high,) = smem.high[s]
         lanes = plan.lanes(plan.sides[s])
-        return low, load_shared(
-            high.at[slot, column, :, own], token_axis, lanes, plan.interpret
-        )
+        return low, load_shared(high.at[slot, column, :, own], token_axis, lanes, plan.interpret)
 
     def factor(side: Side, words, part, n):
         """Of field n of a part."""

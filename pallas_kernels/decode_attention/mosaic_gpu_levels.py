@@ -142,10 +142,12 @@ class Levels:
         # Below the exponent of `base`, the last bit of a code is worth 1 / half.
         exponent = 10 - at - (bits - 1)
         base, mask = 2.0**exponent, (2**self.low_bits - 1) << at
-        # An exclusive or is not put after the third bit, where it would be an operation more.
-        number = (words & hidden(mask)) ^ hidden((15 + exponent) << 10)
-        if high is not None:
-            number = number | (high & hidden(1 << (at + self.low_bits)))
+        number, above = words & hidden(mask), (15 + exponent) << 10
+        if high is None:
+            number = number | jnp.int16(above)
+        else:
+            # An exclusive or is not put after the third bit, where it is an operation more.
+            number = (number ^ hidden(above)) | (high & hidden(1 << (at + self.low_bits)))
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
         less = lambda x: number - jnp.float16(base + x / self.half)
         if self.polynomial is None:

@@ -156,23 +156,6 @@ def _load_rows(context, bits: ir.Value) -> mgpu.FragmentedArray:
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
 
-def store_rows(target, x: jax.Array, interpret: bool) -> None:
-    """Leaves x f32[64, n] in `target` f32[fields, 64 / fields, n] in shared memory, which need not
-    be contiguous."""
-    if interpret:
-        target[...] = x.reshape(target.shape)
-        return
-    leave = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))(_store_rows)
-    leave(target, x)
-
-
-def _store_rows(context, target: ir.Value, x: mgpu.FragmentedArray) -> None:
-    field = arith.constant(ir.IndexType.get(), ir.MemRefType(target.type).shape[1])
-    for at, register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
-        row, column = at
-        vector.store(register, target, [arith.divui(row, field), arith.remui(row, field), column])
-
-
 def store(target, x: jax.Array) -> None:
     """To global memory, also where that is less than a cache line for each warp."""
     if jax.__version_info__ < (0, 12):

@@ -189,9 +189,9 @@ class Plan:
         return self.halves * self.group, 2 * self.wave_rows
 
     @property
-    def wave_shape(self) -> tuple[int, int, int, int]:
-        """Of what they add to the scores of the rows of each field, tile by tile."""
-        return self.fields, self.tiles, self.field, self.group
+    def wave_shape(self) -> tuple[int, int, int]:
+        """Of what they add to the scores of each field."""
+        return self.fields, ROWS, self.group
 
     def word_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit."""
@@ -280,7 +280,9 @@ class Plan:
         )
         weights = aligned(2 * math.prod(self.weight_shape))
         in_turn = (turned, scaled, weights) if self.scaled_by_part else (turned, scaled + weights)
-        return aligned(*buffers) + max(in_turn) + self.reduction_bytes + 8 * (1 + STAGES)  # of barriers
+        return (
+            aligned(*buffers) + max(in_turn) + self.reduction_bytes + 8 * (1 + STAGES)
+        )  # of barriers
 
     @property
     def programs(self) -> int:

@@ -8,13 +8,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import Waves
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import store_rows
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
+
+HALVES = tiles.TOKENS // ROWS  # of a tile
 
 
 def operands(waves: Waves, q: jax.Array, plan: Plan) -> list[jax.Array]:
@@ -48,7 +53,7 @@ def load(queries, starts, tile: jax.Array, plan: Plan) -> list:
     found = []
     for begin in range(0, plan.wave_rows, ROWS):
         rows = pl.ds(begin, ROWS)
-        at = [starts.at[tile * (tiles.TOKENS // ROWS) + n] for n in range(plan.halves)]
+        at = [starts.at[tile * HALVES + n] for n in range(plan.halves)]
         found.append(
             (
                 [square(queries.at[part, rows]) for part in range(2)],
@@ -80,14 +85,28 @@ def turn(loaded: list, turned, plan: Plan) -> None:
 def leave(product: jax.Array, shift, plan: Plan) -> None:
     """Leaves what a unit's tokens get in `shift` f32[*Plan.wave_shape], of the product f32[64,
     2 * tiles * group] of places with queries."""
-    fields = ROWS // plan.field
-    for n in range(plan.halves):
-        tile, half = divmod(n, tiles.TOKENS // ROWS)
-        columns = jax.lax.slice(product, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
-        target = shift.at[pl.ds(half * fields, fields), tile]
-        store_rows(target, columns, plan.interpret)
+    if plan.interpret:
+        found = product.reshape(-1, plan.field, plan.tiles, HALVES, plan.group)
+        shift[...] = jnp.transpose(found, (3, 0, 2, 1, 4)).reshape(plan.wave_shape)
+        return
+    kinds = plgpu.RefType(), plgpu.Layout.WGMMA
+    plgpu.inline_mgpu(arg_types=kinds)(functools.partial(_leave, plan=plan))(shift, product)
+
+
+def _leave(context, shift: ir.Value, product: mgpu.FragmentedArray, *, plan: Plan) -> None:
+    # Whose columns Pallas would cut, but not put into every other field.
+    number = lambda n: arith.constant(ir.IndexType.get(), n)
+    square, fields = (ROWS, plan.group), ROWS // plan.field
+    cut = np.split(product.registers, plan.halves, axis=1)
+    for n, registers in enumerate(cut):
+        tile, half = divmod(n, HALVES)
+        places = product.layout.thread_idxs(square)
+        for (place, column), register in zip(places, registers.flat, strict=True):
+            field = arith.addi(arith.divui(place, number(plan.field)), number(half * fields))
+            row = arith.addi(arith.remui(place, number(plan.field)), number(tile * plan.field))
+            vector.store(register, shift, [field, row, column])
 
 
 def of_field(shift, k: jax.Array) -> jax.Array:
     """f32 square, for the rows of field k."""
-    return plgpu.load(shift.at[k].reshape(ROWS, shift.shape[-1]), layout=plgpu.Layout.WGMMA)
+    return plgpu.load(shift.at[k], layout=plgpu.Layout.WGMMA, optimized=False)
