@@ -10,9 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.triton_backend import pltriton
 
 # The platforms of `jax.lax.platform_dependent` on which caches take it. None as long as it has not
 # been timed on one.

@@ -10,7 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
+
+from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
 
 # The platforms of `jax.lax.platform_dependent` on which `attend` takes it. None as long as it has
 # not been timed on one.
@@ -50,6 +51,8 @@ class Slots:
 
 def unsupported(q: jax.Array, keys: jax.Array) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
+    if reason := missing():
+        return reason
     if q.shape[-1] not in (64, 128, 256):
         return f"head_dim 64, 128 or 256; got {q.shape[-1]}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or keys.dtype != q.dtype:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax import tiles
-from nqkv_jax.pallas_kernels import append_token
+from nqkv_jax.pallas_kernels import append_token, triton_backend
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer, check_group
@@ -140,7 +140,8 @@ class TiledQuantizer(Quantizer):
         """Whether `append_token` can encode a token: see `BlockQuantizer.encode_blocks`."""
         codebook = self.inner.codebook
         return (
-            not self._per_channel
+            triton_backend.missing() is None
+            and not self._per_channel
             and self.inner.scale != "rms"
             and (codebook.bits <= 4 or codebook.is_even)
             and self.inner.block_size <= append_token.MOST

@@ -11,11 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import as_float32
 from nqkv_jax.pallas_kernels.decode_attention.vectors import CHANNELS, VectorCodes
+from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
 
 COLUMNS = 16  # of a tensor core's operand, at least: queries are padded to them
 PROGRAMS = 2 * 132  # that an H100 can run at a time: 2 on each multiprocessor
@@ -26,6 +26,8 @@ UNSEEN, FLOOR = -1e30, -1e29
 
 def unsupported(key: VectorCodes, value: VectorCodes, group: int) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
+    if reason := missing():
+        return reason
     if key.head_dim not in (64, 128, 256):
         return f"head_dim 64, 128 or 256; got {key.head_dim}"
     if key.mean is not None and not key.apart:

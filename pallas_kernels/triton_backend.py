@@ -1,0 +1,15 @@
+"""Pallas's Triton backend, which jax has deprecated: where it is gone, XLA does what it would."""
+
+import jax
+
+try:
+    from jax.experimental.pallas import triton as pltriton
+except ImportError:
+    pltriton = None
+
+
+def missing() -> str | None:
+    """What kernels by Triton would need here, or None if it is there."""
+    if pltriton is None:
+        return f"the Triton backend of Pallas, which jax {jax.__version__} does not have"
+    return None
