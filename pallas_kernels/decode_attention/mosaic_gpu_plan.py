@@ -7,10 +7,10 @@ from typing import NamedTuple
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
+from nqkv_jax.pallas_kernels.decode_attention.splits import number_of_splits
 
 ROWS = 64  # of a tensor core's operand
 STAGES = 2  # units on their way from memory
-UNITS_PER_SPLIT = 2  # at least, as every split costs a merge
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
 ALIGNMENT = 2**10  # of a buffer
@@ -320,7 +320,9 @@ def make_plan(
         soft_cap=soft_cap,
         interpret=interpret is not None,
     )
-    # As many programs as run at a time.
-    fill = -(-MULTIPROCESSORS * max(1, plan.programs) // (key.words.shape[0] * key.num_heads))
-    units = -(-num_tiles // plan.tiles)
-    return dataclasses.replace(plan, splits=max(1, min(fill, units // UNITS_PER_SPLIT)))
+    splits = number_of_splits(
+        heads=key.words.shape[0] * key.num_heads,
+        units=-(-num_tiles // plan.tiles),
+        slots=MULTIPROCESSORS * max(1, plan.programs),
+    )
+    return dataclasses.replace(plan, splits=splits)

@@ -14,12 +14,13 @@ from jax.experimental import pallas as pl
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import as_float32
+from nqkv_jax.pallas_kernels.decode_attention.splits import number_of_splits
 from nqkv_jax.pallas_kernels.decode_attention.vectors import CHANNELS, VectorCodes
 from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
 
 COLUMNS = 16  # of a tensor core's operand, at least: queries are padded to them
 PROGRAMS = 2 * 132  # that an H100 can run at a time: 2 on each multiprocessor
-TILES_PER_SPLIT = 4  # at least, as every split costs a merge
+TILES_PER_SPLIT = 4  # at least
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
 
@@ -63,13 +64,13 @@ def decode_attention(
     """See `decode_attention.decode_attention`; products are in float16."""
     batch, heads, queries, _ = q.shape
     num_tiles, head_dim = min(key.num_tiles, value.num_tiles), key.head_dim
-    fill = -(-PROGRAMS // (batch * heads))
+    units = -(-num_tiles // TILES_PER_SPLIT)
     shapes = lambda side: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), side)
     plan = _Plan(
         head_dim=head_dim,
         queries=queries,
         num_tiles=num_tiles,
-        splits=max(1, min(fill, num_tiles // TILES_PER_SPLIT)),
+        splits=number_of_splits(batch * heads, units, PROGRAMS),
         key=shapes(key),
         value=shapes(value),
         soft_cap=soft_cap,
