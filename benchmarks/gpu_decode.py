@@ -3,7 +3,8 @@
 Parts: `check` runs every case of the kernels' tests on the device, against a float64 oracle, and
 what is appended against XLA, byte by byte; `bandwidth` is what the memory can do; `append` times
 how a token gets into a layer; `sweep` one token's attention over caches of many shapes, against
-bfloat16 in the same run; `end-to-end` decodes with whole models of random weights.
+bfloat16 in the same run; `end-to-end` decodes with whole models of random weights; `splits` tries
+other numbers of splits than the kernel's own.
 
 What is found is written as it comes. The same command goes on where it was interrupted, or where
 its time was up.
@@ -19,14 +20,23 @@ import time
 
 from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
 
-PARTS = ("check", "bandwidth", "append", "sweep", "end-to-end")
+PARTS = ("check", "bandwidth", "append", "sweep", "end-to-end", "splits")
 # By when a part must have begun its last unit, as a share of the time. What is left is the next's.
-SHARES = {"check": 0.25, "bandwidth": 0.3, "append": 0.35, "sweep": 0.6, "end-to-end": 0.9}
+SHARES = {
+    "check": 0.25,
+    "bandwidth": 0.3,
+    "append": 0.35,
+    "sweep": 0.6,
+    "end-to-end": 0.88,
+    "splits": 0.95,
+}
 LAST = 0.97  # when what still runs is ended, so that there is time for the report
 # Of the device's memory. torch, in the process of the sweep, needs some of its own.
 MEMORY = {"sweep": "0.85", "end-to-end": "0.93"}
 # Seconds without a line in the journal, before a process is taken to hang: compiling takes time.
-PATIENCE = {"check": 90, "bandwidth": 90, "append": 90, "sweep": 120, "end-to-end": 240}
+PATIENCE = {
+    "check": 90, "bandwidth": 90, "append": 90, "sweep": 120, "end-to-end": 240, "splits": 90,
+}  # fmt: skip
 TRIES = 8  # processes for a part, each of which ended before it was done
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -157,6 +167,14 @@ def _units(part: str, journal: Journal, dry_run: bool) -> list[Unit]:
             most_copies=1 if dry_run else 16, room=int(sweep.MEMORY * memory),
             no_torch=_no_torch, copy_bytes_per_s=copied,
         )]  # fmt: skip
+    if part == "splits":
+        from gpu import shapes, splits
+
+        # The codes that the kernel is best at, and those of which a unit is twice as many tokens.
+        formats = [form for form in shapes.formats() if form.key_codebook is None]
+        formats = [next(f for f in formats if f.bits == bits) for bits in (4, 2)]
+        grid = shapes.TINY if dry_run else splits.SHAPES
+        return splits.units(grid, formats, repeats=2 if dry_run else 7)
     from gpu import end_to_end
 
     chosen = end_to_end.tiny() if dry_run else end_to_end.settings()

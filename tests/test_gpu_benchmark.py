@@ -1,6 +1,7 @@
 """benchmarks/gpu_decode.py, whole, in tiny shapes on a CPU; and when things go wrong."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from decode_attention_cases import CASES, arguments, dense, oracle
 from flax import nnx
-from gpu import check, report, sweep
+from gpu import check, report, splits, sweep
 from gpu.dense_cache import DenseCache
 from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
 from gpu.shapes import Format, Shape, coded_caches, formats, shapes, sides
@@ -22,6 +23,7 @@ from gpu.shapes import Format, Shape, coded_caches, formats, shapes, sides
 from nqkv_jax import schemes
 from nqkv_jax.models import families
 from nqkv_jax.models.loading import apply
+from nqkv_jax.pallas_kernels.decode_attention import decode_attention
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 RECORD = {
@@ -54,7 +56,7 @@ def rows(folder, part):
 
 
 def test_every_row_is_timed_or_says_why_not(folder):
-    for part in ("sweep", "end-to-end"):
+    for part in ("sweep", "end-to-end", "splits"):
         for r in rows(folder, part):
             assert (r["median_us"] is None) == bool(r.get("skipped")), r
             if r["implementation"] == "mosaic_gpu":
@@ -97,6 +99,28 @@ def test_an_append_is_a_part_of_the_step_that_has_it():
     assert "| m/b8 | xla | nqkv | 9.00 | 5.00 |  |" in text  # no such decoder was measured
     assert "| m/b1 | triton | nqkv | 9.00 | 5.00 |  |" in text
     assert "| m/b1 | xla | nqkv | 9.00 |  |  |" in text
+
+
+def test_other_numbers_of_splits_are_timed(monkeypatch):
+    """By XLA here, one of which fails."""
+    shape, form = Shape(batch=1, context=2048, num_heads=4, num_kv_heads=2), formats()[0]
+
+    def program(shape, form, n):
+        if n == 4:
+            raise RuntimeError("no four")
+        attention = functools.partial(decode_attention, implementation="xla")
+        return functools.partial(sweep.attend, form=form, shape=shape, attention=attention)
+
+    monkeypatch.setattr(splits, "program", program)
+    monkeypatch.setattr(splits, "why_not", lambda *a: None)
+    (unit,) = splits.units([shape], [form], repeats=2)
+    records = unit.run(lambda step: None, {"7": "died of signal 6"})
+    assert [r["splits"] for r in records] == [8, 1, 4, 7]
+    assert [r["taken"] for r in records] == [True, False, False, False]
+    assert [r["median_us"] is not None for r in records] == [True, True, False, False]
+    text = report.markdown(dict(device="d", jax="0", date="now"), records, {})
+    assert "4: RuntimeError: no four, 7: died of signal 6, 8: " in text
+    assert f"| {shape.name} | cubic4@128 | 8 | 1: " in text
 
 
 def test_cases_are_checked_against_the_oracle(folder):

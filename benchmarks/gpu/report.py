@@ -43,7 +43,7 @@ def markdown(machine: dict, records: list[dict], left: dict[str, int]) -> str:
     sections = {
         "check": _check, "bandwidth": _bandwidth,
         "append": functools.partial(_append, whole=of("end-to-end")),
-        "sweep": _sweep, "end-to-end": _end_to_end,
+        "sweep": _sweep, "end-to-end": _end_to_end, "splits": _splits,
     }  # fmt: skip
     for part, section in sections.items():
         if of(part):
@@ -170,6 +170,25 @@ def _end_to_end(records: list[dict]) -> list[str]:
     header = ["model", "cache", "batch", "context", "tokens/s", "cache bytes",
               "the process's peak so far", ""]  # fmt: skip
     return ["### Whole decoders, random weights in bfloat16", "", *_table(header, rows)]
+
+
+def _splits(records: list[dict]) -> list[str]:
+    """A row for each cache: the number that is taken, and each one's time."""
+    rows = {}
+    for r in records:
+        row = rows.setdefault((r["spec"], r["codebook"]), [*(r["spec"], r["codebook"]), "", []])
+        if "splits" in r:
+            row[2] = str(r["splits"]) if r["taken"] else row[2]
+            why = r.get("failure") or r.get("skipped")
+            found = f"{r['median_us']:.1f} us" if r["median_us"] else why
+            row[3].append((r["splits"], f"{r['splits']}: {found}"))
+        else:
+            row[3].append((0, r["failure"]))
+    texts = [
+        [*fixed, ", ".join(text for _, text in sorted(each))] for *fixed, each in rows.values()
+    ]
+    header = ["shape", "codes", "splits", "microseconds by splits"]
+    return ["### Splits of the tokens", "", *_table(header, texts)]
 
 
 def roofline(machine: dict, records: list[dict]):

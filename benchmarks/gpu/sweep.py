@@ -30,8 +30,11 @@ def abstract(shape: Shape, form: Format) -> tuple[TiledCodes, TiledCodes]:
     return sides(jax.eval_shape(make, jax.random.key(0)), form)
 
 
-def _attend(q, cache, form: Format, shape: Shape, implementation: str):
-    """Like `dot_product_attention`, from codes: q and the result are [B, Hq, D]."""
+def attend(q, cache, form: Format, shape: Shape, attention: Callable):
+    """Like `dot_product_attention`, from codes: q and the result are [B, Hq, D].
+
+    Args:  attention: (q, key, value, lengths) -> what `decode_attention` returns.
+    """
     key, value = sides(cache, form)
     lengths = jnp.full(shape.batch, shape.context, jnp.int32)
     grouped = q.reshape(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
@@ -39,10 +42,14 @@ def _attend(q, cache, form: Format, shape: Shape, implementation: str):
     grouped = grouped * scale
     if key.waves is not None:
         grouped = jnp.concatenate([grouped, grouped], axis=-1)  # what meets them
-    numerator, denominator, _ = decode_attention(
-        grouped, key, value, lengths, implementation=implementation
-    )
+    numerator, denominator, _ = attention(grouped, key, value, lengths)
     return (numerator / denominator[..., None]).reshape(q.shape)
+
+
+def by_codes(row: "Row", shape: Shape) -> Callable:
+    """(q, cache) -> the result, of a row of codes."""
+    attention = functools.partial(decode_attention, implementation=row.implementation)
+    return functools.partial(attend, form=row.form, shape=shape, attention=attention)
 
 
 def _dense(q, cache, implementation: str):
@@ -160,9 +167,7 @@ class Measurement:
         if row.form.codebook is None:
             run = functools.partial(_dense, implementation=row.implementation.split()[1])
         else:
-            run = functools.partial(
-                _attend, form=row.form, shape=self.shape, implementation=row.implementation
-            )
+            run = by_codes(row, self.shape)
         return timing.chained(run, row.steps), self.q, self._caches[row.store][: row.copies]
 
     def prepare(self) -> None:

@@ -11,6 +11,7 @@ float16, two at a time; scales multiply scores and weights, or if they are of ch
 but never elements.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -103,14 +104,19 @@ def decode_attention(
     first: jax.Array,
     *,
     soft_cap: float | None = None,
+    splits: int | None = None,
     interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention.decode_attention`.
 
-    `interpret` are `plgpu.InterpretGPUParams`, for tests.
+    Args:
+      splits: of a head's tokens, another number than `number_of_splits`, to tune that.
+      interpret: `plgpu.InterpretGPUParams`, for tests.
     """
     (batch, heads, group, _), head_dim = q.shape, key.head_dim
     plan = make_plan(group, key, value, soft_cap, interpret)
+    if splits is not None:
+        plan = dataclasses.replace(plan, splits=splits)
     q, meeting_waves = jnp.split(q, [head_dim], axis=-1)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
     sums = []

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import launches
 import numpy as np
 import pytest
-from gpu import ROOT, append, end_to_end, sweep, timing
+from gpu import ROOT, append, end_to_end, splits, sweep, timing
 from gpu.check import KERNEL
 from gpu.shapes import Shape, bfloat16_caches, coded_caches, formats
 from targets import TRITON, calls, compile_for
@@ -27,9 +27,7 @@ def test_the_loop_reads_every_cache_in_every_round(row):
         run = functools.partial(sweep._dense, implementation=row.implementation.split()[1])
         make = lambda key: bfloat16_caches(key, SHAPE, row.copies, "tokens last" in row.store)
     else:
-        run = functools.partial(
-            sweep._attend, form=row.form, shape=SHAPE, implementation=row.implementation
-        )
+        run = sweep.by_codes(row, SHAPE)
         make = lambda key: coded_caches(key, SHAPE, row.form, row.copies)
     q = jax.ShapeDtypeStruct((SHAPE.batch, SHAPE.num_heads, SHAPE.head_dim), jnp.bfloat16)
     caches = jax.eval_shape(make, jax.random.key(0))
@@ -45,6 +43,18 @@ def test_the_loop_reads_every_cache_in_every_round(row):
         )
     if row.implementation in CALLS:
         assert calls(compiled, *CALLS[row.implementation]) == row.copies
+
+
+def test_splits_are_as_many_as_are_tried():
+    form = formats()[0]
+    chosen, *others = splits.candidates(SHAPE, form)
+    assert others and chosen not in others
+    for n in (chosen, others[-1]):
+        run = splits.program(SHAPE, form, n)
+        q = jax.ShapeDtypeStruct((SHAPE.batch, SHAPE.num_heads, SHAPE.head_dim), jnp.bfloat16)
+        caches = jax.eval_shape(lambda key: coded_caches(key, SHAPE, form, 1), jax.random.key(0))
+        compiled = compile_for("h100", timing.chained(run, 2), q, caches)
+        assert f"f32[2,8,{n},128,8]" in compiled.as_text()
 
 
 @pytest.mark.parametrize("variant", end_to_end.variants(cuda=True)[:3], ids=str)
