@@ -255,9 +255,9 @@ def test_what_the_gpu_kernel_needs():
     q, key, value, lengths, _ = arguments(narrow, (10,))
     with pytest.raises(NotImplementedError, match="needs head_dim 64 to 256; got 48"):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
-    large = dataclasses.replace(CASES["plus3"], head_dim=256, waves=256)
+    large = dataclasses.replace(CASES["plus2"], group=64)
     q, key, value, lengths, _ = arguments(large, (10,))
-    message = "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 4 query .* take 251"
+    message = "at most 227 KiB of shared memory; head_dim 128 with 2 bits and 64 query .* take 348"
     with pytest.raises(NotImplementedError, match=message):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (10,), num_tiles=1)

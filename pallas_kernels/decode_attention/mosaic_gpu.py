@@ -37,7 +37,6 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_merge import merge
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     ROWS,
     SHARED_MEMORY,
-    STAGES,
     Plan,
     Side,
     make_plan,
@@ -183,7 +182,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         fetch(source, smem, batch, head, tile, slot, plan)
 
     plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
-    for slot in range(STAGES):
+    for slot in range(plan.stages):
         fetch_step(jnp.int32(slot), slot)
     plgpu.barrier_wait(smem.queries_arrived)
 
@@ -354,7 +353,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         return tuple(merged), denominator, constant, top
 
     def step(i, carry):
-        slot = jax.lax.rem(i, jnp.int32(STAGES))
+        slot = jax.lax.rem(i, jnp.int32(plan.stages))
         if plan.wave_rows:
             wave_queries, starts, places = added
             of_unit = wave_queries.at[batch, head], starts, first_tile(begin + i)
@@ -366,7 +365,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         # do not fit into the registers.
         one = lambda part, carry: attend(slot, begin + i, part, carry)
         carry = jax.lax.fori_loop(0, plan.parts, one, carry)
-        fetch_step(i + STAGES, slot)
+        fetch_step(i + plan.stages, slot)
         return carry
 
     zeros = lambda *s: plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA)
@@ -377,7 +376,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
     start = (numerators, zeros(*square), constant, floor)
     numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
-    for slot in range(STAGES):
+    for slot in range(plan.stages):
         plgpu.barrier_wait(smem.unit_arrived.at[slot])
     # From registers: shared memory for these would cost a program.
     totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, STAGES, Plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import swizzled
 
 
@@ -20,10 +20,10 @@ class Memory(NamedTuple):
     """Buffers of a program; those that arrive with a unit have a slot for each stage ahead."""
 
     queries: Any  # float16[group, head_dim], or transposed if they wait for scales of channels
-    words: tuple[Any, Any]  # of keys and values, int16[STAGES, *Plan.word_shape]
-    high: tuple[list, list]  # of 3 bits, int16[STAGES, *Plan.high_shape]
-    token_scales: tuple[list, list]  # and zeros, int16[STAGES, *Plan.scale_shape]
-    channel_scales: list  # of keys, and zeros, int16[STAGES, *Plan.channel_shape]
+    words: tuple[Any, Any]  # of keys and values, int16[stages, *Plan.word_shape]
+    high: tuple[list, list]  # of 3 bits, int16[stages, *Plan.high_shape]
+    token_scales: tuple[list, list]  # and zeros, int16[stages, *Plan.scale_shape]
+    channel_scales: list  # of keys, and zeros, int16[stages, *Plan.channel_shape]
     scaled_queries: list  # float16[*Plan.scaled_shape]
     channel_shift: list  # float16[*Plan.shift_shape]
     # Of the waves, as in `mosaic_gpu_waves`.
@@ -54,21 +54,22 @@ def memory(plan: Plan) -> tuple[dict, Any]:
     lasting = dict(
         queries=queries,
         words=tuple(
-            smem((STAGES, *plan.word_shape(side)), i16, **swizzled(plan.lanes(side)))
+            smem((plan.stages, *plan.word_shape(side)), i16, **swizzled(plan.lanes(side)))
             for side in plan.sides
         ),
         high=tuple(
-            [smem((STAGES, *plan.high_shape(side)), i16, **swizzled(plan.lanes(side)))] * side.high
+            [smem((plan.stages, *plan.high_shape(side)), i16, **swizzled(plan.lanes(side)))]
+            * side.high
             for side in plan.sides
         ),
         token_scales=tuple(
-            [smem((STAGES, *plan.scale_shape(side)), i16)] * side.token_arrays
+            [smem((plan.stages, *plan.scale_shape(side)), i16)] * side.token_arrays
             for side in plan.sides
         ),
-        channel_scales=[smem((STAGES, *plan.channel_shape), i16)] * plan.key.channel_arrays,
+        channel_scales=[smem((plan.stages, *plan.channel_shape), i16)] * plan.key.channel_arrays,
         shift=[smem(plan.wave_shape, f32)] * waves,
         queries_arrived=plgpu.Barrier(num_arrivals=1),
-        unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=STAGES),
+        unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=plan.stages),
     )
     turned = dict(turned=[smem(plan.turned_shape, f16, **operand)] * waves)
     scaled = dict(

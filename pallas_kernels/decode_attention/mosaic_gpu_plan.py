@@ -10,7 +10,6 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
 from nqkv_jax.pallas_kernels.decode_attention.splits import number_of_splits
 
 ROWS = 64  # of a tensor core's operand
-STAGES = 2  # units on their way from memory
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
 ALIGNMENT = 2**10  # of a buffer
@@ -83,6 +82,7 @@ class Plan:
     group: int  # padded to the 8 columns of a tensor core
     num_tiles: int
     splits: int
+    stages: int  # units that have room
     key: Side
     value: Side
     wave_rows: int  # of cosines, and of sines, that add to scores; 0 for none
@@ -264,11 +264,11 @@ class Plan:
         """Shared memory that a program takes."""
         buffers = []
         for side in self.sides:
-            buffers.append(2 * STAGES * math.prod(self.word_shape(side)))
-            buffers += [2 * STAGES * math.prod(self.high_shape(side))] * side.high
-            buffers += [2 * STAGES * math.prod(self.scale_shape(side))] * side.token_arrays
+            buffers.append(2 * self.stages * math.prod(self.word_shape(side)))
+            buffers += [2 * self.stages * math.prod(self.high_shape(side))] * side.high
+            buffers += [2 * self.stages * math.prod(self.scale_shape(side))] * side.token_arrays
         buffers.append(2 * self.group * self.head_dim)
-        buffers += [2 * STAGES * math.prod(self.channel_shape)] * self.key.channel_arrays
+        buffers += [2 * self.stages * math.prod(self.channel_shape)] * self.key.channel_arrays
         aligned = lambda *sizes: sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
         turned = 0
         if self.wave_rows:
@@ -281,13 +281,21 @@ class Plan:
         weights = aligned(2 * math.prod(self.weight_shape))
         in_turn = (turned, scaled, weights) if self.scaled_by_part else (turned, scaled + weights)
         return (
-            aligned(*buffers) + max(in_turn) + self.reduction_bytes + 8 * (1 + STAGES)
+            aligned(*buffers) + max(in_turn) + self.reduction_bytes + 8 * (1 + self.stages)
         )  # of barriers
 
     @property
     def programs(self) -> int:
         """That run on a multiprocessor at a time, as far as its memory goes; 0 if none fits."""
         return SHARED_MEMORY // (self.shared_bytes + 2**10)
+
+    @property
+    def slots(self) -> int:
+        """Programs that run at a time, as far as registers go, too: no more than compilers were
+        found to leave room for."""
+        many = self.narrow_bits == 2 and (self.head_dim > ROWS or self.wave_rows > 0)
+        room = 2 if many or self.head_dim > tiles.LANES else 3
+        return MULTIPROCESSORS * max(1, min(self.programs, room))
 
 
 def make_plan(
@@ -314,15 +322,21 @@ def make_plan(
         group=-(-group // 8) * 8,
         num_tiles=num_tiles,
         splits=1,
+        stages=2,  # one is decoded while the next one is on its way
         key=side(key),
         value=side(value),
         wave_rows=0 if key.waves is None else -(-key.waves.width // (2 * ROWS)) * ROWS,
         soft_cap=soft_cap,
         interpret=interpret is not None,
     )
+    # Two programs that wait in turn, for memory and for products, do more than one that does not
+    # wait for memory.
+    single = dataclasses.replace(plan, stages=1)
+    if plan.programs < min(2, single.programs):
+        plan = single
     splits = number_of_splits(
         heads=key.words.shape[0] * key.num_heads,
         units=-(-num_tiles // plan.tiles),
-        slots=MULTIPROCESSORS * max(1, plan.programs),
+        slots=plan.slots,
     )
     return dataclasses.replace(plan, splits=splits)

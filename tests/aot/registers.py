@@ -24,7 +24,11 @@ import nvidia
 from decode_attention_cases import CASES, arguments
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import Plan, make_plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
+    MULTIPROCESSORS,
+    Plan,
+    make_plan,
+)
 from nqkv_jax.tiles import TOKENS
 
 KERNEL = "decode_attention"
@@ -86,6 +90,8 @@ def measure(case) -> dict:
     shared = int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", layouts)[1])
     if shared != plan.shared_bytes:
         raise RuntimeError(f"{case}: the plan has {plan.shared_bytes} bytes, the program {shared}")
+    if plan.slots > MULTIPROCESSORS * programs(registers):
+        raise RuntimeError(f"{case}: the plan has {plan.slots} slots; got {registers} registers")
     return dict(
         case=case.name,
         registers=registers,
