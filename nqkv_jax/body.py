@@ -16,6 +16,11 @@ from nqkv_jax.rotary import Rotary, RotaryAngles
 from nqkv_jax.side import Side
 
 LOOK_UP_TILES = 8  # of vectors, that are prepared and looked up at a time
+# Here the host begins every round of a loop whose end it does not know, after waiting for the one
+# before. So steps are as large as decoded tokens and scores of so many bytes; and what is less
+# than so many is one step over all there is room for, without a loop. Not measured.
+GPUS = ("cuda", "rocm")
+STEP_BYTES, ONCE_BYTES = 2**26, 2**24
 
 
 def slice_groups(side: Side, first: jax.Array, count: int) -> Payload:
@@ -87,7 +92,7 @@ def attend_body(
     """Attention over the first `tokens` i32[B] encoded tokens; those are encoded on both sides.
 
     By a fused kernel where the platform has one, a query is one token and both sides are in tiles;
-    else step by step, decoding some of the tokens at a time.
+    else step by step, decoding some of the tokens at a time, on GPUs many.
 
     Raises: NotImplementedError if `implementation` names a kernel that cannot serve the case.
     """
@@ -115,23 +120,23 @@ def attend_body(
     codes = jax.eval_shape(lambda: _tiled_codes(layer, rotary))
     unsupported = functools.partial(_unsupported, layer=layer, codes=codes, queries=q.shape[2:4])
     fused = functools.partial(_fused, rotary=rotary, window=window)
-    default = walk
+    default, by_platform = walk, dict.fromkeys(GPUS, functools.partial(walk, large=True))
     if q.shape[3] == 1 and all(isinstance(side, kernels.VectorCodes) for side in codes):
         width = codes[1].head_dim
         default = functools.partial(_look_up, rotary=rotary, window=window, width=width)
+        by_platform = {}
     if implementation in kernels.KERNELS:
         if reason := unsupported(implementation):
             raise NotImplementedError(f"attend: {implementation} needs {reason}")
         partial = fused(implementation, *arguments)
-    elif implementation == "auto":
-        by_platform = {
-            platform: functools.partial(fused, name)
-            for name, platform in kernels.PLATFORMS.items()
-            if unsupported(name) is None
-        }
-        partial = jax.lax.platform_dependent(*arguments, **by_platform, default=default)
     else:
-        partial = default(*arguments)
+        if implementation == "auto":
+            by_platform |= {
+                platform: functools.partial(fused, name)
+                for name, platform in kernels.PLATFORMS.items()
+                if unsupported(name) is None
+            }
+        partial = jax.lax.platform_dependent(*arguments, **by_platform, default=default)
     out = jax.vmap(unfold)(partial.output(), value.state)
     return dataclasses.replace(partial, numerator=out * partial.denominator[..., None])
 
@@ -256,10 +261,19 @@ def _walk_body(
     window: int | None,
     capacity: int,
     group: int,
+    large: bool = False,
 ) -> Partial:
-    """Attention over the body in steps, of folded queries and values."""
+    """Attention over the body in steps, of folded queries and values.
+
+    In `large` ones, see `GPUS`.
+    """
     key, value = layer.key, layer.value
-    tile = min(-(-TILE // group) * group, capacity)
+    tokens_of_step, once = TILE, False
+    if large:
+        batch, heads, count, queries, width = folded.shape
+        each = batch * heads * (2 * width * folded.dtype.itemsize + 4 * count * queries)
+        tokens_of_step, once = max(TILE, STEP_BYTES // each), capacity * each <= ONCE_BYTES
+    tile = min(-(-tokens_of_step // group) * group, capacity)
 
     def begin(i):
         # The last tile is moved back to fit; what an earlier one has seen is masked out.
@@ -299,6 +313,8 @@ def _walk_body(
         waves = key.quantizer.waves(Context(rotary=angles(i)), folded.dtype)
         return attend_tokens(folded, decode(key, keys), decode(value, values), mask, shift, waves)
 
+    if once:
+        return one(0, fetch(key, 0), fetch(value, 0))
     # Folded values may have another width than the model's.
     width = jax.eval_shape(lambda: one(0, fetch(key, 0), fetch(value, 0))).numerator.shape[-1]
 
@@ -317,6 +333,9 @@ def _walk_body(
     oldest = 0 if window is None else jnp.min(query_positions) - window + 1 - key.num_sinks
     first = jnp.maximum(oldest, 0) // tile
     last = (jnp.max(tokens) + tile - 1) // tile
+    if large:
+        step = lambda i, partial: partial.merge(one(i, fetch(key, i), fetch(value, i)))
+        return jax.lax.fori_loop(first, last, step, Partial.empty(folded, width))
     nothing = lambda side: jax.tree.map(jnp.zeros_like, jax.eval_shape(fetch, side, first))
     carry = (Partial.empty(folded, width), nothing(key), nothing(value))
     return jax.lax.fori_loop(first - 1, last, step, carry)[0]
