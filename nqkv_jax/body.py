@@ -10,17 +10,20 @@ import jax.numpy as jnp
 from nqkv_jax import tiles
 from nqkv_jax.cache import LayerCache
 from nqkv_jax.pallas_kernels import decode_attention as kernels
-from nqkv_jax.partial import TILE, Partial, attend_tokens, visible
+from nqkv_jax.partial import (
+    GPUS,
+    ONCE_BYTES,
+    STEP_BYTES,
+    TILE,
+    Partial,
+    attend_tokens,
+    visible,
+)
 from nqkv_jax.quantizers.base import Context, Payload
 from nqkv_jax.rotary import Rotary, RotaryAngles
 from nqkv_jax.side import Side
 
 LOOK_UP_TILES = 8  # of vectors, that are prepared and looked up at a time
-# Here the host begins every round of a loop whose end it does not know, after waiting for the one
-# before. So steps are as large as decoded tokens and scores of so many bytes; and what is less
-# than so many is one step over all there is room for, without a loop. Not measured.
-GPUS = ("cuda", "rocm")
-STEP_BYTES, ONCE_BYTES = 2**26, 2**24
 
 
 def slice_groups(side: Side, first: jax.Array, count: int) -> Payload:

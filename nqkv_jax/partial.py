@@ -11,6 +11,11 @@ import jax.numpy as jnp
 # Tokens that are seen at a time. At 1,024 cached tokens on two CPU cores, against 128 and 512:
 # `nqkv` takes 0.86 and 1.24 of the time, `none` 1.02 and 0.67.
 TILE = 256
+# Here the host begins every round of a loop whose end it does not know, after waiting for the one
+# before. So steps are as large as decoded tokens and scores of so many bytes; and what is less
+# than so many is one step over all there is room for, without a loop. Not measured.
+GPUS = ("cuda", "rocm")
+STEP_BYTES, ONCE_BYTES = 2**26, 2**24
 
 
 @jax.tree_util.register_dataclass

@@ -22,6 +22,7 @@ from nqkv_jax.pallas_kernels.decode_attention import (
     mosaic_tpu_plan,
     mosaic_tpu_rounding,
     triton_vectors,
+    xla,
 )
 
 SLOW = pytest.mark.slow
@@ -41,6 +42,17 @@ def interpreted():
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_xla(case):
     check(case, jnp.float32, 1e-5, implementation="xla")
+
+
+@pytest.mark.parametrize("name", ["cubic4", "plus2-d64", "kivi4-d64", "nf4-d64", "window"])
+def test_xla_on_gpus(name, monkeypatch):
+    """Two tiles at a time, of three: the last step is moved back. And all of them at once."""
+    large = functools.partial(xla._attend, tiles_of_step=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(xla, "decode_attention", large)
+        check(CASES[name], jnp.float32, 1e-5, implementation="xla")
+    monkeypatch.setattr(xla, "GPUS", ("cpu",))
+    check(CASES[name], jnp.float32, 1e-5, implementation="xla")
 
 
 TPU = [c.name for c in CASES.values() if c.head_dim in (64, 128, 256)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,9 @@ class Waves:
         shift = product(cosine * cos + sine * sin, self.places.cos[:, 0])
         return shift + product(sine * cos - cosine * sin, self.places.sin[:, 0])
 
-    def tile(self, tile: jax.Array) -> "Waves":
-        """Those of one, i32[]."""
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, tile, 1, axis=0)
+    def of_tiles(self, first: jax.Array, count: int) -> "Waves":
+        """Those of tiles first i32[] + [0, count)."""
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, first, count, axis=0)
         return dataclasses.replace(self, starts=jax.tree.map(cut, self.starts))
 
 
@@ -180,22 +181,31 @@ class TiledCodes:
                 f"{what} blocks of {self.block_size} and head_dim {self.head_dim}"
             )
 
-    def decode(self, tile: jax.Array) -> jax.Array:
-        """f32[B, 128, Hkv, head_dim]: one tile, i32[]."""
-        cut = lambda a: jax.lax.dynamic_index_in_dim(a, tile, axis=1, keepdims=False)
+    def decode(self, first: jax.Array, count: int = 1) -> jax.Array:
+        """f32[B, count * 128, Hkv, head_dim]: tiles first i32[] + [0, count)."""
+
+        def cut(a):
+            """[B * count, ...]"""
+            return jax.lax.dynamic_slice_in_dim(a, first, count, axis=1).reshape(-1, *a.shape[2:])
+
         unpack = lambda words: tiles.unpack(words, self.codebook.bits, self.head_dim)
         x = self.codebook.decode(jax.vmap(unpack)(cut(self.words)))
+        x = self._scaled(x, lambda a: as_float32(cut(a)))
+        return x.reshape(self.words.shape[0], -1, *x.shape[2:])
+
+    def _scaled(self, x: jax.Array, cut: Callable) -> jax.Array:
+        """Of levels x [n, 128, Hkv, head_dim]; `cut` brings scales and zeros of the n tiles."""
         if self.per_channel:
-            # [B, Hkv, groups, 1, head_dim], for x of which groups are apart
+            # [n, Hkv, groups, 1, head_dim], for x of which groups are apart
             split = (x.shape[0], self.groups, -1, *x.shape[2:])
             per_group = lambda a: jnp.swapaxes(
-                as_float32(cut(a)).reshape(x.shape[0], x.shape[2], self.groups, x.shape[3]), 1, 2
+                cut(a).reshape(x.shape[0], x.shape[2], self.groups, x.shape[3]), 1, 2
             )[:, :, None]
             parts = x.reshape(split) * per_group(self.scale)
             parts = parts if self.zero is None else parts + per_group(self.zero)
             return parts.reshape(x.shape)
         blocks = x.reshape(*x.shape[:2], -1, self.block_size)
-        per_token = lambda a: jnp.swapaxes(as_float32(cut(a)), 1, 2)[..., None]
+        per_token = lambda a: jnp.swapaxes(cut(a), 1, 2)[..., None]
         blocks = blocks * per_token(self.scale)
         if self.zero is not None:
             blocks = blocks + per_token(self.zero)

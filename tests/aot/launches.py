@@ -25,11 +25,19 @@ from nqkv_jax.models import families
 LAUNCH = re.compile(r"= .*?\s(?:fusion|custom-call|copy|scatter|gather|dynamic-update-slice)\(")
 
 
+def loops(compiled, depth: int = 1) -> list[str]:
+    """Bodies of the loops of a program; or of `depth` 2, of those within them."""
+    computations = re.split(r"\n(?=%|ENTRY)", compiled.as_text())
+    found = computations[-1:]
+    for _ in range(depth):
+        names = [n for body in found for n in re.findall(r" while\(.*?body=(%[\w.]+)", body)]
+        found = [c for c in computations for name in names if c.startswith(f"{name} ")]
+    return found
+
+
 def in_loop(compiled) -> int:
     """Of a round of the loop that is the program."""
-    computations = re.split(r"\n(?=%|ENTRY)", compiled.as_text())
-    names = re.findall(r" while\(.*?body=(%[\w.]+)", computations[-1])
-    (body,) = (c for c in computations for name in names if c.startswith(f"{name} "))
+    (body,) = loops(compiled)
     return len(LAUNCH.findall(body))
 
 
@@ -63,12 +71,22 @@ def of_layer(variant: end_to_end.Variant) -> float:
     return (many - few) / 4
 
 
+def of_plain_step(scheme: str) -> int:
+    """Of a step over the tokens of a layer of Llama-3-8B without a kernel."""
+    variant = end_to_end.Variant(implementation="xla", scheme=scheme)
+    (step,) = loops(decoder("llama-3-8b", variant, 1)[0], depth=2)
+    if "conditional(" in step or "bf16[4,8,4096,128]" not in step:
+        raise RuntimeError("expected a step of 4,096 tokens, for which the host decides nothing")
+    return len(LAUNCH.findall(step))
+
+
 def main() -> None:
     for implementation, scheme in append.ROWS[1:]:
         print(f"append: {implementation} {scheme}: {of_append(implementation, scheme)}")
     for variant in end_to_end.variants(cuda=True)[:3]:
         name = f"{variant.implementation} {variant.scheme or 'bfloat16'}"
         print(f"layer: {name}: {of_layer(variant):g}")
+    print(f"4,096 tokens without a kernel: {of_plain_step(end_to_end.PUBLISHED)}")
 
 
 if __name__ == "__main__":
