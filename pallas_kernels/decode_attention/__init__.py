@@ -80,7 +80,7 @@ def decode_attention(
     run = functools.partial(reference.decode_attention, soft_cap=soft_cap)
     arguments = (q, key, value, lengths, first)
     kernel = lambda name: functools.partial(
-        KERNELS[name][type(key)].decode_attention, soft_cap=soft_cap
+        _traced_once, run=KERNELS[name][type(key)].decode_attention, soft_cap=soft_cap
     )
     group = q.shape[2]
     if implementation in KERNELS:
@@ -95,6 +95,13 @@ def decode_attention(
     if implementation == "xla" or not by_platform:
         return run(*arguments)
     return jax.lax.platform_dependent(*arguments, **by_platform, default=run)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "soft_cap"))
+def _traced_once(*arguments, run, soft_cap):
+    """For all layers of a model: a kernel takes longer to trace than the rest of a layer, and is
+    traced on every platform."""
+    return run(*arguments, soft_cap=soft_cap)
 
 
 def unsupported(implementation: str, key: Codes, value: Codes, group: int) -> str | None:
