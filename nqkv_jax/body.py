@@ -116,14 +116,15 @@ def attend_body(
         return heads_first(value.quantizer.unfold_output(heads_last(out), Context(state=state)))
 
     folded, shift = jax.vmap(fold)(q, key.state)
-    walk = functools.partial(
-        _walk_body, rotary=rotary, window=window, capacity=capacity, group=group
-    )
+    walk = lambda large: functools.partial(
+        _walk_body, rotary=rotary, window=window, capacity=capacity,
+        **_steps(folded, group, capacity, large),
+    )  # fmt: skip
     arguments = (folded, shift, layer, tokens, query_positions)
     codes = jax.eval_shape(lambda: _tiled_codes(layer, rotary))
     unsupported = functools.partial(_unsupported, layer=layer, codes=codes, queries=q.shape[2:4])
     fused = functools.partial(_fused, rotary=rotary, window=window)
-    default, by_platform = walk, dict.fromkeys(GPUS, functools.partial(walk, large=True))
+    default, by_platform = walk(large=False), dict.fromkeys(GPUS, walk(large=True))
     if q.shape[3] == 1 and all(isinstance(side, kernels.VectorCodes) for side in codes):
         width = codes[1].head_dim
         default = functools.partial(_look_up, rotary=rotary, window=window, width=width)
@@ -253,6 +254,18 @@ def _look_up(
     return jax.lax.fori_loop(first, last, step, Partial.empty(folded, width))
 
 
+def _steps(folded: jax.Array, group: int, capacity: int, large: bool) -> dict:
+    """Static arguments of `_walk_body`."""
+    tokens, once = TILE, False
+    if large:
+        batch, heads, count, queries, width = folded.shape
+        each = batch * heads * (2 * width * folded.dtype.itemsize + 4 * count * queries)
+        tokens, once = max(TILE, STEP_BYTES // each), capacity * each <= ONCE_BYTES
+    tile = capacity if once else min(-(-tokens // group) * group, capacity)
+    return dict(tile=tile, large=large, once=once)
+
+
+@functools.partial(jax.jit, static_argnames=("window", "capacity", "tile", "large", "once"))
 def _walk_body(
     folded: jax.Array,
     shift: jax.Array | None,
@@ -263,20 +276,15 @@ def _walk_body(
     rotary: Rotary | None,
     window: int | None,
     capacity: int,
-    group: int,
-    large: bool = False,
+    tile: int,
+    large: bool,
+    once: bool,
 ) -> Partial:
-    """Attention over the body in steps, of folded queries and values.
+    """Attention over the body in steps of `tile` tokens, of folded queries and values.
 
-    In `large` ones, see `GPUS`.
+    Traced once for all layers of a model. `large` steps are what GPUs have (`GPUS`), `once` is one.
     """
     key, value = layer.key, layer.value
-    tokens_of_step, once = TILE, False
-    if large:
-        batch, heads, count, queries, width = folded.shape
-        each = batch * heads * (2 * width * folded.dtype.itemsize + 4 * count * queries)
-        tokens_of_step, once = max(TILE, STEP_BYTES // each), capacity * each <= ONCE_BYTES
-    tile = min(-(-tokens_of_step // group) * group, capacity)
 
     def begin(i):
         # The last tile is moved back to fit; what an earlier one has seen is masked out.
