@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 import nqkv_jax as nq
-from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu
+from nqkv_jax import body
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu
 from nqkv_jax.quantizers.tiled import TiledQuantizer, in_tiles
 from nqkv_jax.quantizers.tiled_vectors import TiledNSN
 from nqkv_jax.rotary import Rotary
@@ -199,3 +200,37 @@ def test_blocks_that_no_kernel_can_read_stay_as_they_are():
     channels = functools.partial(block, axis="tokens")
     assert in_tiles(channels(block_size=48), 384, 3, 64) == channels(block_size=48)
     assert isinstance(in_tiles(channels(block_size=32), 128, 3, 64), TiledQuantizer)
+
+
+def test_layers_share_what_is_traced(monkeypatch):
+    """A kernel, which is traced on every platform, and the steps over a body."""
+    counts = dict(kernel=0, steps=0)
+
+    def counted(name, run):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return run(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(
+        mosaic_tpu, "decode_attention", counted("kernel", mosaic_tpu.decode_attention)
+    )
+    monkeypatch.setattr(body, "attend_tokens", counted("steps", body.attend_tokens))
+    sizes = dict(batch=1, max_len=768, num_kv_heads=HEADS, head_dim=DIM)  # as no other test has
+
+    def trace(num_layers):
+        cache = nq.schemes.get("nqkv").abstract(num_layers=num_layers, dtype=jnp.float32, **sizes)
+        q, k, v = (a[:1] for a in tokens(1))
+
+        def step(cache):
+            for layer in range(num_layers):
+                _, cache = nq.attend(q, k, v, cache, layer=layer, rotary=ROTARY)
+            return cache
+
+        jax.jit(step).trace(cache)
+        return dict(counts)
+
+    one = trace(1)
+    assert one["kernel"] == 1 and one["steps"]
+    assert trace(3) == one
