@@ -259,8 +259,8 @@ def _steps(folded: jax.Array, group: int, capacity: int, large: bool) -> dict:
     tokens, once = TILE, False
     if large:
         batch, heads, count, queries, width = folded.shape
-        each = batch * heads * (2 * width * folded.dtype.itemsize + 4 * count * queries)
-        tokens, once = max(TILE, STEP_BYTES // each), capacity * each <= ONCE_BYTES
+        token_bytes = batch * heads * (2 * width * folded.dtype.itemsize + 4 * count * queries)
+        tokens, once = max(TILE, STEP_BYTES // token_bytes), capacity * token_bytes <= ONCE_BYTES
     tile = capacity if once else min(-(-tokens // group) * group, capacity)
     return dict(tile=tile, large=large, once=once)
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 TILE = 256
 # Here the host begins every round of a loop whose end it does not know, after waiting for the one
 # before. So steps are as large as decoded tokens and scores of so many bytes; and what is less
-# than so many is one step over all there is room for, without a loop. Not measured.
+# than the second, smaller number is one step over all there is room for, without a loop. Not
+# measured.
 GPUS = ("cuda",)
 STEP_BYTES, ONCE_BYTES = 2**26, 2**24
 

@@ -352,7 +352,8 @@ class Waiting(NamedTuple):
 
 
 def flush(waiting: Sequence[Waiting]) -> list[Side]:
-    """Encodes the chunks that are due. Nothing is done, under one condition, if none is.
+    """Encodes the chunks that are due. If chunks are of more than a token, nothing is done, under
+    one condition, if none is.
 
     All of the sides have the same window, so that as a rule they are due together.
     """
@@ -373,9 +374,13 @@ def flush(waiting: Sequence[Waiting]) -> list[Side]:
         one = lambda w, first, last: functools.partial(encode, w=w, first=first, last=last)
         return [jax.lax.fori_loop(0, n, one(w, *span), c) for w, c, span, n in each]
 
-    due = [jnp.any(last > first).astype(jnp.int32) for first, last in spans]
     carry = [(w.side.body, w.side.state) for w in waiting]
-    carry = jax.lax.fori_loop(0, functools.reduce(jnp.maximum, due), encode_all, carry)
+    if waiting[0].side.window.chunk == 1:  # due with every token, once the residual is full
+        each = zip(carry, waiting, spans, strict=True)
+        carry = [encode(0, c, w, *span) for c, w, span in each]
+    else:
+        due = [jnp.any(last > first).astype(jnp.int32) for first, last in spans]
+        carry = jax.lax.fori_loop(0, functools.reduce(jnp.maximum, due), encode_all, carry)
     return [
         dataclasses.replace(w.side, body=body, state=state)
         for w, (body, state) in zip(waiting, carry, strict=True)

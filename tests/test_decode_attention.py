@@ -172,6 +172,18 @@ def test_mosaic_gpu_in_the_interpreter(name, monkeypatch):
     check(CASES[name], jnp.bfloat16, 2e-3, num_tiles=4, implementation="mosaic_gpu")
 
 
+@needs_mosaic_gpu
+def test_units_in_turn_in_the_interpreter(monkeypatch):
+    """Three of one split, with room for two."""
+    strict = plgpu.InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(mosaic_gpu.decode_attention, interpret=strict, splits=1)
+    monkeypatch.setattr(mosaic_gpu, "decode_attention", kernel)
+    check(
+        CASES["plus2-d64"], jnp.bfloat16, 2e-3, num_tiles=9, lengths=(300, 1152),
+        implementation="mosaic_gpu",
+    )  # fmt: skip
+
+
 VECTORS = [c.name for c in CASES.values() if isinstance(c, VectorCase)]
 VECTORS_QUICK = ["vector1-d64", "vector2-d64-window"]
 
@@ -267,9 +279,14 @@ def test_what_the_gpu_kernel_needs():
     q, key, value, lengths, _ = arguments(narrow, (10,))
     with pytest.raises(NotImplementedError, match="needs head_dim 64 to 256; got 48"):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
-    large = dataclasses.replace(CASES["plus2"], group=64)
+    large = dataclasses.replace(CASES["plus3"], head_dim=256, waves=256, group=32)
     q, key, value, lengths, _ = arguments(large, (10,))
-    message = "at most 227 KiB of shared memory; head_dim 128 with 2 bits and 64 query .* take 348"
+    message = "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 32 query .* take 410"
+    with pytest.raises(NotImplementedError, match=message):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    many = dataclasses.replace(CASES["plus2"], group=40)
+    q, key, value, lengths, _ = arguments(many, (10,))
+    message = "at most 32 query heads per KV head with 2 bits and waves; got 40"
     with pytest.raises(NotImplementedError, match=message):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (10,), num_tiles=1)

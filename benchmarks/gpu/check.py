@@ -17,15 +17,17 @@ import exact_attention_cases
 from decode_attention_cases import CASES, arguments, dense, oracle
 from vector_attention_cases import VectorCase
 
-from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
+from nqkv_jax.pallas_kernels.decode_attention import decode_attention, mosaic_gpu, unsupported
 
 KERNEL, VECTOR_KERNEL = "mosaic_gpu", "triton"
 AHEAD = 8  # cases that are compiled at a time
 # Of the largest value, and of the largest log-sum. Products of kernels are in float16; those of
 # XLA in float32.
 TOLERANCE = {KERNEL: 2e-3, VECTOR_KERNEL: 2e-3, "xla": 1e-4}
-# Valid tokens and tiles: as in the tests, and long enough for many splits, with all ends odd.
+# Valid tokens and tiles: as in the tests; and long, with all ends odd, in few splits, so that units
+# follow each other in the same memory.
 SIZES = {"short": ((0, 1, 200, 384), 4), "long": ((8192, 5001, 129), 64)}
+LONG_SPLITS = 3
 
 
 def why_not(implementation: str, key, value, group: int) -> str | None:
@@ -59,6 +61,11 @@ def _compile(case, implementation: str, size: str):
     if reason := why_not(implementation, arrays[1], arrays[2], case.group):
         return reason
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation=implementation)
+    if (implementation, size) == (KERNEL, "long"):
+        first = jnp.zeros_like(arrays[3]) if first is None else first
+        run = functools.partial(
+            mosaic_gpu.decode_attention, soft_cap=case.soft_cap, splits=LONG_SPLITS
+        )
     program = jax.jit(run).lower(*arrays, first=first).compile()
     return (*arrays, first), functools.partial(program, *arrays, first=first)
 

@@ -45,6 +45,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import load_share
 
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
+COLUMNS = 256  # of a product of the tensor core, at most
 
 
 def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
@@ -75,6 +76,10 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
             "keys and values of which one has at most twice the other's bits, and registers for "
             f"both; got {bits} bits, head_dim {key.head_dim} and {group} query heads per KV head"
         )
+    columns = plan.halves * plan.group if plan.wave_rows else plan.group
+    if columns > COLUMNS:
+        most = COLUMNS * group // columns
+        return f"at most {most} query heads per KV head with {bits} bits and waves; got {group}"
     if plan.num_tiles < plan.tiles:
         return f"at least {plan.tiles} tiles; got {plan.num_tiles}"
     if not plan.programs:

@@ -329,8 +329,8 @@ def make_plan(
         soft_cap=soft_cap,
         interpret=interpret is not None,
     )
-    # Two programs that wait in turn, for memory and for products, do more than one that does not
-    # wait for memory.
+    # Two programs that wait in turn, for memory and for products, should do more than one that does
+    # not wait for memory (not measured). What fits with one stage only has that.
     single = dataclasses.replace(plan, stages=1)
     if plan.programs < min(2, single.programs):
         plan = single

@@ -20,7 +20,7 @@ from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
 
 COLUMNS = 16  # of a tensor core's operand, at least: queries are padded to them
 PROGRAMS = 2 * 132  # that an H100 can run at a time: 2 on each multiprocessor
-TILES_PER_SPLIT = 4  # at least
+UNIT = 4  # tiles, of which splits have whole numbers, as far as they go
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
 
@@ -64,7 +64,7 @@ def decode_attention(
     """See `decode_attention.decode_attention`; products are in float16."""
     batch, heads, queries, _ = q.shape
     num_tiles, head_dim = min(key.num_tiles, value.num_tiles), key.head_dim
-    units = -(-num_tiles // TILES_PER_SPLIT)
+    units = -(-num_tiles // UNIT)
     shapes = lambda side: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), side)
     plan = _Plan(
         head_dim=head_dim,

@@ -12,6 +12,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Collection
 from typing import NoReturn
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -30,7 +31,8 @@ from ptx.program import parse
 from tqdm import tqdm
 from vector_attention_cases import VectorCase
 
-from nqkv_jax.pallas_kernels.decode_attention import unsupported
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu, unsupported
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import make_plan
 from nqkv_jax.tiles import TOKENS
 
 SCHEDULES = machine.Schedule(), machine.Schedule(warps=(3, 1, 2, 0), late=True)
@@ -111,11 +113,34 @@ def runs(kernels: dict[str, str]):
     # With a window the kernel is the same as without: in another size it is compiled again.
     sizes = [(name, 4 if CASES[name].window is None else 5, LENGTHS) for name in kernels]
     for name in set(kernels) & {"cubic4", "uniform3-minmax", "plus2"}:
-        # Several splits, of units that follow each other in the same memory; the last is moved.
-        sizes.append((name, 17, (0, 1, 1153, 17 * TOKENS)))
+        sizes.append((name, 17, (0, 1, 1153, 17 * TOKENS)))  # several splits
     for name, *size in sizes:
         run = functools.partial(check, CASES[name], jnp.bfloat16, TOLERANCE, *size)
         yield f"{name} of {size[0]} tiles", functools.partial(run, implementation=kernels[name])
+    for name in (name for name in FOLLOWING if name in kernels):
+        yield f"{name}, units in turn", functools.partial(units_in_turn, name)
+
+
+# Of each kind of what takes turns in shared memory; with room for one unit and for two.
+FOLLOWING = (
+    "cubic4", "plus2", "plus3", "kivi2", "kivi3", "cubic3", "cubic4-d256", "channels4-d256",
+    "keys4-values2-minmax-parts",
+)  # fmt: skip
+
+
+def units_in_turn(name: str) -> None:
+    """One split of 9 tiles: more units than have room, in the same memory; the last is moved."""
+    case, num_tiles = CASES[name], 9
+    _, key, value, *_ = arguments(case, (1,), num_tiles=num_tiles)
+    plan = make_plan(case.group, key, value, case.soft_cap, None)
+    if num_tiles <= plan.stages * plan.tiles:
+        raise RuntimeError(f"expected more than {plan.stages} units of {plan.tiles} tiles")
+    run = functools.partial(mosaic_gpu.decode_attention, splits=1)
+    with mock.patch.object(mosaic_gpu, "decode_attention", run):
+        check(
+            case, jnp.bfloat16, TOLERANCE, num_tiles, (300, num_tiles * TOKENS),
+            implementation="mosaic_gpu",
+        )  # fmt: skip
 
 
 def others():

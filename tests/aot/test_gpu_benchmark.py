@@ -14,6 +14,7 @@ from gpu.shapes import Shape, bfloat16_caches, coded_caches, formats
 from targets import TRITON, calls, compile_for
 
 from nqkv_jax.pallas_kernels import decode_attention
+from nqkv_jax.partial import STEP_BYTES
 
 SHAPE = Shape(batch=2, context=4096, num_heads=32, num_kv_heads=8)
 CALLS = {KERNEL: ("mosaic_gpu", "decode_attention"), "jax.nn cudnn": ("__cudnn$fmha",)}
@@ -22,7 +23,10 @@ ROWS = [r for r in sweep.rows_of(SHAPE, formats(), 3) if r.implementation != "to
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_loop_reads_every_cache_in_every_round(row):
-    """Nothing is decoded, transposed or copied beforehand: there is no room for it."""
+    """Nothing is decoded, transposed or copied beforehand: there is no room for it.
+
+    Plain XLA decodes some tokens at a time.
+    """
     if row.form.codebook is None:
         run = functools.partial(sweep._dense, implementation=row.implementation.split()[1])
         make = lambda key: bfloat16_caches(key, SHAPE, row.copies, "tokens last" in row.store)
@@ -32,10 +36,13 @@ def test_the_loop_reads_every_cache_in_every_round(row):
     q = jax.ShapeDtypeStruct((SHAPE.batch, SHAPE.num_heads, SHAPE.head_dim), jnp.bfloat16)
     caches = jax.eval_shape(make, jax.random.key(0))
     compiled = compile_for("h100", timing.chained(run, row.steps), q, caches)
-    # Scores in float32 are the largest of what else there is.
-    scores = 4 * SHAPE.batch * SHAPE.num_heads * SHAPE.context
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 2 * scores < row.form.nbytes(SHAPE) / 2
+    if row.implementation == "xla":
+        assert temporary < STEP_BYTES
+    else:
+        # Scores in float32 are the largest of what else there is.
+        scores = 4 * SHAPE.batch * SHAPE.num_heads * SHAPE.context
+        assert temporary < 2 * scores < row.form.nbytes(SHAPE) / 2
     if row.implementation == KERNEL:
         assert (
             decode_attention.unsupported(KERNEL, *sweep.abstract(SHAPE, row.form), SHAPE.group)
