@@ -326,7 +326,8 @@ def test_inside_scan_and_vmap():
 def test_one_traced_step_lowers_for_accelerators(platform):
     q, k, v = make_qkv(1)
     traced = compiled_attend.trace(q, k, v, make_cache("nqkv", max_len=64), None, True, None, 0)
-    assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("while" in text) == (platform == "tpu")  # on a GPU, what is little is one step
 
 
 def test_a_bad_value_reaches_only_the_queries_that_see_it():

@@ -101,9 +101,9 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
     # Words are written where they are.
     assert not re.findall(rf"= s16\[{BATCH},\d+,\d+,\d+,128\]\S* copy\(", step)
     if target not in TPUS:
-        # The host evaluates conditions: beside that of the loop one for the flush of all layers, or
-        # one for each side where these have windows of their own.
-        assert step.count(" while(") == {"nqkv": 0, "kivi": 2}.get(scheme, 1)
+        # The host evaluates conditions: beside that of the loop one for the flush of all layers, if
+        # chunks are of more than a token.
+        assert step.count(" while(") == {"nqkv": 0}.get(scheme, 1)
         # Tokens that are encoded by themselves are appended by a kernel: of kivi, values. Where
         # there is a residual, another attends to it.
         of = functools.partial(calls, compiled, TRITON)
