@@ -23,13 +23,9 @@ from gpu.journal import LOST, DeviceLost, Journal, Unit, supervise, work
 PARTS = ("check", "bandwidth", "append", "sweep", "end-to-end", "splits")
 # By when a part must have begun its last unit, as a share of the time. What is left is the next's.
 SHARES = {
-    "check": 0.25,
-    "bandwidth": 0.3,
-    "append": 0.35,
-    "sweep": 0.6,
-    "end-to-end": 0.88,
+    "check": 0.25, "bandwidth": 0.3, "append": 0.35, "sweep": 0.6, "end-to-end": 0.88,
     "splits": 0.95,
-}
+}  # fmt: skip
 LAST = 0.97  # when what still runs is ended, so that there is time for the report
 # Of the device's memory. torch, in the process of the sweep, needs some of its own.
 MEMORY = {"sweep": "0.85", "end-to-end": "0.93"}

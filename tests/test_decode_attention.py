@@ -284,11 +284,12 @@ def test_what_the_gpu_kernel_needs():
     message = "at most 227 KiB of shared memory; head_dim 256 with 3 bits and 32 query .* take 410"
     with pytest.raises(NotImplementedError, match=message):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
-    many = dataclasses.replace(CASES["plus2"], group=40)
-    q, key, value, lengths, _ = arguments(many, (10,))
-    message = "at most 32 query heads per KV head with 2 bits and waves; got 40"
-    with pytest.raises(NotImplementedError, match=message):
-        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    for name, group, most in (("plus2", 40, 32), ("kivi2", 72, 64), ("cubic4", 264, 256)):
+        many = dataclasses.replace(CASES[name], group=group)
+        q, key, value, lengths, _ = arguments(many, (10,))
+        message = f"at most {most} query heads per KV head; got {group}"
+        with pytest.raises(NotImplementedError, match=message):
+            decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (10,), num_tiles=1)
     with pytest.raises(NotImplementedError, match="at least 2 tiles; got 1"):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")

@@ -176,7 +176,7 @@ def _splits(records: list[dict]) -> list[str]:
     """A row for each cache: the number that is taken, and each one's time."""
     rows = {}
     for r in records:
-        row = rows.setdefault((r["spec"], r["codebook"]), [*(r["spec"], r["codebook"]), "", []])
+        row = rows.setdefault((r["spec"], r["codebook"]), [r["spec"], r["codebook"], "", []])
         if "splits" in r:
             row[2] = str(r["splits"]) if r["taken"] else row[2]
             why = r.get("failure") or r.get("skipped")

@@ -76,10 +76,13 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
             "keys and values of which one has at most twice the other's bits, and registers for "
             f"both; got {bits} bits, head_dim {key.head_dim} and {group} query heads per KV head"
         )
-    columns = plan.halves * plan.group if plan.wave_rows else plan.group
-    if columns > COLUMNS:
-        most = COLUMNS * group // columns
-        return f"at most {most} query heads per KV head with {bits} bits and waves; got {group}"
+    # Of a product, that have the same queries.
+    shares = max(
+        plan.halves * (plan.wave_rows > 0), plan.segments * plan.key.channels,
+        *(operand.blocks for operand in plan.operands),
+    )  # fmt: skip
+    if shares * plan.group > COLUMNS:
+        return f"at most {COLUMNS // shares} query heads per KV head; got {group}"
     if plan.num_tiles < plan.tiles:
         return f"at least {plan.tiles} tiles; got {plan.num_tiles}"
     if not plan.programs:

@@ -78,7 +78,6 @@ def memory(plan: Plan) -> tuple[dict, Any]:
     )
     weights = dict(weights=smem(plan.weight_shape, f16, **operand))
     in_turn = (turned, scaled, weights) if plan.scaled_by_part else (turned, scaled | weights)
-    # An interpreter has no memory that is shared, and no need of it.
     return lasting, plgpu.RefUnion(*in_turn)
 
 
