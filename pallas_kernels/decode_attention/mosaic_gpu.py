@@ -14,6 +14,7 @@ but never elements.
 import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
     Source,
     fetch,
     load_rows,
+    meet,
     memory,
     store,
 )
@@ -41,6 +43,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     Side,
     make_plan,
 )
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import add_product, load_columns
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import load_shared, rotate_pairs
 
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
@@ -167,6 +170,14 @@ def decode_attention(
     return numerator, denominator[..., :group], maximum[..., :group]
 
 
+class Queries(NamedTuple):
+    """Of a column of the keys."""
+
+    operand: jax.Array  # of products with factors, see `load_columns`
+    total: jax.Array | None  # f32 square, their sums, if factors have a bias
+    begin: jax.Array  # f32 square, what scales of channels add
+
+
 def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     source, query_sums, added = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
     *outputs, scratch = refs[treedef.num_leaves :]
@@ -195,6 +206,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     plgpu.barrier_wait(smem.queries_arrived)
 
     square = (ROWS, plan.group)
+    zeros = lambda *s: plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA)
     by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
     by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
     rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
@@ -212,9 +224,9 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     def shift_unit(loaded, places):
         """Leaves what waves add to the scores of a unit."""
         waves.turn(loaded, smem.turned[0], plan)
-        plgpu.commit_smem()
-        waves.leave(_matmul(places, smem.turned[0], plan), smem.shift[0], plan)
-        plgpu.commit_smem()
+        meet(plan.interpret)
+        waves.leave(waves.product(places, smem.turned[0], plan), smem.shift[0], plan)
+        meet(plan.interpret)
 
     def of_own(parts):
         """Each row of the part for its share of the rows."""
@@ -224,34 +236,42 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             own = jnp.where(share == n, part, own)
         return own
 
-    def product_of(left, right, parts, *more):
-        """f32 [rows, group]: of factors with columns for each share of the rows."""
-        every = _matmul(left, right, plan, *more)
-        if parts == 1:
-            return every
-        cut = lambda n: jax.lax.slice(every, (0, n * plan.group), (ROWS, (n + 1) * plan.group))
-        return of_own([cut(n) for n in range(parts)])
+    def full(value, rows, depth=ROWS):
+        """An operand."""
+        numbers = jnp.full((rows, depth), value, jnp.float16)
+        return plgpu.layout_cast(numbers, plgpu.Layout.WGMMA)
 
-    def product_with_queries(factor, n, column):
-        """f32 square: of a column of field n of a part."""
-        width = plan.width(plan.key)
-        columns = pl.ds(column * width, width)
-        of_column = lambda q: q if width == plan.head_dim else q.at[:, columns]
-        if not plan.key.channels:
-            return product_of(factor, of_column(smem.queries), 1)
-        of_set, shift = n // plan.fields_of_set, []
-        if plan.key.shifted and column == 0:
-            ones = plgpu.layout_cast(jnp.ones((ROWS, ROWS), jnp.float16), plgpu.Layout.WGMMA)
-            shift = [(ones, smem.channel_shift[0].at[of_set])]
-        q = of_column(smem.scaled_queries[0].at[of_set])
-        return product_of(factor, q, plan.segments, *shift)
+    add = functools.partial(add_product, interpret=plan.interpret)
+    load_right = functools.partial(load_columns, interpret=plan.interpret)
 
-    def scores_of(products, slot, k):
+    def load_queries():
+        """`Queries` for each set of scales of the keys, and each of their columns."""
+        width, shares = plan.width(plan.key), plan.key_shares
+        lanes = min(plan.lanes(plan.key), 32)
+        sets = [smem.queries]
+        if plan.key.channels:
+            sets = [smem.scaled_queries[0].at[n] for n in range(plan.sets)]
+        found = []
+        for n, queries in enumerate(sets):
+            found.append([])
+            for c in range(plan.columns(plan.key)):
+                of_column = queries.at[:, pl.ds(c * width, width)]
+                operand = load_right(of_column if width < plan.head_dim else queries, shares, lanes)
+                begin, total = zeros(*square), None
+                if plan.key.shifted and c == 0:
+                    shift = load_right(smem.channel_shift[0].at[n], shares, 32)
+                    begin = add(begin, full(1, ROWS), shift, shares)
+                if plan.key.levels.even:
+                    total = add(zeros(*square), full(1, ROWS, width), operand, shares)
+                found[-1].append(Queries(operand, total, begin))
+        return found
+
+    def scores_of(of_columns, slot, k):
         """f32 square, of field k, from the products of its columns."""
         scores, (levels, arrays) = None, (plan.key.levels, smem.token_scales[0])
         per_block = plan.columns(plan.key) // plan.key.blocks
         for b in range(plan.key.blocks):
-            s = functools.reduce(jnp.add, products[b * per_block : (b + 1) * per_block])
+            s = functools.reduce(jnp.add, of_columns[b * per_block : (b + 1) * per_block])
             if not plan.key.channels:
                 if levels.ratio:
                     s = s + sums[b] * jnp.float32(levels.ratio)
@@ -310,7 +330,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             merged.append(c)
         return tuple(merged)
 
-    def attend(slot, unit, part, carry):
+    def attend(slot, unit, queries, part, carry):
         """Merges the fields of one part of a unit's words."""
         if plan.scaled_by_part:
             channels.scale_queries(smem, slot, part, plan)
@@ -323,16 +343,22 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             token = token + first_tile(unit) * tiles.TOKENS
             return (token < length) & (token >= oldest_here)
 
-        products = [[] for _ in range(plan.per_part)]
+        queries = load_queries() if plan.scaled_by_part else queries
+        of_columns = [[] for _ in range(plan.per_part)]
         for c, piece in itertools.product(range(plan.columns(plan.key)), range(plan.key.pieces)):
             words = load(0, slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
-                found = factor(plan.key, words, part, n)
-                products[n].append(product_with_queries(found, n, c))
+                q = queries[n // plan.fields_of_set if plan.key.channels else 0][c]
+                begin = q.begin
+                if q.total is not None:
+                    bias = plan.key.levels.bias(n // plan.key.pieces)
+                    begin = begin - q.total * jnp.float32(bias)
+                left = factor(plan.key, words, part, n)
+                of_columns[n].append(add(begin, left, q.operand, plan.key_shares))
         scores = []
-        for n, of_columns in enumerate(products):
+        for n, found in enumerate(of_columns):
             k = part * plan.per_part + n
-            s = scores_of(of_columns, slot, k)
+            s = scores_of(found, slot, k)
             scores.append(jnp.where(seen(row_of_square, k), s, jnp.float32(UNSEEN)))
         top = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
         old = jnp.exp(maximum - top)
@@ -344,7 +370,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             denominator = denominator + p
             k = part * plan.per_part + n
             constant = weigh(p, seen(rows, k), n, slot, k, constant)
-        plgpu.commit_smem()
+        meet(plan.interpret)
         merged = []
         for operand, numerator in zip(plan.operands, numerators, strict=True):
             whole = operand.count == plan.width(plan.value)
@@ -354,10 +380,15 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             for piece in range(plan.value.pieces):
                 words = load(1, slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
-                    left, weights = factor(plan.value, words, part, n), smem.weights.at[n, blocks]
-                    numerator = numerator + product_of(left, weights, operand.blocks)
+                    weights = load_right(smem.weights.at[n, blocks], operand.blocks, 32)
+                    if bias := plan.value.levels.bias(n // plan.value.pieces):
+                        less = full(-bias, operand.count)
+                        numerator = add(numerator, less, weights, operand.blocks)
+                    left = factor(plan.value, words, part, n)
+                    numerator = add(numerator, left, weights, operand.blocks)
             merged.append(numerator)
-        plgpu.commit_smem()  # these reads come before what is written next
+        if plan.scaled_by_part:  # these reads come before the next part's queries are written
+            meet(plan.interpret)
         return tuple(merged), denominator, constant, top
 
     def step(i, carry):
@@ -369,17 +400,19 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         plgpu.barrier_wait(smem.unit_arrived.at[slot])
         if plan.key.channels and not plan.scaled_by_part:  # for all parts
             channels.scale_queries(smem, slot, 0, plan)
+        of_unit = load_queries() if plan.key.channels and not plan.scaled_by_part else all_queries
         # A loop, not copies: the compiler would compute all factors of a word at once, and they
         # do not fit into the registers.
-        one = lambda part, carry: attend(slot, begin + i, part, carry)
+        one = lambda part, carry: attend(slot, begin + i, of_unit, part, carry)
         carry = jax.lax.fori_loop(0, plan.parts, one, carry)
+        plgpu.commit_smem()  # all have read what is copied over now
         fetch_step(i + plan.stages, slot)
         return carry
 
-    zeros = lambda *s: plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA)
     floor = plgpu.layout_cast(
         jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
     )
+    all_queries = None if plan.key.channels else load_queries()
     numerators = tuple(zeros(operand.count, plan.group) for operand in plan.operands)
     constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
     start = (numerators, zeros(*square), constant, floor)
@@ -400,18 +433,3 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
     store(denominator_gmem, jnp.sum(denominator, axis=0))
     store(maximum_gmem, maximum)
-
-
-def _matmul(left: jax.Array, right, plan: Plan, *more: tuple) -> jax.Array:
-    """f32 left [M, K] @ right [N, K]^T; `right` is in shared memory. `more` products are added."""
-    operands = [(left, right), *more]
-    if plan.interpret:  # which has no products with an operand in registers
-        dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-        return functools.reduce(jnp.add, [dot(a, b[...].T) for a, b in operands])
-
-    def run(accumulator):
-        for a, b in operands:
-            plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
-        return accumulator[...]
-
-    return pl.run_scoped(run, plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32))

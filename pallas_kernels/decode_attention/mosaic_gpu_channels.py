@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Memory
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Memory, meet
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
 
 
@@ -52,4 +52,4 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
             if constant is not None:
                 target = smem.channel_shift[0].at[n, columns]
                 target.transpose((1, 0))[...] = constant.astype(jnp.float16)
-    plgpu.commit_smem()
+    meet(plan.interpret)

@@ -127,29 +127,45 @@ class Levels:
         """Of the first bit of a field of a part, in words as `factor` takes them."""
         return FIRST + field * self.low_bits
 
+    def base(self, field: int) -> float:
+        """Of the float16 that has the codes of a field in its mantissa: the last bit of a code is
+        worth 1 / half."""
+        return 2.0 ** (11 - self.place(field) - self.codebook.bits)
+
+    @property
+    def even(self) -> bool:
+        """Whether levels are evenly spaced. Their factors are not centred in registers: sums are,
+        see `bias`."""
+        return self.polynomial is not None and not any(self.polynomial[2:])
+
+    def bias(self, field: int) -> float:
+        """What factors of a field have too much."""
+        return self.base(field) + (self.half - 0.5) / self.half if self.even else 0.0
+
     def factor(
         self, words: jax.Array, field: int, high: jax.Array | None, zero: jax.Array
     ) -> jax.Array:
-        """float16 factors of one field of the part of int16 words that begins at bit `FIRST`.
+        """float16 factors of one field of the part of int16 words that begins at bit `FIRST`, with
+        its `bias`.
 
         Of 3 bits, words have the low two, and the bit beside them of `high` int16 is the third.
 
         `zero` int16[] is a 0 that the compiler does not know of: masks it knows, the assembler
         puts into a register again for every use.
         """
-        bits, at = self.codebook.bits, self.place(field)
+        at = self.place(field)
         hidden = lambda constant: jnp.int16(constant) | zero
-        # Below the exponent of `base`, the last bit of a code is worth 1 / half.
-        exponent = 10 - at - (bits - 1)
-        base, mask = 2.0**exponent, (2**self.low_bits - 1) << at
-        number, above = words & hidden(mask), (15 + exponent) << 10
+        mask, above = (2**self.low_bits - 1) << at, _bits(self.base(field))
+        number = words & hidden(mask)
         if high is None:
             number = number | jnp.int16(above)
         else:
             # An exclusive or is not put after the third bit, where it is an operation more.
             number = (number ^ hidden(above)) | (high & hidden(1 << (at + self.low_bits)))
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
-        less = lambda x: number - jnp.float16(base + x / self.half)
+        if self.even:
+            return number
+        less = lambda x: number - jnp.float16(self.base(field) + x / self.half)
         if self.polynomial is None:
             levels = approximation(self.codebook)
             if not levels.stretched:
@@ -158,9 +174,12 @@ class Levels:
             return levels(jnp.minimum(x, x * jnp.float16(self.half / (self.half - 1))))
         t = less(self.half - 0.5)
         _, slope, square, cube = self.polynomial
-        if not cube:
-            return t
         if not square:
             return t * (t * t + jnp.float16(slope / cube))
         constant = lambda c: jnp.float16(c / slope)
         return t * (t * (t * constant(cube) + constant(square)) + jnp.float16(1))
+
+
+def _bits(number: float) -> int:
+    """Of a float16."""
+    return int(np.float16(number).view(np.int16))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
@@ -130,6 +131,15 @@ def fetch(
             array.at[batch, pl.ds(tile, plan.tiles), groups],
             target.at[slot, pl.ds(0, plan.tiles)],
         )
+
+
+def meet(interpret: bool) -> None:
+    """Waits until all warps are here: what each has written to shared memory can be loaded then.
+    `wgmma`, and copies, need a `commit_smem`."""
+    if interpret:
+        plgpu.commit_smem()
+    else:
+        plgpu.inline_mgpu()(lambda context: utils.warpgroup_barrier())()
 
 
 def load_rows(bits, interpret: bool) -> jax.Array:

@@ -224,6 +224,11 @@ class Plan:
         return ROWS // min(self.field, self.group_tokens)
 
     @property
+    def key_shares(self) -> int:
+        """Of the 64 rows of a field, with columns of queries for themselves."""
+        return self.segments if self.key.channels else 1
+
+    @property
     def fields_of_set(self) -> int:
         """Fields whose segments have the same scales of channels."""
         return max(1, self.group_tokens // self.field)

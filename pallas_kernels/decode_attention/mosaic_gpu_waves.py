@@ -82,6 +82,18 @@ def turn(loaded: list, turned, plan: Plan) -> None:
                 columns.transpose((1, 0))[...] = x.astype(jnp.float16)
 
 
+def product(places: jax.Array, turned, plan: Plan) -> jax.Array:
+    """f32: of the operand of `load_places` with the rows that `turn` left."""
+    if plan.interpret:  # which has no products with an operand in registers
+        return jnp.dot(places, turned[...].T, preferred_element_type=jnp.float32)
+
+    def run(accumulator):
+        plgpu.wgmma(accumulator, places, turned.transpose((1, 0)))
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.ACC((ROWS, turned.shape[0]), jnp.float32))
+
+
 def leave(product: jax.Array, shift, plan: Plan) -> None:
     """Leaves what a unit's tokens get in `shift` f32[*Plan.wave_shape], of the product f32[64,
     2 * tiles * group] of places with queries."""
