@@ -224,7 +224,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     def shift_unit(loaded, places):
         """Leaves what waves add to the scores of a unit."""
         waves.turn(loaded, smem.turned[0], plan)
-        meet(plan.interpret)
+        plgpu.commit_smem()
         waves.leave(waves.product(places, smem.turned[0], plan), smem.shift[0], plan)
         meet(plan.interpret)
 
@@ -313,15 +313,14 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             high = rotate(high, part * plan.per_part + n - place)
         return side.levels.factor(low, field, high, zero)
 
-    def weigh(p, seen, n, slot, k, constant):
+    def weigh(p, seen, n, arrays, constant):
         """Leaves weights for field n of a part, scaled as values are, block by block; adds what
-        does not depend on the codes to the constants. `seen` bool[64]"""
-        arrays, merged = smem.token_scales[1], []
-        for b, c in enumerate(constant):
+        does not depend on the codes to the constants. `seen` bool[64], `arrays` f32[64] for each
+        block"""
+        merged = []
+        for b, (c, of_block) in enumerate(zip(constant, arrays, strict=True)):
             # What is stored for unseen tokens may be NaN.
-            scale, *zero = (
-                jnp.where(seen, per_token(a, slot, b, k), jnp.float32(0)) for a in arrays
-            )
+            scale, *zero = (jnp.where(seen, a, jnp.float32(0)) for a in of_block)
             scaled, columns = p * by_row(scale), pl.ds(b * plan.group, plan.group)
             smem.weights.at[n, columns].transpose((1, 0))[...] = scaled.astype(jnp.float16)
             if needs_constant:
@@ -360,6 +359,14 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             k = part * plan.per_part + n
             s = scores_of(found, slot, k)
             scores.append(jnp.where(seen(row_of_square, k), s, jnp.float32(UNSEEN)))
+        # Before anything is left in shared memory, which no load would overtake.
+        of_tokens = [
+            [
+                [per_token(a, slot, b, part * plan.per_part + n) for a in smem.token_scales[1]]
+                for b in range(plan.value.blocks)
+            ]
+            for n in range(plan.per_part)
+        ]
         top = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
         old = jnp.exp(maximum - top)
         denominator = denominator * by_column(old)
@@ -369,23 +376,29 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             p = jnp.exp(s - by_column(top))
             denominator = denominator + p
             k = part * plan.per_part + n
-            constant = weigh(p, seen(rows, k), n, slot, k, constant)
+            constant = weigh(p, seen(rows, k), n, of_tokens[n], constant)
         meet(plan.interpret)
         merged = []
         for operand, numerator in zip(plan.operands, numerators, strict=True):
             whole = operand.count == plan.width(plan.value)
             own = slice(None) if whole else pl.ds(operand.first, operand.count)
-            numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
             blocks = pl.ds(operand.block * plan.group, operand.blocks * plan.group)
+            weights = [
+                load_right(smem.weights.at[n, blocks], operand.blocks, 32)
+                for n in range(plan.per_part)
+            ]
+            numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
+            if plan.value.levels.even:
+                for n, w in enumerate(weights):
+                    bias = jnp.float32(plan.value.levels.bias(n // plan.value.pieces))
+                    none = zeros(*numerator.shape)
+                    total = add(none, full(1, operand.count), w, operand.blocks)
+                    numerator = numerator - total * bias
             for piece in range(plan.value.pieces):
                 words = load(1, slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
-                    weights = load_right(smem.weights.at[n, blocks], operand.blocks, 32)
-                    if bias := plan.value.levels.bias(n // plan.value.pieces):
-                        less = full(-bias, operand.count)
-                        numerator = add(numerator, less, weights, operand.blocks)
                     left = factor(plan.value, words, part, n)
-                    numerator = add(numerator, left, weights, operand.blocks)
+                    numerator = add(numerator, left, weights[n], operand.blocks)
             merged.append(numerator)
         if plan.scaled_by_part:  # these reads come before the next part's queries are written
             meet(plan.interpret)

@@ -5,6 +5,8 @@ each group, and what does not depend on the codes is added by a product of its o
 keys: as that leaves it in every row, nothing has to be summed over warps.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -27,29 +29,34 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
         bits = array.at[slot, tile, group, rows][...]
         return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
-    for n in range(plan.sets):
-        for segment in range(plan.segments):
-            tile, place = divmod(segment * (ROWS // plan.segments), plan.field)
-            field = part * plan.per_part + n * plan.fields_of_set
-            token = jnp.asarray(field * plan.field + place, jnp.int32)
-            group = jax.lax.div(token, jnp.int32(plan.group_tokens))
-            columns, constant = pl.ds(segment * plan.group, plan.group), None
-            for c, q in enumerate(queries):
-                scale, *zero = (of_channels(a, tile, group, rows[c]) for a in smem.channel_scales)
-                target = smem.scaled_queries[0].at[n, columns, rows[c]]
-                target.transpose((1, 0))[...] = (q * by_row(scale)).astype(jnp.float16)
-                if not plan.key.shifted:
-                    continue
-                # Of the middle of the levels: rounded queries meet the distance from there.
-                middle = plan.key.levels.middle(scale, *zero or [None])
-                if starts[c] < c * ROWS:  # some were there before
-                    row = plgpu.broadcasted_iota(
-                        jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
-                    )
-                    middle = jnp.where(row >= c * ROWS - starts[c], middle, jnp.float32(0))
-                shift = q * by_row(middle)
-                constant = shift if constant is None else constant + shift
-            if constant is not None:
-                target = smem.channel_shift[0].at[n, columns]
-                target.transpose((1, 0))[...] = constant.astype(jnp.float16)
+    found = []
+    for n, segment in itertools.product(range(plan.sets), range(plan.segments)):
+        tile, place = divmod(segment * (ROWS // plan.segments), plan.field)
+        field = part * plan.per_part + n * plan.fields_of_set
+        token = jnp.asarray(field * plan.field + place, jnp.int32)
+        group = jax.lax.div(token, jnp.int32(plan.group_tokens))
+        of_rows = [
+            [of_channels(a, tile, group, r) for a in smem.channel_scales] for r in rows
+        ]
+        found.append((n, segment, of_rows))
+    # Only then anything is left, which no load would overtake.
+    for n, segment, of_rows in found:
+        columns, constant = pl.ds(segment * plan.group, plan.group), None
+        for c, (q, (scale, *zero)) in enumerate(zip(queries, of_rows, strict=True)):
+            target = smem.scaled_queries[0].at[n, columns, rows[c]]
+            target.transpose((1, 0))[...] = (q * by_row(scale)).astype(jnp.float16)
+            if not plan.key.shifted:
+                continue
+            # Of the middle of the levels: rounded queries meet the distance from there.
+            middle = plan.key.levels.middle(scale, *zero or [None])
+            if starts[c] < c * ROWS:  # some were there before
+                row = plgpu.broadcasted_iota(
+                    jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+                )
+                middle = jnp.where(row >= c * ROWS - starts[c], middle, jnp.float32(0))
+            shift = q * by_row(middle)
+            constant = shift if constant is None else constant + shift
+        if constant is not None:
+            target = smem.channel_shift[0].at[n, columns]
+            target.transpose((1, 0))[...] = constant.astype(jnp.float16)
     meet(plan.interpret)
