@@ -79,13 +79,10 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
             "keys and values of which one has at most twice the other's bits, and registers for "
             f"both; got {bits} bits, head_dim {key.head_dim} and {group} query heads per KV head"
         )
-    # Of a product, that have the same queries.
-    shares = max(
-        plan.halves * (plan.wave_rows > 0), plan.segments * plan.key.channels,
-        *(operand.blocks for operand in plan.operands),
-    )  # fmt: skip
-    if shares * plan.group > COLUMNS:
-        return f"at most {COLUMNS // shares} query heads per KV head; got {group}"
+    # What waves add is a product with a column for each half of a tile and head.
+    halves = plan.halves if plan.wave_rows else 1
+    if halves * plan.group > COLUMNS:
+        return f"at most {COLUMNS // halves} query heads per KV head; got {group}"
     if plan.num_tiles < plan.tiles:
         return f"at least {plan.tiles} tiles; got {plan.num_tiles}"
     if not plan.programs:
@@ -140,11 +137,12 @@ def decode_attention(
     # A free reshape: the words of a token in a column are a row.
     words = lambda a: a.reshape(*a.shape[:3], -1, plan.stored_width)
     of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
-    added = waves.operands(key.waves, meeting_waves, plan) if plan.wave_rows else []
+    starts, *added = waves.operands(key.waves, meeting_waves, plan) if plan.wave_rows else [None]
     source = Source(
         words=(words(key.words), words(value.words)),
         token_scales=tuple([a for a in of_tokens(side) if a is not None] for side in (key, value)),
         channel_scales=[key.scale, key.zero][: plan.key.channel_arrays],
+        starts=[starts] * (plan.wave_rows > 0),
     )
     arrays = source, sums, added
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
@@ -221,9 +219,9 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
         bits = array.at[slot, :, block, pl.ds(k * plan.field, plan.field)]
         return float32(load_rows(bits, plan.interpret))
 
-    def shift_unit(loaded, places):
+    def shift_unit(slot, wave_queries, places):
         """Leaves what waves add to the scores of a unit."""
-        waves.turn(loaded, smem.turned[0], plan)
+        waves.turn(wave_queries.at[batch, head], smem.starts[0].at[slot], smem.turned[0], plan)
         plgpu.commit_smem()
         waves.leave(waves.product(places, smem.turned[0], plan), smem.shift[0], plan)
         meet(plan.interpret)
@@ -329,7 +327,7 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             merged.append(c)
         return tuple(merged)
 
-    def attend(slot, unit, queries, part, carry):
+    def attend(slot, unit, part, carry):
         """Merges the fields of one part of a unit's words."""
         if plan.scaled_by_part:
             channels.scale_queries(smem, slot, part, plan)
@@ -342,18 +340,18 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             token = token + first_tile(unit) * tiles.TOKENS
             return (token < length) & (token >= oldest_here)
 
-        queries = load_queries() if plan.scaled_by_part else queries
+        queries = load_queries()
         of_columns = [[] for _ in range(plan.per_part)]
         for c, piece in itertools.product(range(plan.columns(plan.key)), range(plan.key.pieces)):
             words = load(0, slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
                 q = queries[n // plan.fields_of_set if plan.key.channels else 0][c]
-                begin = q.begin
+                left = factor(plan.key, words, part, n)
+                found = add(q.begin, left, q.operand, plan.key_shares)
                 if q.total is not None:
                     bias = plan.key.levels.bias(n // plan.key.pieces)
-                    begin = begin - q.total * jnp.float32(bias)
-                left = factor(plan.key, words, part, n)
-                of_columns[n].append(add(begin, left, q.operand, plan.key_shares))
+                    found = found - q.total * jnp.float32(bias)
+                of_columns[n].append(found)
         scores = []
         for n, found in enumerate(of_columns):
             k = part * plan.per_part + n
@@ -388,17 +386,17 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
                 for n in range(plan.per_part)
             ]
             numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
+            for piece in range(plan.value.pieces):
+                words = load(1, slot, piece, operand.column, part, 1, own)
+                for n in range(piece, plan.per_part, plan.value.pieces):
+                    left = factor(plan.value, words, part, n)
+                    numerator = add(numerator, left, weights[n], operand.blocks)
             if plan.value.levels.even:
                 for n, w in enumerate(weights):
                     bias = jnp.float32(plan.value.levels.bias(n // plan.value.pieces))
                     none = zeros(*numerator.shape)
                     total = add(none, full(1, operand.count), w, operand.blocks)
                     numerator = numerator - total * bias
-            for piece in range(plan.value.pieces):
-                words = load(1, slot, piece, operand.column, part, 1, own)
-                for n in range(piece, plan.per_part, plan.value.pieces):
-                    left = factor(plan.value, words, part, n)
-                    numerator = add(numerator, left, weights[n], operand.blocks)
             merged.append(numerator)
         if plan.scaled_by_part:  # these reads come before the next part's queries are written
             meet(plan.interpret)
@@ -406,17 +404,14 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
 
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(plan.stages))
-        if plan.wave_rows:
-            wave_queries, starts, places = added
-            of_unit = wave_queries.at[batch, head], starts, first_tile(begin + i)
-            shift_unit(waves.load(*of_unit, plan), waves.load_places(places))
         plgpu.barrier_wait(smem.unit_arrived.at[slot])
+        if plan.wave_rows:
+            shift_unit(slot, *added)
         if plan.key.channels and not plan.scaled_by_part:  # for all parts
             channels.scale_queries(smem, slot, 0, plan)
-        of_unit = load_queries() if plan.key.channels and not plan.scaled_by_part else all_queries
         # A loop, not copies: the compiler would compute all factors of a word at once, and they
         # do not fit into the registers.
-        one = lambda part, carry: attend(slot, begin + i, of_unit, part, carry)
+        one = lambda part, carry: attend(slot, begin + i, part, carry)
         carry = jax.lax.fori_loop(0, plan.parts, one, carry)
         plgpu.commit_smem()  # all have read what is copied over now
         fetch_step(i + plan.stages, slot)
@@ -425,7 +420,6 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
     floor = plgpu.layout_cast(
         jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
     )
-    all_queries = None if plan.key.channels else load_queries()
     numerators = tuple(zeros(operand.count, plan.group) for operand in plan.operands)
     constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
     start = (numerators, zeros(*square), constant, floor)

@@ -28,6 +28,7 @@ class Memory(NamedTuple):
     scaled_queries: list  # float16[*Plan.scaled_shape]
     channel_shift: list  # float16[*Plan.shift_shape]
     # Of the waves, as in `mosaic_gpu_waves`.
+    starts: list  # f32[stages, *Plan.starts_shape]
     turned: list  # float16[*Plan.turned_shape]
     shift: list  # f32[*Plan.wave_shape]
     weights: Any  # float16[*Plan.weight_shape]
@@ -68,6 +69,7 @@ def memory(plan: Plan) -> tuple[dict, Any]:
             for side in plan.sides
         ),
         channel_scales=[smem((plan.stages, *plan.channel_shape), i16)] * plan.key.channel_arrays,
+        starts=[smem((plan.stages, *plan.starts_shape), f32)] * waves,
         shift=[smem(plan.wave_shape, f32)] * waves,
         queries_arrived=plgpu.Barrier(num_arrivals=1),
         unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=plan.stages),
@@ -84,7 +86,7 @@ def memory(plan: Plan) -> tuple[dict, Any]:
 
 def _copies(plan: Plan) -> int:
     """Of a unit, as `fetch` makes them."""
-    copies = plan.key.channel_arrays
+    copies = plan.key.channel_arrays + (plan.wave_rows > 0)
     for side in plan.sides:
         copies += plan.columns(side) * plan.tiles * (side.pieces + side.high)
         copies += side.token_arrays
@@ -97,6 +99,7 @@ class Source(NamedTuple):
     words: tuple[Any, Any]
     token_scales: tuple[list, list]
     channel_scales: list
+    starts: list
 
 
 def fetch(
@@ -131,6 +134,9 @@ def fetch(
             array.at[batch, pl.ds(tile, plan.tiles), groups],
             target.at[slot, pl.ds(0, plan.tiles)],
         )
+    for starts, target in zip(source.starts, smem.starts, strict=True):
+        first = tile * (plan.halves // plan.tiles)
+        copy(starts.at[pl.ds(first, plan.halves)], target.at[slot])
 
 
 def meet(interpret: bool) -> None:

@@ -114,7 +114,7 @@ class Plan:
     def fitting(self) -> int:
         """Fields that fit into the registers at a time, with as much beside them: those of a byte,
         or fewer."""
-        scales = any(side.blocks > 1 or side.shifted for side in self.sides)
+        scales = any(side.shifted for side in self.sides)
         demands = scales + (self.group > 8) + (self.head_dim > tiles.LANES)
         if any(side.high for side in self.sides):
             demands += 1
@@ -182,6 +182,11 @@ class Plan:
     def halves(self) -> int:
         """Half tiles of a unit."""
         return self.tiles * tiles.TOKENS // ROWS
+
+    @property
+    def starts_shape(self) -> tuple[int, int, int]:
+        """Of cosines and sines of where half tiles start."""
+        return self.halves, 2, self.wave_rows
 
     @property
     def turned_shape(self) -> tuple[int, int]:
@@ -277,6 +282,7 @@ class Plan:
         aligned = lambda *sizes: sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
         turned = 0
         if self.wave_rows:
+            buffers.append(4 * self.stages * math.prod(self.starts_shape))
             buffers.append(4 * math.prod(self.wave_shape))
             turned = aligned(2 * math.prod(self.turned_shape))
         scaled = aligned(

@@ -23,8 +23,8 @@ HALVES = tiles.TOKENS // ROWS  # of a tile
 
 
 def operands(waves: Waves, q: jax.Array, plan: Plan) -> list[jax.Array]:
-    """Of q [B, Hkv, G, R]: its cosines and sines f32[B, Hkv, 2, rows, group], those of where halves
-    of tiles start f32[2 * tiles, 2, rows], and those of the places float16[64, 2 * rows]."""
+    """Of q [B, Hkv, G, R]: cosines and sines of where halves of tiles start f32[2 * tiles, 2, rows],
+    its own f32[B, Hkv, 2, rows, group], and those of the places float16[64, 2 * rows]."""
     pad = lambda a, axis: jnp.pad(
         a, [(0, 0)] * axis + [(0, plan.wave_rows - a.shape[axis])] + [(0, 0)] * (a.ndim - axis - 1)
     )
@@ -36,54 +36,41 @@ def operands(waves: Waves, q: jax.Array, plan: Plan) -> list[jax.Array]:
     starts = starts.reshape(-1, *starts.shape[2:])
     places = [pad(a[:ROWS, 0], 1) for a in (waves.places.cos, waves.places.sin)]
     return [
-        pad(queries, 3),
         pad(starts, 2),
+        pad(queries, 3),
         jnp.concatenate(places, axis=1).astype(jnp.float16),
     ]
 
 
-def load(queries, starts, tile: jax.Array, plan: Plan) -> list:
-    """What `turn` needs for the unit that begins with `tile`, from global memory: for each 64 rows
-    the queries' cosines and sines, and for each half tile those of its start.
+def turn(queries, starts, turned, plan: Plan) -> None:
+    """Leaves queries in `turned` float16[*Plan.turned_shape].
 
-    Args:  queries: those of a head.
+    Args:
+      queries: cosines and sines of a head, in global memory, f32[2, rows, group].
+      starts: of a unit, in shared memory, f32[*Plan.starts_shape].
     """
     square = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
-    row = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-    found = []
-    for begin in range(0, plan.wave_rows, ROWS):
-        rows = pl.ds(begin, ROWS)
-        at = [starts.at[tile * HALVES + n] for n in range(plan.halves)]
-        found.append(
-            (
-                [square(queries.at[part, rows]) for part in range(2)],
-                [[row(start.at[part, rows]) for part in range(2)] for start in at],
-            )
-        )
-    return found
-
-
-def load_places(places) -> jax.Array:
-    """The operand of a product, float16[64, 2 * rows]: from global memory, as it is the same for
-    every program, and the cache of a multiprocessor has it."""
-    return plgpu.load(places, layout=plgpu.Layout.WGMMA, optimized=False)
-
-
-def turn(loaded: list, turned, plan: Plan) -> None:
-    """Leaves queries in `turned` float16[*Plan.turned_shape]."""
+    row = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(1))
     by_row = lambda x: jax.lax.broadcast_in_dim(x, (ROWS, plan.group), (0,))
-    for c, ((cosine, sine), starts) in enumerate(loaded):
-        for n, start in enumerate(starts):
-            cos, sin = map(by_row, start)
+    for c in range(0, plan.wave_rows, ROWS):
+        rows = pl.ds(c, ROWS)
+        cosine, sine = (square(queries.at[part, rows]) for part in range(2))
+        # All before anything is left, which no load would overtake.
+        angles = [[row(starts.at[n, part, rows]) for part in range(2)] for n in range(plan.halves)]
+        for n, angle in enumerate(angles):
+            cos, sin = map(by_row, angle)
             parts = cosine * cos + sine * sin, sine * cos - cosine * sin
             for part, x in enumerate(parts):
-                rows = pl.ds(part * plan.wave_rows + c * ROWS, ROWS)
+                rows = pl.ds(part * plan.wave_rows + c, ROWS)
                 columns = turned.at[pl.ds(n * plan.group, plan.group), rows]
                 columns.transpose((1, 0))[...] = x.astype(jnp.float16)
 
 
-def product(places: jax.Array, turned, plan: Plan) -> jax.Array:
-    """f32: of the operand of `load_places` with the rows that `turn` left."""
+def product(places, turned, plan: Plan) -> jax.Array:
+    """f32[64, 2 * tiles * group]: of the places, float16[64, 2 * rows] in global memory, with what
+    `turn` left."""
+    # The same for every program: the cache of a multiprocessor has them.
+    places = plgpu.load(places, layout=plgpu.Layout.WGMMA, optimized=False)
     if plan.interpret:  # which has no products with an operand in registers
         return jnp.dot(places, turned[...].T, preferred_element_type=jnp.float32)
 

@@ -51,7 +51,7 @@ def loops(sass: str) -> list[int]:
         if label := re.match(r"\s*(\.L\w+):", line):
             labels[label[1]] = count
         elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line):
-            products += [count] * ("HGMMA" in line)
+            products += [count] * ("HMMA" in line)
             target = re.search(r"BRA.*`\((\.L\w+)\)", line)
             begin = labels.get(target[1]) if target else None  # known if it jumps back
             if begin is not None and any(begin <= p <= count for p in products):
