@@ -35,9 +35,7 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
         field = part * plan.per_part + n * plan.fields_of_set
         token = jnp.asarray(field * plan.field + place, jnp.int32)
         group = jax.lax.div(token, jnp.int32(plan.group_tokens))
-        of_rows = [
-            [of_channels(a, tile, group, r) for a in smem.channel_scales] for r in rows
-        ]
+        of_rows = [[of_channels(a, tile, group, r) for a in smem.channel_scales] for r in rows]
         found.append((n, segment, of_rows))
     # Only then anything is left, which no load would overtake.
     for n, segment, of_rows in found:

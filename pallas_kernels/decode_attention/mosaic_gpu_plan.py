@@ -270,15 +270,20 @@ class Plan:
         return 4 * 32 * 8 * (self.group // 8)
 
     @property
+    def arriving(self) -> list[int]:
+        """Bytes of codes and scales that are copied for a unit, buffer by buffer."""
+        buffers = [2 * math.prod(self.channel_shape)] * self.key.channel_arrays
+        for side in self.sides:
+            buffers.append(2 * math.prod(self.word_shape(side)))
+            buffers += [2 * math.prod(self.high_shape(side))] * side.high
+            buffers += [2 * math.prod(self.scale_shape(side))] * side.token_arrays
+        return buffers
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory that a program takes."""
-        buffers = []
-        for side in self.sides:
-            buffers.append(2 * self.stages * math.prod(self.word_shape(side)))
-            buffers += [2 * self.stages * math.prod(self.high_shape(side))] * side.high
-            buffers += [2 * self.stages * math.prod(self.scale_shape(side))] * side.token_arrays
+        buffers = [self.stages * size for size in self.arriving]
         buffers.append(2 * self.group * self.head_dim)
-        buffers += [2 * self.stages * math.prod(self.channel_shape)] * self.key.channel_arrays
         aligned = lambda *sizes: sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
         turned = 0
         if self.wave_rows:

@@ -35,13 +35,11 @@ def _columns_layout(group: int, shares: int) -> plgpu.Layout:
         vector_dim=-1,
         _check_canonical=False,
     ).canonicalize()
-    return plgpu.Layout.TILED(
-        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
-    )
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
 def load_columns(source, shares: int, lanes: int, interpret: bool) -> jax.Array:
-    """float16 [shares * group, K] in shared memory, with `lanes` side by side, for `add_product`."""
+    """For `add_product`: float16[shares * group, K] in shared memory, `lanes` side by side."""
     if interpret:
         return source[...]
     rows, depth = source.shape

@@ -23,8 +23,8 @@ HALVES = tiles.TOKENS // ROWS  # of a tile
 
 
 def operands(waves: Waves, q: jax.Array, plan: Plan) -> list[jax.Array]:
-    """Of q [B, Hkv, G, R]: cosines and sines of where halves of tiles start f32[2 * tiles, 2, rows],
-    its own f32[B, Hkv, 2, rows, group], and those of the places float16[64, 2 * rows]."""
+    """Cosines and sines of where halves of tiles start f32[2 * tiles, 2, rows], of q [B, Hkv, G, R]
+    f32[B, Hkv, 2, rows, group], and those of the places float16[64, 2 * rows]."""
     pad = lambda a, axis: jnp.pad(
         a, [(0, 0)] * axis + [(0, plan.wave_rows - a.shape[axis])] + [(0, 0)] * (a.ndim - axis - 1)
     )

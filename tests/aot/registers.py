@@ -3,9 +3,10 @@
     python tests/aot/registers.py > tests/aot/registers.jsonl
 
 Registers and spilled bytes per thread; programs that these and shared memory let run on a
-multiprocessor at a time; and instructions per element of the cache: those of the loop over it,
-times 128 threads, by the elements of keys and values that it reads. A count is static: what
-instructions wait for is not in it.
+multiprocessor at a time; instructions per element of the cache: those of the loop over it, times
+128 threads, by the elements of keys and values that it reads. And, by a model of a multiprocessor
+(`sass`), which part of the memory's bandwidth that is, and how much faster than a bfloat16 cache
+that is given all of it.
 """
 
 import functools
@@ -21,17 +22,17 @@ import dump  # first: see there
 import jax
 import jax.numpy as jnp
 import nvidia
+import sass
 from decode_attention_cases import CASES, arguments
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention, unsupported
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import (
     MULTIPROCESSORS,
-    Plan,
     make_plan,
 )
 from nqkv_jax.tiles import TOKENS
 
-KERNEL = "decode_attention"
+KERNEL, THREADS = "decode_attention", 128
 
 
 def tool(name: str) -> str:
@@ -43,34 +44,12 @@ def tool(name: str) -> str:
     raise RuntimeError(f"expected {name} in the packages nvidia-cuda-nvcc and -nvdisasm")
 
 
-def loops(sass: str) -> list[int]:
-    """Instructions of the innermost loop that has a product on the tensor core, and of those around
-    it."""
-    labels, products, count, found = {}, [], 0, []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = count
-        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line):
-            products += [count] * ("HMMA" in line)
-            target = re.search(r"BRA.*`\((\.L\w+)\)", line)
-            begin = labels.get(target[1]) if target else None  # known if it jumps back
-            if begin is not None and any(begin <= p <= count for p in products):
-                found.append((count - begin + 1, begin, count))
-            count += 1
-    _, first, last = min(found)
-    return sorted(length for length, begin, end in found if begin <= first and last <= end)
-
-
-def instructions_per_element(plan: Plan) -> float:
+def listing() -> str:
+    """Of the kernel that was compiled, by the assembler that made it."""
     (ptx,), cubin = dump.FOLDER.glob(f"{KERNEL}*.ptx"), dump.FOLDER / "kernel.cubin"
     subprocess.run([tool("ptxas"), "-arch=sm_90a", str(ptx), "-o", str(cubin)], check=True)
-    command = [tool("nvdisasm"), "-c", str(cubin)]
-    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    part, *around = loops(sass)
-    # Where a unit is one part, its loop is gone.
-    unit = around[0] + (plan.parts - 1) * part if plan.parts > 1 else part
-    elements = 2 * plan.tiles * TOKENS * plan.head_dim
-    return 128 * unit / elements
+    command = [tool("nvdisasm"), "-c", "-hex", str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def programs(registers: int) -> int:
@@ -92,12 +71,20 @@ def measure(case) -> dict:
         raise RuntimeError(f"{case}: the plan has {plan.shared_bytes} bytes, the program {shared}")
     if plan.slots > MULTIPROCESSORS * programs(registers):
         raise RuntimeError(f"{case}: the plan has {plan.slots} slots; got {registers} registers")
+    count = min(plan.programs, programs(registers))
+    unit, unit_bytes = sass.unit(listing(), plan.parts), sum(plan.arriving)
+    elements = 2 * plan.tiles * TOKENS * plan.head_dim
+    # Of a multiprocessor, for a unit of each program.
+    cycles = sass.cycles(unit, count, unit_bytes, plan.stages)
+    memory = lambda size: count * sass.memory_cycles(size)
     return dict(
         case=case.name,
         registers=registers,
         spilled_bytes=max(map(int, spilled)),
-        programs=min(plan.programs, programs(registers)),
-        instructions_per_element=round(instructions_per_element(plan), 2),
+        programs=count,
+        instructions_per_element=round(len(unit) * THREADS / elements, 2),
+        of_bandwidth=round(min(1, memory(unit_bytes) / cycles), 2),
+        over_bfloat16=round(min(memory(2 * elements) / cycles, 2 * elements / unit_bytes), 1),
     )
 
 
