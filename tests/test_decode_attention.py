@@ -223,15 +223,16 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
     )
     rotate = functools.partial(mosaic_gpu_words.rotate_pairs, interpret=True)
     words, high = word(codes % 2**low_bits, low_bits), None
-    per_part = 2 if bits == 3 else 8 // bits
+    per_part = 8 // low_bits
     for k, expected in enumerate(np.asarray(codebook.levels)[codes]):
         part, field = divmod(k, per_part)
         if bits == 3:
             high = rotate(word(codes >> 2, 1), k - levels.place(field) - low_bits)
-        moved = rotate(words, part * per_part * low_bits - mosaic_gpu_levels.FIRST)
+        moved = rotate(words, part * per_part * low_bits - levels.first)
         found = levels.factor(moved, field, high, jnp.int16(0))
         assert found.dtype == jnp.float16
-        found = (np.asarray(found, np.float64) + levels.ratio) * levels.slope
+        found = np.asarray(found, np.float64) - levels.bias(field)
+        found = (found + levels.ratio) * levels.slope
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 

@@ -25,7 +25,7 @@ from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_channels as channels
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import SHARING, TiledCodes
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import FIRST, MOST, Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import MOST, Levels
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
     Memory,
     Source,
@@ -293,10 +293,11 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
 
     def load(s, slot, piece, column, part, token_axis, own=slice(None)):
         """Of a side, a column of a unit, or some channels of it, with tokens along an axis: words
-        whose part begins at bit `FIRST`, and of 3 bits those with the third, in the lower byte."""
+        whose part is where levels take it; of 3 bits those of the third, too, in the lower byte."""
         low = smem.words[s].at[slot, piece, column, :, own]
         low = (low.transpose((1, 0)) if token_axis else low)[...]
-        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - FIRST)
+        levels = plan.sides[s].levels
+        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - levels.first)
         if not plan.sides[s].high:
             return low, None
         (high,) = smem.high[s]
@@ -381,22 +382,19 @@ def _kernel(lengths, first, queries, *refs, plan: Plan, treedef):
             whole = operand.count == plan.width(plan.value)
             own = slice(None) if whole else pl.ds(operand.first, operand.count)
             blocks = pl.ds(operand.block * plan.group, operand.blocks * plan.group)
-            weights = [
-                load_right(smem.weights.at[n, blocks], operand.blocks, 32)
-                for n in range(plan.per_part)
-            ]
             numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
+            none = excess = zeros(*numerator.shape)
             for piece in range(plan.value.pieces):
                 words = load(1, slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
+                    weights = load_right(smem.weights.at[n, blocks], operand.blocks, 32)
                     left = factor(plan.value, words, part, n)
-                    numerator = add(numerator, left, weights[n], operand.blocks)
-            if plan.value.levels.even:
-                for n, w in enumerate(weights):
-                    bias = jnp.float32(plan.value.levels.bias(n // plan.value.pieces))
-                    none = zeros(*numerator.shape)
-                    total = add(none, full(1, operand.count), w, operand.blocks)
-                    numerator = numerator - total * bias
+                    numerator = add(numerator, left, weights, operand.blocks)
+                    if plan.value.levels.even:
+                        bias = plan.value.levels.bias(n // plan.value.pieces)
+                        total = add(none, full(1, operand.count), weights, operand.blocks)
+                        excess = excess + total * jnp.float32(bias)
+            numerator = numerator - excess if plan.value.levels.even else numerator
             merged.append(numerator)
         if plan.scaled_by_part:  # these reads come before the next part's queries are written
             meet(plan.interpret)

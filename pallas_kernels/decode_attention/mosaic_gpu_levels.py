@@ -9,9 +9,6 @@ import numpy as np
 
 from nqkv_jax.codebooks import Codebook
 
-# Where the fields of a part begin in a word that was moved for them: those of a byte then end
-# within the mantissa, and numbers have halves.
-FIRST = 2
 FIT = 1e-3  # error of levels that are approximated, of the largest, in float16
 MOST = 9  # operations of an approximation, on two codes at once
 
@@ -123,9 +120,15 @@ class Levels:
         middle = scale * jnp.float32(self.ratio)
         return middle if zero is None else middle + zero * jnp.float32(1 / self.slope)
 
+    @property
+    def first(self) -> int:
+        """The bit at which a part begins in words as `factor` takes them: the fields of a byte then
+        end within the mantissa, third bits too, and numbers have halves."""
+        return 1 if self.codebook.bits == 3 else 2
+
     def place(self, field: int) -> int:
         """Of the first bit of a field of a part, in words as `factor` takes them."""
-        return FIRST + field * self.low_bits
+        return self.first + field * self.low_bits
 
     def base(self, field: int) -> float:
         """Of the float16 that has the codes of a field in its mantissa: the last bit of a code is
@@ -145,7 +148,7 @@ class Levels:
     def factor(
         self, words: jax.Array, field: int, high: jax.Array | None, zero: jax.Array
     ) -> jax.Array:
-        """float16 factors of one field of the part of int16 words that begins at bit `FIRST`, with
+        """float16 factors of one field of the part of int16 words that begins at bit `first`, with
         its `bias`.
 
         Of 3 bits, words have the low two, and the bit beside them of `high` int16 is the third.

@@ -113,14 +113,15 @@ class Plan:
     @property
     def fitting(self) -> int:
         """Fields that fit into the registers at a time, with as much beside them: those of a byte,
-        or fewer."""
-        scales = any(side.shifted for side in self.sides)
-        demands = scales + (self.group > 8) + (self.head_dim > tiles.LANES)
-        if any(side.high for side in self.sides):
-            demands += 1
-        elif not all(side.levels.codebook.coefficients for side in self.sides):
-            demands = max(demands, 1)
-        return max(1, min(8 // self.narrow_bits, 4 >> demands))
+        or fewer. One demand beyond what any case has is met, each further one halves them."""
+        demands = (
+            any(side.blocks > 1 or side.shifted for side in self.sides)
+            + any(side.high for side in self.sides)
+            + (self.wave_rows > 0)
+            + (self.group > 8)
+            + (self.head_dim > tiles.LANES)
+        )
+        return max(1, min(8 // self.narrow_bits, 4 >> max(0, demands - 1)))
 
     @property
     def per_part(self) -> int:
