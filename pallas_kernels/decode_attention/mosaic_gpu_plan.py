@@ -310,7 +310,9 @@ class Plan:
     def slots(self) -> int:
         """Programs that run at a time, as far as registers go, too: no more than compilers were
         found to leave room for."""
-        many = self.narrow_bits == 2 and (self.head_dim > ROWS or self.wave_rows > 0)
+        small = self.head_dim <= ROWS and not self.wave_rows
+        small = small and not any(side.high for side in self.sides)
+        many = self.narrow_bits == 2 and not small
         room = 2 if many or self.head_dim > tiles.LANES else 3
         return MULTIPROCESSORS * max(1, min(self.programs, room))
 

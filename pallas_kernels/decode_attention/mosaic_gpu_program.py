@@ -1,0 +1,304 @@
+"""What a program of the GPU kernel does: an online softmax over the units of a split."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nqkv_jax import tiles
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_channels as channels
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
+    Memory,
+    fetch,
+    load_rows,
+    meet,
+    store,
+)
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan, Side
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import add_product, load_columns
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import load_shared, rotate_pairs
+
+# Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
+UNSEEN, FLOOR = -1e30, -1e29
+
+
+class Queries(NamedTuple):
+    """Of a column of the keys."""
+
+    operand: jax.Array  # of products with factors, see `load_columns`
+    total: jax.Array | None  # f32 square, their sums, if something is added to all levels
+    begin: jax.Array  # f32 square, what scales of channels add
+
+
+def program(lengths, first, queries, *refs, plan: Plan, treedef):
+    """Attends to the tokens of a split.
+
+    Args:
+      lengths, first: int32[B]
+      queries: float16, as `Memory.queries`, of every sequence and head.
+      refs: leaves of a `Source` and of the other operands of waves, outputs, and shared memory.
+      treedef: of the former.
+    """
+    source, added = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
+    *outputs, scratch = refs[treedef.num_leaves :]
+    smem = Memory.of(scratch)
+    split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
+    unit_tokens = plan.tiles * tiles.TOKENS
+    length, oldest = lengths[batch], first[batch]
+    div = lambda a, b: jax.lax.div(a, jnp.int32(b))
+    begin = div(oldest, unit_tokens)
+    units = jnp.maximum(div(length + (unit_tokens - 1), unit_tokens) - begin, 0)
+    each = div(units + (plan.splits - 1), plan.splits)
+    begin = begin + split * each
+    steps = jnp.clip(units - split * each, 0, each)
+
+    def first_tile(unit):
+        # The last unit is moved back to fit; what an earlier one has seen is masked out.
+        return jnp.clip(unit * plan.tiles, 0, plan.num_tiles - plan.tiles)
+
+    def fetch_step(step, slot):
+        tile = first_tile(begin + jnp.minimum(step, jnp.maximum(steps - 1, 0)))
+        fetch(source, smem, batch, head, tile, slot, plan)
+
+    plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
+    for slot in range(plan.stages):
+        fetch_step(jnp.int32(slot), slot)
+    plgpu.barrier_wait(smem.queries_arrived)
+
+    square = (ROWS, plan.group)
+    zeros = lambda *s: plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA)
+    by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
+    by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
+    rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+    row_of_square = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
+    float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+    def per_token(array, slot, block, k):
+        """f32[64], of the tokens of field k."""
+        bits = array.at[slot, :, block, pl.ds(k * plan.field, plan.field)]
+        return float32(load_rows(bits, plan.interpret))
+
+    def shift_unit(slot, wave_queries, places):
+        """Leaves what waves add to the scores of a unit."""
+        waves.turn(wave_queries.at[batch, head], smem.starts[0].at[slot], smem.turned[0], plan)
+        plgpu.commit_smem()
+        waves.leave(waves.product(places, smem.turned[0], plan), smem.shift[0], plan)
+        meet(plan.interpret)
+
+    def of_own(parts):
+        """Each row of the part for its share of the rows."""
+        log = (ROWS // len(parts)).bit_length() - 1
+        share, own = row_of_square >> log, parts[0]
+        for n, part in enumerate(parts[1:], start=1):
+            own = jnp.where(share == n, part, own)
+        return own
+
+    def full(value, rows, depth=ROWS):
+        """An operand."""
+        numbers = jnp.full((rows, depth), value, jnp.float16)
+        return plgpu.layout_cast(numbers, plgpu.Layout.WGMMA)
+
+    add = functools.partial(add_product, interpret=plan.interpret)
+    load_right = functools.partial(load_columns, interpret=plan.interpret)
+
+    def load_queries():
+        """`Queries` for each set of scales of the keys, and each of their columns."""
+        width, shares = plan.width(plan.key), plan.key_shares
+        lanes = min(plan.lanes(plan.key), 32)
+        sets = [smem.queries]
+        if plan.key.channels:
+            sets = [smem.scaled_queries[0].at[n] for n in range(plan.sets)]
+        found = []
+        for n, queries in enumerate(sets):
+            found.append([])
+            for c in range(plan.columns(plan.key)):
+                of_column = queries.at[:, pl.ds(c * width, width)]
+                operand = load_right(of_column if width < plan.head_dim else queries, shares, lanes)
+                begin, total = zeros(*square), None
+                if plan.key.shifted and c == 0:
+                    shift = load_right(smem.channel_shift[0].at[n], shares, 32)
+                    begin = add(begin, full(1, ROWS), shift, shares)
+                if plan.key.levels.even or plan.key.needs_sums:
+                    total = add(zeros(*square), full(1, ROWS, width), operand, shares)
+                found[-1].append(Queries(operand, total, begin))
+        return found
+
+    def scores_of(found, queries, slot, part, n):
+        """f32 square, of field n of a part, from the products of its columns with queries."""
+        scores, (levels, arrays) = None, (plan.key.levels, smem.token_scales[0])
+        per_block, k = plan.columns(plan.key) // plan.key.blocks, part * plan.per_part + n
+        # What levels have beyond factors, of which scales of channels have seen to the middle.
+        more = (0 if plan.key.channels else levels.ratio) - levels.bias(n // plan.key.pieces)
+        for b in range(plan.key.blocks):
+            columns = slice(b * per_block, (b + 1) * per_block)
+            s = functools.reduce(jnp.add, found[columns])
+            if plan.key.levels.even or plan.key.needs_sums:
+                total = functools.reduce(jnp.add, [q.total for q in queries[columns]])
+                s = s + total * jnp.float32(more)
+            if not plan.key.channels:
+                s = s * by_row(per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
+                if plan.key.zero:
+                    s = s + total * by_row(per_token(arrays[1], slot, b, k))
+            scores = s if scores is None else scores + s
+        if plan.wave_rows:
+            scores = scores + waves.of_field(smem.shift[0], k)
+        if plan.soft_cap is not None:
+            # tanh, whose approximation would be off by up to 5e-4.
+            doubled = jnp.exp(scores * jnp.float32(2 / plan.soft_cap))
+            cap = jnp.float32(plan.soft_cap)
+            scores = cap - 2 * cap / (doubled + jnp.float32(1))
+        return scores
+
+    needs_constant = plan.value.off_centre
+
+    rotate = functools.partial(rotate_pairs, interpret=plan.interpret)
+    zero = (length >> 31).astype(jnp.int16)  # see `Levels.factor`
+
+    def load(s, slot, piece, column, part, token_axis, own=slice(None)):
+        """Of a side, a column of a unit, or some channels of it, with tokens along an axis: words
+        whose part is where levels take it; of 3 bits those of the third, too, in the lower byte."""
+        low = smem.words[s].at[slot, piece, column, :, own]
+        low = (low.transpose((1, 0)) if token_axis else low)[...]
+        levels = plan.sides[s].levels
+        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - levels.first)
+        if not plan.sides[s].high:
+            return low, None
+        (high,) = smem.high[s]
+        lanes = plan.lanes(plan.sides[s])
+        return low, load_shared(high.at[slot, column, :, own], token_axis, lanes, plan.interpret)
+
+    def factor(side: Side, words, part, n):
+        """Of field n of a part."""
+        (low, high), field = words, n // side.pieces
+        if high is not None:
+            place = side.levels.place(field) + side.levels.low_bits
+            high = rotate(high, part * plan.per_part + n - place)
+        return side.levels.factor(low, field, high, zero)
+
+    def weigh(p, seen, n, arrays, constant):
+        """Leaves weights for field n of a part, scaled as values are, block by block; adds what
+        does not depend on the codes to the constants. `seen` bool[64], `arrays` f32[64] for each
+        block"""
+        merged = []
+        for b, (c, of_block) in enumerate(zip(constant, arrays, strict=True)):
+            # What is stored for unseen tokens may be NaN.
+            scale, *zero = (jnp.where(seen, a, jnp.float32(0)) for a in of_block)
+            scaled, columns = p * by_row(scale), pl.ds(b * plan.group, plan.group)
+            smem.weights.at[n, columns].transpose((1, 0))[...] = scaled.astype(jnp.float16)
+            if needs_constant:
+                # Of the middle of the levels: rounded weights meet the distance from there.
+                c = c + p * by_row(plan.value.levels.middle(scale, *zero or [None]))
+            merged.append(c)
+        return tuple(merged)
+
+    def attend(slot, unit, part, carry):
+        """Merges the fields of one part of a unit's words."""
+        if plan.scaled_by_part:
+            channels.scale_queries(smem, slot, part, plan)
+        numerators, denominator, constant, maximum = carry
+        log = plan.field.bit_length() - 1
+        oldest_here = jnp.maximum(oldest, unit * unit_tokens)
+
+        def seen(row, k):
+            token = (row >> log) * tiles.TOKENS + (row & (plan.field - 1)) + k * plan.field
+            token = token + first_tile(unit) * tiles.TOKENS
+            return (token < length) & (token >= oldest_here)
+
+        queries = load_queries()
+        of_field = lambda n: queries[n // plan.fields_of_set if plan.key.channels else 0]
+        found = [[] for _ in range(plan.per_part)]
+        for c, piece in itertools.product(range(plan.columns(plan.key)), range(plan.key.pieces)):
+            words = load(0, slot, piece, c, part, 0)
+            for n in range(piece, plan.per_part, plan.key.pieces):
+                q, left = of_field(n)[c], factor(plan.key, words, part, n)
+                found[n].append(add(q.begin, left, q.operand, plan.key_shares))
+        scores = []
+        for n, of_columns in enumerate(found):
+            s = scores_of(of_columns, of_field(n), slot, part, n)
+            seen_here = seen(row_of_square, part * plan.per_part + n)
+            scores.append(jnp.where(seen_here, s, jnp.float32(UNSEEN)))
+        # Before anything is left in shared memory, which no load would overtake.
+        of_tokens = [
+            [
+                [per_token(a, slot, b, part * plan.per_part + n) for a in smem.token_scales[1]]
+                for b in range(plan.value.blocks)
+            ]
+            for n in range(plan.per_part)
+        ]
+        top = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
+        old = jnp.exp(maximum - top)
+        denominator = denominator * by_column(old)
+        if needs_constant:
+            constant = tuple(c * by_column(old) for c in constant)
+        for n, s in enumerate(scores):
+            p = jnp.exp(s - by_column(top))
+            denominator = denominator + p
+            k = part * plan.per_part + n
+            constant = weigh(p, seen(rows, k), n, of_tokens[n], constant)
+        meet(plan.interpret)
+        merged = []
+        for operand, numerator in zip(plan.operands, numerators, strict=True):
+            whole = operand.count == plan.width(plan.value)
+            own = slice(None) if whole else pl.ds(operand.first, operand.count)
+            blocks = pl.ds(operand.block * plan.group, operand.blocks * plan.group)
+            numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
+            none = excess = zeros(*numerator.shape)
+            for piece in range(plan.value.pieces):
+                words = load(1, slot, piece, operand.column, part, 1, own)
+                for n in range(piece, plan.per_part, plan.value.pieces):
+                    weights = load_right(smem.weights.at[n, blocks], operand.blocks, 32)
+                    left = factor(plan.value, words, part, n)
+                    numerator = add(numerator, left, weights, operand.blocks)
+                    if plan.value.levels.even:
+                        bias = plan.value.levels.bias(n // plan.value.pieces)
+                        total = add(none, full(1, operand.count), weights, operand.blocks)
+                        excess = excess + total * jnp.float32(bias)
+            numerator = numerator - excess if plan.value.levels.even else numerator
+            merged.append(numerator)
+        if plan.scaled_by_part:  # these reads come before the next part's queries are written
+            meet(plan.interpret)
+        return tuple(merged), denominator, constant, top
+
+    def step(i, carry):
+        slot = jax.lax.rem(i, jnp.int32(plan.stages))
+        plgpu.barrier_wait(smem.unit_arrived.at[slot])
+        if plan.wave_rows:
+            shift_unit(slot, *added)
+        if plan.key.channels and not plan.scaled_by_part:  # for all parts
+            channels.scale_queries(smem, slot, 0, plan)
+        # A loop, not copies: the compiler would compute all factors of a word at once, and they
+        # do not fit into the registers.
+        one = lambda part, carry: attend(slot, begin + i, part, carry)
+        carry = jax.lax.fori_loop(0, plan.parts, one, carry)
+        plgpu.commit_smem()  # all have read what is copied over now
+        fetch_step(i + plan.stages, slot)
+        return carry
+
+    floor = plgpu.layout_cast(
+        jnp.full((plan.group,), FLOOR, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
+    )
+    numerators = tuple(zeros(operand.count, plan.group) for operand in plan.operands)
+    constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
+    start = (numerators, zeros(*square), constant, floor)
+    numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
+    for slot in range(plan.stages):
+        plgpu.barrier_wait(smem.unit_arrived.at[slot])
+    # From registers: shared memory for these would cost a program.
+    totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None
+    numerator_gmem, denominator_gmem, maximum_gmem = (a.at[batch, head, split] for a in outputs)
+    for operand, numerator in zip(plan.operands, numerators, strict=True):
+        if needs_constant:
+            own = totals[operand.block : operand.block + operand.blocks]
+            own = [jax.lax.broadcast_in_dim(total, numerator.shape, (1,)) for total in own]
+            numerator = numerator + (own[0] if len(own) == 1 else of_own(own))
+        numerator = numerator * jnp.float32(plan.value.levels.slope)
+        channel = pl.ds(operand.column * plan.width(plan.value) + operand.first, operand.count)
+        whole = operand.count == plan.head_dim
+        store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
+    store(denominator_gmem, jnp.sum(denominator, axis=0))
+    store(maximum_gmem, maximum)
