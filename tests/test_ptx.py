@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from ptx import arithmetic
+from ptx import arithmetic, tensor_core
 from ptx.machine import Launch, Schedule, run
 from ptx.memory import Global, TensorMap
 from ptx.program import parse
@@ -339,3 +339,23 @@ def test_descriptors_that_the_driver_refuses(change):
 def test_a_module_has_one_kernel():
     with pytest.raises(ValueError, match="expected one kernel; got 0"):
         parse(".version 9.0")
+
+
+def test_a_tensor_core_cuts_off_what_it_adds():
+    a, b = np.zeros((2, 1, 16), np.float16)
+    a[0, :3], b[0, :3] = (1, -1, 2.0**-10), (1, 1, 1)
+    assert tensor_core.multiply_add(a, b, None) == 2.0**-10  # exact: 14 bits below the largest
+    coarse = tensor_core.multiply_add(a, b, np.float32([[2.0**14]]))
+    assert coarse == 2.0**14  # nothing of it is left beside a larger sum
+    assert tensor_core.multiply_add(a, b, np.float32([[2.0**13]])) == 2.0**13 + 2.0**-10
+    negative = tensor_core.multiply_add(-a, b, np.float32([[2.0**13 + 2.0**-10]]))
+    assert negative == 2.0**13
+
+
+def test_a_tensor_core_is_right_within_its_bits():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 64, 16)).astype(np.float16)
+    sums = rng.normal(size=(64, 64)).astype(np.float32)
+    exact = a.astype(np.float64) @ b.T.astype(np.float64) + sums
+    found = tensor_core.multiply_add(a, b, sums)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=17 * 2.0**-20)

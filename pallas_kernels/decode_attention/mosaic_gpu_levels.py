@@ -11,6 +11,7 @@ from nqkv_jax.codebooks import Codebook
 
 FIT = 1e-3  # error of levels that are approximated, of the largest, in float16
 MOST = 9  # operations of an approximation, on two codes at once
+LARGEST_BASE = 32  # of factors that are not centred, whose largest distance from the middle is 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +136,13 @@ class Levels:
         worth 1 / half."""
         return 2.0 ** (11 - self.place(field) - self.codebook.bits)
 
-    @property
-    def even(self) -> bool:
-        """Whether levels are evenly spaced. Their factors are not centred in registers: sums are,
-        see `bias`."""
-        return self.polynomial is not None and not any(self.polynomial[2:])
-
     def bias(self, field: int) -> float:
-        """What factors of a field have too much."""
-        return self.base(field) + (self.half - 0.5) / self.half if self.even else 0.0
+        """What factors of a field have too much: where levels are evenly spaced, they are not
+        centred in registers; sums of products are. Not so if the base is large, which leaves
+        less of a sum's last bits, that the tensor core cuts off."""
+        if self.polynomial is None or any(self.polynomial[2:]) or self.base(field) > LARGEST_BASE:
+            return 0.0
+        return self.base(field) + (self.half - 0.5) / self.half
 
     def factor(
         self, words: jax.Array, field: int, high: jax.Array | None, zero: jax.Array
@@ -166,7 +165,7 @@ class Levels:
             # An exclusive or is not put after the third bit, where it is an operation more.
             number = (number ^ hidden(above)) | (high & hidden(1 << (at + self.low_bits)))
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
-        if self.even:
+        if self.bias(field):
             return number
         less = lambda x: number - jnp.float16(self.base(field) + x / self.half)
         if self.polynomial is None:
@@ -177,6 +176,8 @@ class Levels:
             return levels(jnp.minimum(x, x * jnp.float16(self.half / (self.half - 1))))
         t = less(self.half - 0.5)
         _, slope, square, cube = self.polynomial
+        if not cube:
+            return t
         if not square:
             return t * (t * t + jnp.float16(slope / cube))
         constant = lambda c: jnp.float16(c / slope)

@@ -56,11 +56,6 @@ class Side:
         return self.channels and self.off_centre
 
     @property
-    def needs_sums(self) -> bool:
-        """Whether tokens do: sums of queries, by what they have for it."""
-        return not self.channels and self.off_centre
-
-    @property
     def off_centre(self) -> bool:
         """Whether the middle of the levels is not 0."""
         return self.zero or self.levels.ratio != 0
@@ -127,6 +122,13 @@ class Plan:
     def per_part(self) -> int:
         """Fields that are decoded at a time, always all pieces of a field."""
         return max(self.fitting, *(side.pieces for side in self.sides))
+
+    @property
+    def needs_totals(self) -> bool:
+        """Whether something is added to all levels of a token's keys, which meets the sum of a
+        query: the middle of the levels, or less what factors have too much."""
+        middle = not self.key.channels and self.key.off_centre
+        return middle or any(map(self.key.levels.bias, range(self.per_part // self.key.pieces)))
 
     @property
     def parts(self) -> int:

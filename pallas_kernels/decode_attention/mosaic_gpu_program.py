@@ -123,7 +123,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
                 if plan.key.shifted and c == 0:
                     shift = load_right(smem.channel_shift[0].at[n], shares, 32)
                     begin = add(begin, full(1, ROWS), shift, shares)
-                if plan.key.levels.even or plan.key.needs_sums:
+                if plan.needs_totals:
                     total = add(zeros(*square), full(1, ROWS, width), operand, shares)
                 found[-1].append(Queries(operand, total, begin))
         return found
@@ -137,7 +137,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         for b in range(plan.key.blocks):
             columns = slice(b * per_block, (b + 1) * per_block)
             s = functools.reduce(jnp.add, found[columns])
-            if plan.key.levels.even or plan.key.needs_sums:
+            if plan.needs_totals:
                 total = functools.reduce(jnp.add, [q.total for q in queries[columns]])
                 s = s + total * jnp.float32(more)
             if not plan.key.channels:
@@ -247,18 +247,19 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             own = slice(None) if whole else pl.ds(operand.first, operand.count)
             blocks = pl.ds(operand.block * plan.group, operand.blocks * plan.group)
             numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
-            none = excess = zeros(*numerator.shape)
+            excess = []
             for piece in range(plan.value.pieces):
                 words = load(1, slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
                     weights = load_right(smem.weights.at[n, blocks], operand.blocks, 32)
                     left = factor(plan.value, words, part, n)
                     numerator = add(numerator, left, weights, operand.blocks)
-                    if plan.value.levels.even:
-                        bias = plan.value.levels.bias(n // plan.value.pieces)
-                        total = add(none, full(1, operand.count), weights, operand.blocks)
-                        excess = excess + total * jnp.float32(bias)
-            numerator = numerator - excess if plan.value.levels.even else numerator
+                    if bias := plan.value.levels.bias(n // plan.value.pieces):
+                        none, ones = zeros(*numerator.shape), full(1, operand.count)
+                        total = add(none, ones, weights, operand.blocks)
+                        excess.append(total * jnp.float32(bias))
+            if excess:
+                numerator = numerator - functools.reduce(jnp.add, excess)
             merged.append(numerator)
         if plan.scaled_by_part:  # these reads come before the next part's queries are written
             meet(plan.interpret)

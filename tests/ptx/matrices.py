@@ -78,11 +78,10 @@ def _wgmma(opcode, operands, program):
                 a = tensor_core.shared_operand(shared, numbers[0], rows, kind)
                 a = a[16 * (warp.number % 4) :][:16]
             b = tensor_core.shared_operand(shared, numbers[1], columns, kind)
-            result = a.astype(np.float64) @ b.T.astype(np.float64)
+            sums = None
             if warp.read(accumulate, bool).all():
-                sums = warp.vector(targets).view(np.float32)
-                result = result + tensor_core.from_accumulator(sums)
-            registers = tensor_core.accumulator(result.astype(np.float32))
+                sums = tensor_core.from_accumulator(warp.vector(targets).view(np.float32))
+            registers = tensor_core.accumulator(tensor_core.multiply_add(a, b, sums))
             for name, value in zip(targets, registers, strict=True):
                 warp.write(name, value, active)
                 warp.under_way[name] = warp.registers[name]
@@ -103,10 +102,10 @@ def _mma(opcode, operands, program):
     kind = TYPES[found[1]]
 
     def execute(warp, active):
-        a = tensor_core.left_operand(warp.vector(left), kind).astype(np.float64)
-        b = tensor_core.right_fragments(warp.vector(right), kind).astype(np.float64)
+        a = tensor_core.left_operand(warp.vector(left), kind)
+        b = tensor_core.right_fragments(warp.vector(right), kind)
         before = tensor_core.from_accumulator(warp.vector(sums).view(np.float32))
-        registers = tensor_core.accumulator((a @ b + before).astype(np.float32))
+        registers = tensor_core.accumulator(tensor_core.multiply_add(a, b.T, before))
         for name, value in zip(targets, registers, strict=True):
             warp.write(name, value, active)
 

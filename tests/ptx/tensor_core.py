@@ -48,6 +48,23 @@ def right_fragments(fragments: np.ndarray, kind) -> np.ndarray:
     return matrix
 
 
+def multiply_add(a: np.ndarray, b: np.ndarray, sums: np.ndarray | None) -> np.ndarray:
+    """f32[m, n]: sums + a [m, 16] @ b [n, 16]^T, as coarse as a tensor core may be.
+
+    What is added is cut off at the last bit that the largest of it has in float32, and so is the
+    sum.
+    """
+    terms = a.astype(np.float64)[:, None] * b.astype(np.float64)[None]
+    if sums is not None:
+        terms = np.concatenate([terms, sums.astype(np.float64)[..., None]], axis=2)
+    _, exponent = np.frexp(np.abs(terms).max(axis=2, keepdims=True))
+    last = np.ldexp(1.0, exponent - 24)
+    total = np.sum(np.trunc(terms / last), axis=2, keepdims=True) * last
+    _, exponent = np.frexp(total)
+    last = np.ldexp(1.0, exponent - 24)
+    return (np.trunc(total / last) * last)[..., 0].astype(np.float32)
+
+
 def shared_operand(shared: Shared, descriptor: int, columns: int, kind=np.float16) -> np.ndarray:
     """kind[columns, 16] of shared memory: the 16 elements that are summed over, for each column of
     the right operand (or row of the left one).
