@@ -1,4 +1,4 @@
-"""Launches on an H100: of an append to one layer, and of a whole layer, for one token.
+"""Launches on an H100: for one token, of an append to a layer and of a whole one; and of a flush.
 
     python tests/aot/launches.py
 
@@ -71,6 +71,15 @@ def of_layer(variant: end_to_end.Variant) -> float:
     return (many - few) / 4
 
 
+def of_flush(variant: end_to_end.Variant) -> int:
+    """Of keys and values of a layer of Llama-3-8B, when their residuals are full and are encoded: in
+    the loop over chunks of a side, in the one that is entered if any is due."""
+    sides = loops(decoder("llama-3-8b", variant, 1)[0], depth=3)
+    if len(sides) != 2:
+        raise RuntimeError(f"expected a loop for keys and one for values; got {len(sides)}")
+    return sum(len(LAUNCH.findall(side)) for side in sides)
+
+
 def of_plain_step(scheme: str) -> int:
     """Of a step over the tokens of a layer of Llama-3-8B without a kernel."""
     variant = end_to_end.Variant(implementation="xla", scheme=scheme)
@@ -86,6 +95,7 @@ def main() -> None:
     for variant in end_to_end.variants(cuda=True)[:3]:
         name = f"{variant.implementation} {variant.scheme or 'bfloat16'}"
         print(f"layer: {name}: {of_layer(variant):g}")
+    print(f"flush of a layer: {of_flush(end_to_end.variants(cuda=True)[1])}")
     print(f"4,096 tokens without a kernel: {of_plain_step(end_to_end.PUBLISHED)}")
 
 

@@ -78,7 +78,7 @@ def test_registers_are_as_recorded():
     for row in rows:
         assert row["spilled_bytes"] == 0, row
         before = recorded[row["case"]]
-        for count in ("registers", "instructions_per_element"):
+        for count in ("registers", "instructions_per_element", "of_bandwidth"):
             assert abs(row[count] - before[count]) <= 0.1 * before[count], (row, before)
 
 
