@@ -19,7 +19,6 @@ MULTIPROCESSORS = 132
 MEMORY_LATENCY = 900  # cycles, of a copy beside others
 READ = 8  # cycles until an instruction has read its operands
 MEETING = 25  # cycles of a barrier for four warps that arrive together
-SCHEDULERS = 4  # of a multiprocessor: each has one of a program's four warps
 TENSOR_LATENCY = 20  # cycles of `wgmma` beyond its throughput
 AHEAD = {"memory": 4, "tensor": 2, "special": 2, "uniform": 1}  # instructions that pipes take early
 
@@ -42,7 +41,7 @@ PIPES = {
         "BRA BSSY BSYNC DEPBAR EXIT NANOSLEEP NOP WARPGROUP WARPSYNC".split(), _CONTROL
     ),
     "MUFU": ("special", 8, 22),
-    "HMMA": ("tensor", 8, 25),
+    "HMMA": ("tensor", 8, 25),  # of 16 x 8 x 16: half the rate that `wgmma` has with many columns
     # 128 bytes per cycle of shared memory, for all four schedulers.
     "LDS": ("memory", 4, 28),
     "LDSM": ("memory", 4, 33),

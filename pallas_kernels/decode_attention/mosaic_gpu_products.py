@@ -16,6 +16,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import swizzled
 
 WARPS = 4
@@ -52,13 +53,13 @@ def load_columns(source, shares: int, lanes: int, interpret: bool) -> jax.Array:
 
 
 def _load(context, source: ir.Value, *, layout, lanes: int) -> mgpu.FragmentedArray:
+    def load(n):
+        part = utils.memref_slice(source, (slice(None), slice(n, n + 1)))
+        return mgpu.FragmentedArray.load_tiled(part, 2 * lanes, layout=layout.to_mgpu())
+
     # Lanes by lanes: of all at once, neighbours would be in registers far apart, and an instruction
     # takes them side by side.
-    parts = [
-        mgpu.FragmentedArray.load_tiled(part, 2 * lanes, layout=layout.to_mgpu())
-        for n in range(source.type.shape[1])
-        for part in [utils.memref_slice(source, (slice(None), slice(n, n + 1)))]
-    ]
+    parts = [load(n) for n in range(source.type.shape[1])]
     registers = np.concatenate([part.registers for part in parts], axis=1)
     return mgpu.FragmentedArray(_registers=registers, _layout=parts[0].layout, _is_signed=None)
 
@@ -82,7 +83,7 @@ def add_product(
 
 
 def _of_own(left: jax.Array, columns: jax.Array, shares: int) -> jax.Array:
-    cut = left.reshape(-1, shares, 64 // shares, left.shape[1])
+    cut = left.reshape(-1, shares, ROWS // shares, left.shape[1])
     own = columns.reshape(shares, -1, columns.shape[1])
     found = jnp.einsum("msrk,sgk->msrg", cut, own, preferred_element_type=jnp.float32)
     return found.reshape(left.shape[0], -1)
@@ -97,7 +98,7 @@ def _add_product(context, sums, left, columns) -> mgpu.FragmentedArray:
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     # Registers by tile of 64 rows, 8 columns, and by half of a warp's 16 rows.
-    left = left.registers.reshape(rows // 64, depth // SQUARE, 2, 2)
+    left = left.registers.reshape(rows // ROWS, depth // SQUARE, 2, 2)
     own = columns.registers.reshape(depth // SQUARE, 2, group // 8)
     product = mgpu.mma(
         as_layout(sums.registers, (rows, group), layouts.acc),

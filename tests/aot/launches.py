@@ -72,8 +72,8 @@ def of_layer(variant: end_to_end.Variant) -> float:
 
 
 def of_flush(variant: end_to_end.Variant) -> int:
-    """Of keys and values of a layer of Llama-3-8B, when their residuals are full and are encoded: in
-    the loop over chunks of a side, in the one that is entered if any is due."""
+    """Of keys and values of a layer of Llama-3-8B, whose full residuals are encoded: in the loop
+    over chunks of a side, in the one that is entered if any is due."""
     sides = loops(decoder("llama-3-8b", variant, 1)[0], depth=3)
     if len(sides) != 2:
         raise RuntimeError(f"expected a loop for keys and one for values; got {len(sides)}")
