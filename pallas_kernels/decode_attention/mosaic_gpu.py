@@ -7,9 +7,9 @@ that hardly anything is padded and what was decoded goes from registers into the
 
 A *unit* is 64 rows of words: of each field, 64 tokens. Words of keys are loaded as they lie, those
 of values transposed (`ldmatrix.trans`). Codes become numbers by an OR into the mantissa of a
-float16, two at a time. Scales multiply scores and weights, or if they are of channels the queries,
-but never elements; and where levels are evenly spaced, what the number has beyond the level is the
-same for all, and is taken from the sums.
+float16, two at a time; or, where levels are evenly spaced, by no more than a mask: they are small
+numbers then, of which sums are scaled and centred. Scales multiply scores and weights, or if they
+are of channels the queries, but never elements.
 """
 
 import dataclasses

@@ -11,7 +11,6 @@ from nqkv_jax.codebooks import Codebook
 
 FIT = 1e-3  # error of levels that are approximated, of the largest, in float16
 MOST = 9  # operations of an approximation, on two codes at once
-LARGEST_BASE = 32  # of factors that are not centred, whose largest distance from the middle is 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,33 +121,38 @@ class Levels:
         return middle if zero is None else middle + zero * jnp.float32(1 / self.slope)
 
     @property
+    def even(self) -> bool:
+        """Whether levels are evenly spaced. Their factors are the codes themselves, see `unit`."""
+        return self.polynomial is not None and not any(self.polynomial[2:])
+
+    @property
+    def centre(self) -> float:
+        """What t is less than code / 2^(b-1)."""
+        return (self.half - 0.5) / self.half
+
+    @property
     def first(self) -> int:
         """The bit at which a part begins in words as `factor` takes them: the fields of a byte then
-        end within the mantissa, third bits too, and numbers have halves."""
+        end within the mantissa, third bits too, and numbers that are centred have halves."""
+        if self.even:
+            return 0
         return 1 if self.codebook.bits == 3 else 2
 
     def place(self, field: int) -> int:
         """Of the first bit of a field of a part, in words as `factor` takes them."""
         return self.first + field * self.low_bits
 
-    def base(self, field: int) -> float:
-        """Of the float16 that has the codes of a field in its mantissa: the last bit of a code is
-        worth 1 / half."""
-        return 2.0 ** (11 - self.place(field) - self.codebook.bits)
-
-    def bias(self, field: int) -> float:
-        """What factors of a field have too much: where levels are evenly spaced, they are not
-        centred in registers; sums of products are. Not so if the base is large, which leaves
-        less of a sum's last bits, that the tensor core cuts off."""
-        if self.polynomial is None or any(self.polynomial[2:]) or self.base(field) > LARGEST_BASE:
-            return 0.0
-        return self.base(field) + (self.half - 0.5) / self.half
+    def unit(self, field: int) -> float:
+        """Of factors, if levels are even, in code / 2^(b-1). They are float16 below the smallest
+        normal one, with codes somewhere in their bits, the last of which is worth 2^-24: the tensor
+        core takes them as they are (Fasi et al., PeerJ Computer Science 7:e330, 2021)."""
+        return 2.0 ** (24 - self.place(field)) / self.half
 
     def factor(
         self, words: jax.Array, field: int, high: jax.Array | None, zero: jax.Array
     ) -> jax.Array:
-        """float16 factors of one field of the part of int16 words that begins at bit `first`, with
-        its `bias`.
+        """float16 factors of one field of the part of int16 words that begins at bit `first`; if
+        levels are even, codes, by `unit`.
 
         Of 3 bits, words have the low two, and the bit beside them of `high` int16 is the third.
 
@@ -157,17 +161,19 @@ class Levels:
         """
         at = self.place(field)
         hidden = lambda constant: jnp.int16(constant) | zero
-        mask, above = (2**self.low_bits - 1) << at, _bits(self.base(field))
-        number = words & hidden(mask)
-        if high is None:
-            number = number | jnp.int16(above)
-        else:
+        number = words & hidden((2**self.low_bits - 1) << at)
+        if not self.even:
+            # Below the exponent of `base`, the last bit of a code is worth 1 / half.
+            exponent = 11 - at - self.codebook.bits
+            base, above = 2.0**exponent, (15 + exponent) << 10
             # An exclusive or is not put after the third bit, where it is an operation more.
-            number = (number ^ hidden(above)) | (high & hidden(1 << (at + self.low_bits)))
+            number = number | jnp.int16(above) if high is None else number ^ hidden(above)
+        if high is not None:
+            number = number | (high & hidden(1 << (at + self.low_bits)))
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
-        if self.bias(field):
+        if self.even:
             return number
-        less = lambda x: number - jnp.float16(self.base(field) + x / self.half)
+        less = lambda x: number - jnp.float16(base + x / self.half)
         if self.polynomial is None:
             levels = approximation(self.codebook)
             if not levels.stretched:
@@ -176,14 +182,7 @@ class Levels:
             return levels(jnp.minimum(x, x * jnp.float16(self.half / (self.half - 1))))
         t = less(self.half - 0.5)
         _, slope, square, cube = self.polynomial
-        if not cube:
-            return t
         if not square:
             return t * (t * t + jnp.float16(slope / cube))
         constant = lambda c: jnp.float16(c / slope)
         return t * (t * (t * constant(cube) + constant(square)) + jnp.float16(1))
-
-
-def _bits(number: float) -> int:
-    """Of a float16."""
-    return int(np.float16(number).view(np.int16))

@@ -126,9 +126,8 @@ class Plan:
     @property
     def needs_totals(self) -> bool:
         """Whether something is added to all levels of a token's keys, which meets the sum of a
-        query: the middle of the levels, or less what factors have too much."""
-        middle = not self.key.channels and self.key.off_centre
-        return middle or any(map(self.key.levels.bias, range(self.per_part // self.key.pieces)))
+        query: the middle of the levels, or what codes are counted from."""
+        return self.key.levels.even or (not self.key.channels and self.key.off_centre)
 
     @property
     def parts(self) -> int:

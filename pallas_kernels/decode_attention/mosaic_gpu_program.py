@@ -32,7 +32,7 @@ class Queries(NamedTuple):
 
     operand: jax.Array  # of products with factors, see `load_columns`
     total: jax.Array | None  # f32 square, their sums, if something is added to all levels
-    begin: jax.Array  # f32 square, what scales of channels add
+    shift: jax.Array | None  # f32 square, what scales of channels add whatever codes are
 
 
 def program(lengths, first, queries, *refs, plan: Plan, treedef):
@@ -119,13 +119,13 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             for c in range(plan.columns(plan.key)):
                 of_column = queries.at[:, pl.ds(c * width, width)]
                 operand = load_right(of_column if width < plan.head_dim else queries, shares, lanes)
-                begin, total = zeros(*square), None
-                if plan.key.shifted and c == 0:
-                    shift = load_right(smem.channel_shift[0].at[n], shares, 32)
-                    begin = add(begin, full(1, ROWS), shift, shares)
+                total = shift = None
                 if plan.needs_totals:
                     total = add(zeros(*square), full(1, ROWS, width), operand, shares)
-                found[-1].append(Queries(operand, total, begin))
+                if plan.key.shifted and c == 0:
+                    parts = load_right(smem.channel_shift[0].at[n], shares, 32)
+                    shift = add(zeros(*square), full(1, ROWS), parts, shares)
+                found[-1].append(Queries(operand, total, shift))
         return found
 
     def scores_of(found, queries, slot, part, n):
@@ -133,13 +133,18 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         scores, (levels, arrays) = None, (plan.key.levels, smem.token_scales[0])
         per_block, k = plan.columns(plan.key) // plan.key.blocks, part * plan.per_part + n
         # What levels have beyond factors, of which scales of channels have seen to the middle.
-        more = (0 if plan.key.channels else levels.ratio) - levels.bias(n // plan.key.pieces)
+        more = 0 if plan.key.channels else levels.ratio
+        more = more - levels.centre if levels.even else more
         for b in range(plan.key.blocks):
             columns = slice(b * per_block, (b + 1) * per_block)
             s = functools.reduce(jnp.add, found[columns])
+            if levels.even:
+                s = s * jnp.float32(levels.unit(n // plan.key.pieces))
             if plan.needs_totals:
                 total = functools.reduce(jnp.add, [q.total for q in queries[columns]])
                 s = s + total * jnp.float32(more)
+            if plan.key.shifted:
+                s = s + queries[0].shift
             if not plan.key.channels:
                 s = s * by_row(per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
                 if plan.key.zero:
@@ -216,7 +221,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             words = load(0, slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
                 q, left = of_field(n)[c], factor(plan.key, words, part, n)
-                found[n].append(add(q.begin, left, q.operand, plan.key_shares))
+                found[n].append(add(zeros(*square), left, q.operand, plan.key_shares))
         scores = []
         for n, of_columns in enumerate(found):
             s = scores_of(of_columns, of_field(n), slot, part, n)
@@ -247,19 +252,22 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             own = slice(None) if whole else pl.ds(operand.first, operand.count)
             blocks = pl.ds(operand.block * plan.group, operand.blocks * plan.group)
             numerator = numerator * jax.lax.broadcast_in_dim(old, numerator.shape, (1,))
-            excess = []
+            levels, none = plan.value.levels, zeros(*numerator.shape)
+            total = none
             for piece in range(plan.value.pieces):
                 words = load(1, slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
                     weights = load_right(smem.weights.at[n, blocks], operand.blocks, 32)
                     left = factor(plan.value, words, part, n)
-                    numerator = add(numerator, left, weights, operand.blocks)
-                    if bias := plan.value.levels.bias(n // plan.value.pieces):
-                        none, ones = zeros(*numerator.shape), full(1, operand.count)
-                        total = add(none, ones, weights, operand.blocks)
-                        excess.append(total * jnp.float32(bias))
-            if excess:
-                numerator = numerator - functools.reduce(jnp.add, excess)
+                    if levels.even:
+                        found = add(none, left, weights, operand.blocks)
+                        unit = jnp.float32(levels.unit(n // plan.value.pieces))
+                        numerator = numerator + found * unit
+                        total = add(total, full(1, operand.count), weights, operand.blocks)
+                    else:
+                        numerator = add(numerator, left, weights, operand.blocks)
+            if levels.even:
+                numerator = numerator - total * jnp.float32(levels.centre)
             merged.append(numerator)
         if plan.scaled_by_part:  # these reads come before the next part's queries are written
             meet(plan.interpret)
