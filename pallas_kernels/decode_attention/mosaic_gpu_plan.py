@@ -108,7 +108,8 @@ class Plan:
     @property
     def fitting(self) -> int:
         """Fields that fit into the registers at a time, with as much beside them: those of a byte,
-        or fewer. One demand beyond what any case has is met, each further one halves them."""
+        or fewer. One demand beyond what any case has is met, each further one halves them; where
+        scales of channels are for few tokens, few fields have the same queries."""
         demands = (
             any(side.blocks > 1 or side.shifted for side in self.sides)
             + any(side.high for side in self.sides)
@@ -116,7 +117,8 @@ class Plan:
             + (self.group > 8)
             + (self.head_dim > tiles.LANES)
         )
-        return max(1, min(8 // self.narrow_bits, 4 >> max(0, demands - 1)))
+        most = 2 if self.scaled_by_part else 4
+        return max(1, min(8 // self.narrow_bits, most, 4 >> max(0, demands - 1)))
 
     @property
     def per_part(self) -> int:

@@ -106,26 +106,22 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     add = functools.partial(add_product, interpret=plan.interpret)
     load_right = functools.partial(load_columns, interpret=plan.interpret)
 
-    def load_queries():
-        """`Queries` for each set of scales of the keys, and each of their columns."""
+    def load_queries(n):
+        """`Queries` with the scales of set n, for each column of the keys."""
         width, shares = plan.width(plan.key), plan.key_shares
         lanes = min(plan.lanes(plan.key), 32)
-        sets = [smem.queries]
-        if plan.key.channels:
-            sets = [smem.scaled_queries[0].at[n] for n in range(plan.sets)]
+        queries = smem.scaled_queries[0].at[n] if plan.key.channels else smem.queries
         found = []
-        for n, queries in enumerate(sets):
-            found.append([])
-            for c in range(plan.columns(plan.key)):
-                of_column = queries.at[:, pl.ds(c * width, width)]
-                operand = load_right(of_column if width < plan.head_dim else queries, shares, lanes)
-                total = shift = None
-                if plan.needs_totals:
-                    total = add(zeros(*square), full(1, ROWS, width), operand, shares)
-                if plan.key.shifted and c == 0:
-                    parts = load_right(smem.channel_shift[0].at[n], shares, 32)
-                    shift = add(zeros(*square), full(1, ROWS), parts, shares)
-                found[-1].append(Queries(operand, total, shift))
+        for c in range(plan.columns(plan.key)):
+            of_column = queries.at[:, pl.ds(c * width, width)]
+            operand = load_right(of_column if width < plan.head_dim else queries, shares, lanes)
+            total = shift = None
+            if plan.needs_totals:
+                total = add(zeros(*square), full(1, ROWS, width), operand, shares)
+            if plan.key.shifted and c == 0:
+                parts = load_right(smem.channel_shift[0].at[n], shares, 32)
+                shift = add(zeros(*square), full(1, ROWS), parts, shares)
+            found.append(Queries(operand, total, shift))
         return found
 
     def scores_of(found, queries, slot, part, n):
@@ -214,17 +210,17 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             token = token + first_tile(unit) * tiles.TOKENS
             return (token < length) & (token >= oldest_here)
 
-        queries = load_queries()
-        of_field = lambda n: queries[n // plan.fields_of_set if plan.key.channels else 0]
+        of_set = functools.cache(load_queries)  # in turn: all at once are many registers
+        queries = lambda n: of_set(n // plan.fields_of_set if plan.key.channels else 0)
         found = [[] for _ in range(plan.per_part)]
         for c, piece in itertools.product(range(plan.columns(plan.key)), range(plan.key.pieces)):
             words = load(0, slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
-                q, left = of_field(n)[c], factor(plan.key, words, part, n)
+                q, left = queries(n)[c], factor(plan.key, words, part, n)
                 found[n].append(add(zeros(*square), left, q.operand, plan.key_shares))
         scores = []
         for n, of_columns in enumerate(found):
-            s = scores_of(of_columns, of_field(n), slot, part, n)
+            s = scores_of(of_columns, queries(n), slot, part, n)
             seen_here = seen(row_of_square, part * plan.per_part + n)
             scores.append(jnp.where(seen_here, s, jnp.float32(UNSEEN)))
         # Before anything is left in shared memory, which no load would overtake.
