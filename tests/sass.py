@@ -5,7 +5,7 @@ which of six counters it waits for, where that is not known beforehand. A schedu
 instruction in a cycle from the warps that may go on; pipes are taken for as long as 32 threads
 need; memory delivers bytes at its bandwidth. What is not in the instructions is assumed below, and
 was not measured here: throughputs as the CUDA C++ programming guide has them for compute capability
-9.0, latencies as microbenchmarks of others found them (arXiv 2402.13499).
+9.0, latencies and the rate of `mma.sync` after microbenchmarks of others (arXiv 2402.13499).
 """
 
 import collections

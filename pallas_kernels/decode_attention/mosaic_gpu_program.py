@@ -236,6 +236,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         denominator = denominator * by_column(old)
         if needs_constant:
             constant = tuple(c * by_column(old) for c in constant)
+        # All warps met for the maximum: none still reads the weights of the part before.
         for n, s in enumerate(scores):
             p = jnp.exp(s - by_column(top))
             denominator = denominator + p
