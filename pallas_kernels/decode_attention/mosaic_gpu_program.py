@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import load_share
 
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
+LOG2_E = math.log2(math.e)
 
 
 class Queries(NamedTuple):
@@ -76,6 +78,8 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     by_column = lambda x: jax.lax.broadcast_in_dim(x, square, (1,))
     rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
     row_of_square = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
+    log = plan.field.bit_length() - 1
+    token_of_row = lambda row: (row >> log) * tiles.TOKENS + (row & (plan.field - 1))
     float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
     def per_token(array, slot, block, k):
@@ -202,13 +206,13 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         if plan.scaled_by_part:
             channels.scale_queries(smem, slot, part, plan)
         numerators, denominator, constant, maximum = carry
-        log = plan.field.bit_length() - 1
-        oldest_here = jnp.maximum(oldest, unit * unit_tokens)
+        before = jnp.maximum(oldest, unit * unit_tokens)
+        shown = jnp.maximum(length - before, 0).astype(jnp.uint32)
 
         def seen(row, k):
-            token = (row >> log) * tiles.TOKENS + (row & (plan.field - 1)) + k * plan.field
-            token = token + first_tile(unit) * tiles.TOKENS
-            return (token < length) & (token >= oldest_here)
+            # One comparison: what comes before is a large number without a sign.
+            token = token_of_row(row) + (first_tile(unit) * tiles.TOKENS + k * plan.field - before)
+            return token.astype(jnp.uint32) < shown
 
         of_set = functools.cache(load_queries)  # in turn: all at once are many registers
         queries = lambda n: of_set(n // plan.fields_of_set if plan.key.channels else 0)
@@ -236,9 +240,11 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         denominator = denominator * by_column(old)
         if needs_constant:
             constant = tuple(c * by_column(old) for c in constant)
+        in_twos = top * jnp.float32(LOG2_E)
         # All warps met for the maximum: none still reads the weights of the part before.
         for n, s in enumerate(scores):
-            p = jnp.exp(s - by_column(top))
+            # exp(s - top), of which a multiplication and the subtraction are one instruction.
+            p = jnp.exp2(s * jnp.float32(LOG2_E) - by_column(in_twos))
             denominator = denominator + p
             k = part * plan.per_part + n
             constant = weigh(p, seen(rows, k), n, of_tokens[n], constant)
