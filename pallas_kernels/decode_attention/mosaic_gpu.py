@@ -28,8 +28,6 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_merge import merge
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import SHARED_MEMORY, make_plan
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_program import program
 
-COLUMNS = 256  # of a product of the tensor core, at most
-
 
 def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
@@ -59,10 +57,6 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
             "keys and values of which one has at most twice the other's bits, and registers for "
             f"both; got {bits} bits, head_dim {key.head_dim} and {group} query heads per KV head"
         )
-    # What waves add is a product with a column for each half of a tile and head.
-    halves = plan.halves if plan.wave_rows else 1
-    if halves * plan.group > COLUMNS:
-        return f"at most {COLUMNS // halves} query heads per KV head; got {group}"
     if plan.num_tiles < plan.tiles:
         return f"at least {plan.tiles} tiles; got {plan.num_tiles}"
     if not plan.programs:
@@ -104,8 +98,10 @@ def decode_attention(
     plan = make_plan(group, key, value, soft_cap, interpret)
     if splits is not None:
         plan = dataclasses.replace(plan, splits=splits)
+    # Each chunk is a head: those of a KV head read the same, which a GPU caches.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.chunks * plan.group - group), (0, 0)))
+    q = q.reshape(batch, heads * plan.chunks, plan.group, -1)
     q, meeting_waves = jnp.split(q, [head_dim], axis=-1)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - group), (0, 0)))
     if plan.key.channels:  # queries wait, in columns, for the scales of every tile
         q = jnp.swapaxes(q, 2, 3).astype(jnp.float32) * jnp.float32(plan.key.levels.slope)
     q = q.astype(jnp.float16)
@@ -120,7 +116,7 @@ def decode_attention(
         starts=[starts] * (plan.wave_rows > 0),
     )
     arrays = source, added
-    shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, plan.splits, *s), jnp.float32)
+    shape = lambda *s: jax.ShapeDtypeStruct((*q.shape[:2], plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
         functools.partial(program, plan=plan, treedef=jax.tree.structure(arrays)),
@@ -133,11 +129,11 @@ def decode_attention(
             unsafe_no_auto_barriers=True,
         ),
         kernel_name="decode_attention",
-        grid=(plan.splits, heads, batch),
+        grid=(plan.splits, heads * plan.chunks, batch),
         grid_names=("split", "head", "batch"),
         **options,
     )(lengths, first, q, *jax.tree.leaves(arrays))
     numerator, denominator, maximum = merge(numerator, denominator, maximum, interpret)
-    numerator = jnp.swapaxes(numerator, 2, 3)[:, :, :group]
     maximum = jnp.where(denominator == 0, -jnp.inf, maximum)
-    return numerator, denominator[..., :group], maximum[..., :group]
+    of_heads = lambda a: a.reshape(batch, heads, -1, *a.shape[3:])[:, :, :group]
+    return tuple(map(of_heads, (jnp.swapaxes(numerator, 2, 3), denominator, maximum)))

@@ -14,6 +14,7 @@ MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
 ALIGNMENT = 2**10  # of a buffer
 COPY_ALIGNMENT = 128  # of where a copy goes to
+QUERY_HEADS = 16  # of a program at most: registers for more spill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Operand(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Plan:
     head_dim: int
-    group: int  # padded to the 8 columns of a tensor core
+    chunks: int  # of the query heads of a KV head, for each of which there is a program
+    group: int  # query heads of a chunk, padded to the 8 columns of a tensor core
     num_tiles: int
     splits: int
     stages: int  # units that have room
@@ -325,6 +327,7 @@ def make_plan(
     group: int, key: TiledCodes, value: TiledCodes, soft_cap: float | None, interpret
 ) -> Plan:
     """For `group` query heads per KV head."""
+    chunks = -(-group // QUERY_HEADS)
     head_dim, num_tiles = key.head_dim, min(key.num_tiles, value.num_tiles)
     narrow = min(Levels(codes.codebook).low_bits for codes in (key, value))
 
@@ -342,7 +345,8 @@ def make_plan(
 
     plan = Plan(
         head_dim=head_dim,
-        group=-(-group // 8) * 8,
+        chunks=chunks,
+        group=-(-group // (8 * chunks)) * 8,
         num_tiles=num_tiles,
         splits=1,
         stages=2,  # one is decoded while the next one is on its way
@@ -355,10 +359,10 @@ def make_plan(
     # Two programs that wait in turn, for memory and for products, should do more than one that does
     # not wait for memory (not measured). What fits with one stage only has that.
     single = dataclasses.replace(plan, stages=1)
-    if plan.programs < min(2, single.programs):
+    if plan.programs < max(1, min(2, single.programs)):
         plan = single
     splits = number_of_splits(
-        heads=key.words.shape[0] * key.num_heads,
+        heads=key.words.shape[0] * key.num_heads * chunks,
         units=-(-num_tiles // plan.tiles),
         slots=plan.slots,
     )

@@ -42,7 +42,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
 
     Args:
       lengths, first: int32[B]
-      queries: float16, as `Memory.queries`, of every sequence and head.
+      queries: float16, as `Memory.queries`, of every sequence, head and chunk.
       refs: leaves of a `Source` and of the other operands of waves, outputs, and shared memory.
       treedef: of the former.
     """
@@ -65,7 +65,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
 
     def fetch_step(step, slot):
         tile = first_tile(begin + jnp.minimum(step, jnp.maximum(steps - 1, 0)))
-        fetch(source, smem, batch, head, tile, slot, plan)
+        fetch(source, smem, batch, div(head, plan.chunks), tile, slot, plan)
 
     plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
     for slot in range(plan.stages):

@@ -23,13 +23,13 @@ HALVES = tiles.TOKENS // ROWS  # of a tile
 
 
 def operands(waves: Waves, q: jax.Array, plan: Plan) -> list[jax.Array]:
-    """Cosines and sines of where halves of tiles start f32[2 * tiles, 2, rows], of q [B, Hkv, G, R]
-    f32[B, Hkv, 2, rows, group], and those of the places float16[64, 2 * rows]."""
+    """Cosines and sines of where halves of tiles start f32[2 * tiles, 2, rows], of q [B, programs,
+    group, R] f32[B, programs, 2, rows, group], and of the places float16[64, 2 * rows]."""
     pad = lambda a, axis: jnp.pad(
         a, [(0, 0)] * axis + [(0, plan.wave_rows - a.shape[axis])] + [(0, 0)] * (a.ndim - axis - 1)
     )
-    q = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, 0), (0, plan.group - q.shape[2]), (0, 0)))
-    queries = jnp.stack(jnp.split(jnp.swapaxes(q, 2, 3), 2, axis=2), axis=2)
+    queries = jnp.swapaxes(q.astype(jnp.float32), 2, 3)
+    queries = jnp.stack(jnp.split(queries, 2, axis=2), axis=2)
     halves = jax.tree.map(lambda a: a[None, ::ROWS], waves.places)  # [1, 2, 1, R / 2]
     starts = halves.moved(jax.tree.map(lambda a: a[:, None], waves.starts))
     starts = jnp.stack([starts.cos, starts.sin], axis=2)[:, :, :, 0]

@@ -13,7 +13,7 @@ def number_of_splits(heads: int, units: int, slots: int) -> int:
     leaves most of the GPU idle.
 
     Args:
-      heads: KV heads of all sequences.
+      heads: KV heads of all sequences, as often as programs read them.
       units: of tokens, of a head; what a program takes at a time.
       slots: programs that run at a time.
     """
