@@ -116,6 +116,36 @@ def test_a_fused_product_is_rounded_once():
     assert (arithmetic.FUNCTIONS["fma"](a, b, c) == exact).all() and a[0] * b[0] + c[0] != exact
 
 
+@pytest.mark.parametrize(
+    "between, last, expected",
+    [
+        ("", "sub.f32 %f3, %f2, %f1", 1),
+        ("", "sub.f32 %f3, %f1, %f2", -1),
+        ("neg.f32 %f4, %f1;", "add.f32 %f3, %f4, %f2", 1),
+        ("", "sub.rn.f32 %f3, %f2, %f1", 0),
+        ("mov.b32 %f4, %f2;", "sub.f32 %f3, %f2, %f1", 0),  # something else takes it
+        ("mov.b32 %f0, 0f3F800000;", "sub.f32 %f3, %f2, %f1", 1),  # of no matter to it
+        ("mov.b32 %f5, 0f3F800000;", "sub.f32 %f3, %f2, %f1", 0),  # its factor is gone
+        ("bra $L; $L:", "sub.f32 %f3, %f2, %f1", 0),  # in another block
+    ],
+)
+def test_a_product_in_a_sum_is_not_rounded(between, last, expected):
+    """As ptxas does: x * y - round(x * y) is what rounding left, in units of it."""
+    x = np.float32(1 + 2**-12)
+    unit = float(x) * float(x) - float(x * x)
+    body = f"""
+      mov.b32 %f0, 0f3F800800;
+      mov.b32 %f5, %f0;
+      mul.rn.f32 %f1, %f0, %f0;
+      mul.f32 %f2, %f5, %f5;
+      {between}
+      {last};
+      st.global.b32 [%rd3], %f3;
+    """
+    result = execute(body, NUMBERS, np.zeros(128, np.float32))
+    np.testing.assert_array_equal(result, np.float32(unit * expected))
+
+
 def test_threads_go_separate_ways_and_meet_again():
     body = """
       mov.b32 %r4, 0;

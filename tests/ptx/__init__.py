@@ -6,5 +6,6 @@ swizzled shared memory and its descriptors, tensor copies, barriers. Of what is 
 choose what happens as early as it may and what as late, and which warp goes first: a missing wait
 shows as a wrong result, or as an error.
 
-Not in it: time, caches, and what lies between PTX and the machine's own code (`ptxas`).
+Not in it: time, caches, and what lies between PTX and the machine's own code (`ptxas`), but for
+sums of products that are rounded once (`contract`).
 """

@@ -98,6 +98,9 @@ FUNCTIONS = {
     "mul": operator.mul,
     "mad": lambda a, b, c: a * b + c,
     "fma": _fused,
+    # Of the machine, which negates operands: see `contract`.
+    "fms": lambda a, b, c: _fused(a, b, -c),
+    "fnma": lambda a, b, c: _fused(-a, b, c),
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
@@ -123,6 +126,7 @@ COMPARISONS = {
 }  # fmt: skip
 KNOWN = {
     "add": {"ftz", "rn"}, "sub": {"ftz", "rn"}, "fma": {"ftz", "rn", "rm"}, "neg": {"ftz"},
+    "fms": {"rn"}, "fnma": {"rn"},
     "mul": {"ftz", "rn", "lo", "wide", "hi"}, "mad": {"lo"}, "min": {"ftz", "NaN"},
     "max": {"ftz", "NaN"}, "shf": {"l", "r", "wrap"}, "ex2": {"approx", "ftz"},
     "div": {"full", "ftz", "rn"}, "abs": {"ftz"},

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 
+from .contract import contracted
 from .instructions import compile_instruction
 from .memory import SHARED_BASE, Global, Shared, TensorMap
 from .program import Instruction, Program
@@ -47,7 +48,7 @@ def run(program: Program, launch: Launch, memory: Global, schedule: Schedule) ->
     """
     if len(schedule.warps) != launch.threads // 32:
         raise ValueError(f"expected an order of {launch.threads // 32} warps; got {schedule}")
-    code = [(i, compile_instruction(i, program)) for i in program.instructions]
+    code = [(i, compile_instruction(i, program)) for i in contracted(program).instructions]
     with np.errstate(all="ignore"):
         for index in itertools.product(*map(range, launch.grid)):
             Block(program, code, launch, memory, schedule, index).run()
