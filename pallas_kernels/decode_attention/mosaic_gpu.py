@@ -106,7 +106,7 @@ def decode_attention(
         q = jnp.swapaxes(q, 2, 3).astype(jnp.float32) * jnp.float32(plan.key.levels.slope)
     q = q.astype(jnp.float16)
     # A free reshape: the words of a token in a column are a row.
-    words = lambda a: a.reshape(*a.shape[:3], -1, plan.stored_width)
+    words = lambda a: a.reshape(a.shape[0] * a.shape[1], -1, plan.stored_width)
     of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
     starts, *added = waves.operands(key.waves, meeting_waves, plan) if plan.wave_rows else [None]
     source = Source(

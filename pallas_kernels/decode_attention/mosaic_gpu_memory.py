@@ -1,6 +1,5 @@
 """The shared memory of a program of the GPU kernel, and the copies into it."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +87,7 @@ def _copies(plan: Plan) -> int:
     """Of a unit, as `fetch` makes them."""
     copies = plan.key.channel_arrays + (plan.wave_rows > 0)
     for side in plan.sides:
-        copies += plan.columns(side) * plan.tiles * (side.pieces + side.high)
+        copies += plan.columns(side) * (side.pieces + side.high)
         copies += side.token_arrays
     return copies
 
@@ -96,7 +95,7 @@ def _copies(plan: Plan) -> int:
 class Source(NamedTuple):
     """Where a unit comes from: arrays in global memory, as the kernel is given them."""
 
-    words: tuple[Any, Any]
+    words: tuple[Any, Any]  # int16[batch * tiles, heads * rows, channels]: a copy has five axes
     token_scales: tuple[list, list]
     channel_scales: list
     starts: list
@@ -110,17 +109,18 @@ def fetch(
     done = smem.unit_arrived.at[slot]
     copy = lambda a, b: plgpu.copy_gmem_to_smem(a, b, done)
     for s, side in enumerate(plan.sides):
-        for n, column in itertools.product(range(plan.tiles), range(plan.columns(side))):
+        unit = source.words[s].at[pl.ds(batch * side.num_tiles + tile, plan.tiles)]
+        first_row = head * plan.stored_rows(side)
+        for column in range(plan.columns(side)):
             stored_column, lane = divmod(column * plan.width(side), plan.stored_width)
-            rows = source.words[s].at[batch, tile + n, head, :, pl.ds(lane, plan.width(side))]
-            low, count = plan.field * side.pieces, plan.field  # of a stored column, of a piece
+            lanes, count = pl.ds(lane, plan.width(side)), plan.field
             for piece in range(side.pieces):
-                target = smem.words[s].at[slot, piece, column, pl.ds(n * count, count)]
-                copy(rows.at[pl.ds(stored_column * low + piece * count, count)], target)
+                row = first_row + (stored_column * side.pieces + piece) * count
+                copy(unit.at[:, pl.ds(row, count), lanes], smem.words[s].at[slot, piece, column])
             for high in smem.high[s]:
-                begin, count = plan.head_dim // plan.stored_width * low, low // 2
-                target = high.at[slot, column, pl.ds(n * count, count)]
-                copy(rows.at[pl.ds(begin + stored_column * count, count)], target)
+                count = count * side.pieces // 2
+                row = first_row + plan.low_rows(side) + stored_column * count
+                copy(unit.at[:, pl.ds(row, count), lanes], high.at[slot, column])
     for side, arrays, targets in zip(
         plan.sides, source.token_scales, smem.token_scales, strict=True
     ):

@@ -22,6 +22,7 @@ class Side:
     """Keys or values."""
 
     levels: Levels
+    num_tiles: int  # of a sequence
     pieces: int  # of the rows of words, if the other side has fewer bits: see `Plan.field`
     heads: int  # that share a scale
     blocks: int  # of a head that have their own
@@ -143,6 +144,14 @@ class Plan:
         """Channels of a column of a tile's words in memory."""
         return min(self.head_dim, tiles.LANES)
 
+    def low_rows(self, side: Side) -> int:
+        """Of a head's words of a tile in memory, before those with third bits."""
+        return self.head_dim // self.stored_width * self.field * side.pieces
+
+    def stored_rows(self, side: Side) -> int:
+        """Of a head's words of a tile in memory."""
+        return self.low_rows(side) * (2 + side.high) // 2
+
     def width(self, side: Side) -> int:
         """Channels of a column here: no more than share a scale, or of values than are rows of an
         operand."""
@@ -207,11 +216,11 @@ class Plan:
 
     def word_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit."""
-        return side.pieces, self.columns(side), ROWS, self.width(side)
+        return side.pieces, self.columns(side), self.tiles, self.field, self.width(side)
 
     def high_shape(self, side: Side) -> tuple[int, ...]:
         """Of the words with the third bits, each of which has those of two rows."""
-        return self.columns(side), ROWS // 2, self.width(side)
+        return self.columns(side), self.tiles, self.field // 2, self.width(side)
 
     def scale_shape(self, side: Side) -> tuple[int, ...]:
         """Of a unit's tokens."""
@@ -335,6 +344,7 @@ def make_plan(
         levels = Levels(codes.codebook)
         return Side(
             levels=levels,
+            num_tiles=codes.num_tiles,
             pieces=levels.low_bits // narrow,
             heads=max(1, codes.block_size // head_dim),
             blocks=codes.blocks_per_head,

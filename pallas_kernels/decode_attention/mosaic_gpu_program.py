@@ -22,7 +22,11 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
 )
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan, Side
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import add_product, load_columns
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import load_shared, rotate_pairs
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import (
+    load_shared,
+    load_words,
+    rotate_pairs,
+)
 
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
@@ -167,15 +171,14 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     def load(s, slot, piece, column, part, token_axis, own=slice(None)):
         """Of a side, a column of a unit, or some channels of it, with tokens along an axis: words
         whose part is where levels take it; of 3 bits those of the third, too, in the lower byte."""
-        low = smem.words[s].at[slot, piece, column, :, own]
-        low = (low.transpose((1, 0)) if token_axis else low)[...]
-        levels = plan.sides[s].levels
-        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - levels.first)
-        if not plan.sides[s].high:
+        side = plan.sides[s]
+        how = dict(token_axis=token_axis, lanes=plan.lanes(side), interpret=plan.interpret)
+        low = load_words(smem.words[s].at[slot, piece, column, :, :, own], **how)
+        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - side.levels.first)
+        if not side.high:
             return low, None
         (high,) = smem.high[s]
-        lanes = plan.lanes(plan.sides[s])
-        return low, load_shared(high.at[slot, column, :, own], token_axis, lanes, plan.interpret)
+        return low, load_shared(high.at[slot, column, :, :, own], **how)
 
     def factor(side: Side, words, part, n):
         """Of field n of a part."""

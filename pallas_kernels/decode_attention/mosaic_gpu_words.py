@@ -61,28 +61,51 @@ def _rotated(registers: np.ndarray, by: ir.Value) -> np.ndarray:
     return found
 
 
+def load_words(words, token_axis: int, lanes: int, interpret: bool) -> jax.Array:
+    """An operand: int16 [64, n], or [n, 64] if tokens are axis 1, of `words` [tiles, 64 / tiles, n]
+    in shared memory, with `lanes` side by side. Rows are two axes, which arrive in one copy."""
+    if interpret:
+        return _folded_array(words[...], token_axis)
+    n = words.shape[2]
+    load = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(swizzled(lanes)["transforms"]),),
+        return_type=plgpu.ShapeDtypeStruct(
+            (n, ROWS) if token_axis else (ROWS, n), jnp.int16, layout=plgpu.Layout.WGMMA
+        ),
+    )(functools.partial(_load, token_axis=token_axis, lanes=lanes))
+    return load(words)
+
+
+def _folded_array(words: jax.Array, token_axis: int) -> jax.Array:
+    found = words.reshape(-1, words.shape[2])
+    return found.T if token_axis else found
+
+
+def _load(context, words: ir.Value, *, token_axis: int, lanes: int, layout=mgpu.WGMMA_LAYOUT):
+    rows = utils.memref_fold(words, 0, 2)  # of tiles, in eights
+    rows = utils.memref_transpose(rows, (1, 0, 3, 2)) if token_axis else rows
+    return mgpu.FragmentedArray.load_tiled(rows, 2 * lanes, is_signed=True, layout=layout)
+
+
 def load_shared(words, token_axis: int, lanes: int, interpret: bool) -> jax.Array:
-    """An operand of words that two tokens share, 8 apart: int16 [64, n], or [n, 64] if tokens are
-    axis 1, of `words` [32, n] in shared memory, with `lanes` side by side. The lower byte is the
-    token's own.
+    """The same of words that two tokens share, 8 apart: of [tiles, 32 / tiles, n]. The lower byte
+    is the token's own.
 
     A row of the operand and the one 8 below it are in the same thread: a word is loaded once, and
     turned for the second.
     """
     if interpret:
-        found = words[...]
+        found = _folded_array(words[...], 0)
         own = jnp.stack([x.reshape(-1, 8, x.shape[1]) for x in (found, _swapped(found))], axis=1)
         own = own.reshape(ROWS, -1)
         return own.T if token_axis else own
-    n, layout = words.shape[1], plgpu.Layout.WGMMA
-    if token_axis:
-        shape, source, kind = (n, ROWS), words.transpose((1, 0))[...], layout
-    else:
-        shape, source, kind = (ROWS, n), words, plgpu.RefType(swizzled(lanes)["transforms"])
+    n, layout = words.shape[2], plgpu.Layout.WGMMA
+    shape = (n, ROWS) if token_axis else (ROWS, n)
     double = plgpu.inline_mgpu(
-        arg_types=(kind,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.int16, layout=layout)
-    )(_of_columns if token_axis else functools.partial(_of_rows, lanes=lanes))
-    return double(source)
+        arg_types=(plgpu.RefType(swizzled(lanes)["transforms"]),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int16, layout=layout),
+    )(functools.partial(_of_columns if token_axis else _of_rows, lanes=lanes))
+    return double(words)
 
 
 def _swapped(words: jax.Array) -> jax.Array:
@@ -95,13 +118,14 @@ def _of_rows(context, words: ir.Value, *, lanes: int):
     # As of 64 rows, whose layout has two groups of 8 for each warp.
     eight = fragmented_array.Tiling(((32, 8), (8, 8), (2,)))
     layout = mgpu.TiledLayout(eight, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-    loaded = mgpu.FragmentedArray.load_tiled(words, 2 * lanes, is_signed=True, layout=layout)
+    loaded = _load(context, words, token_axis=0, lanes=lanes, layout=layout)
     return _doubled(loaded.registers.reshape(-1), (ROWS, loaded.shape[1]))
 
 
-def _of_columns(context, words: mgpu.FragmentedArray):
-    rows, columns = words.shape
-    registers = words.registers.reshape(rows // ROWS, columns // 8, 2)
+def _of_columns(context, words: ir.Value, *, lanes: int):
+    loaded = _load(context, words, token_axis=1, lanes=lanes)
+    rows, columns = loaded.shape
+    registers = loaded.registers.reshape(rows // ROWS, columns // 8, 2)
     return _doubled(registers, (rows, ROWS), axis=2)
 
 
