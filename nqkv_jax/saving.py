@@ -18,7 +18,7 @@ from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
 
 _KEY = "nqkv_cache"  # of the metadata
-_VERSION = 4  # of the names and shapes of arrays
+_VERSION = 5  # of the names and shapes of arrays, and of what is in them
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike) -> None:

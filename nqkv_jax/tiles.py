@@ -7,6 +7,8 @@ tokens [field * R, (field + 1) * R), all channels, in order.
 
 3-bit codes are a 2-bit tile (R = 16) of their low bits, followed by 8 rows of their high bits: word
 (r, d) of these has the high bits of the codes in words (r, d), in its lower byte, and (r + 8, d).
+Four fields of low bits are a byte; their high bits are every other one of a byte (`high_bit`), so
+that one shift brings all four above their low bits.
 
 The words [R, head_dim] are stored as rows of 128: row by row if head_dim < 128, and in columns of
 128 channels, one after the other, if head_dim is a multiple of 128. That is the shape which TPUs
@@ -40,6 +42,11 @@ def check(head_dim: int, bits: int) -> None:
         )
 
 
+def high_bit(field: int | jax.Array) -> int | jax.Array:
+    """Of 3 bits, which bit of a byte is that of a field of the low bits."""
+    return 2 * (field & 3) + (field >> 2)
+
+
 def pack(codes: jax.Array, bits: int) -> jax.Array:
     """int16[heads, rows, 128] from the codes u8[128, heads, head_dim] of one tile.
 
@@ -52,7 +59,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     codes = jnp.moveaxis(codes, 0, 1)  # [heads, tokens, head_dim]
     if bits == 3:
         low, high = codes & jnp.uint8(3), codes >> jnp.uint8(2)
-        words = [_words(low, 2), _words(_halves_apart(high), 1)]
+        words = [_words(low, 2), _words(_in_bytes(high), 1)]
     else:
         words = [_words(codes, bits)]
     rows = jnp.concatenate([_to_rows(w) for w in words], axis=1)
@@ -65,7 +72,7 @@ def unpack(words: jax.Array, bits: int, head_dim: int) -> jax.Array:
     codes_of = lambda rows, bits: packing.unpack(_from_rows(rows, head_dim), bits, TOKENS, axis=1)
     if bits == 3:
         low, high = jnp.split(words, [num_rows(head_dim, 2)], axis=1)
-        high = _halves_together(codes_of(high, 1))
+        high = _in_fields(codes_of(high, 1))
         codes = codes_of(low, 2) | (high << jnp.uint8(2))
     else:
         codes = codes_of(words, bits)
@@ -143,7 +150,7 @@ def planes(place: jax.Array, bits: int, head_dim: int) -> list[Plane]:
         half = div(row, 8)
         found.append(plane(
             bits=1, drop=low, begin=rows * head_dim, rows=8, row=row - half * 8,
-            shift=half * 8 + field,
+            shift=half * 8 + high_bit(field),
         ))  # fmt: skip
     return found
 
@@ -189,16 +196,16 @@ def _words(codes: jax.Array, bits: int) -> jax.Array:
     return packing.pack(codes, bits, jnp.uint16, axis=1)
 
 
-def _halves_apart(bits: jax.Array) -> jax.Array:
-    """Tokens of which the low bits are in rows 0..7 of their fields first, then those in 8..15."""
-    fields = bits.reshape(bits.shape[0], 8, 2, 8, -1)  # field, half, row
-    return jnp.swapaxes(fields, 1, 2).reshape(bits.shape)
+def _in_bytes(bits: jax.Array) -> jax.Array:
+    """Tokens [heads, 128, ...] of fields, in the order in which words have their high bits."""
+    fields = bits.reshape(bits.shape[0], 2, 4, 2, 8, -1)  # byte of low bits, field, half, row
+    return jnp.moveaxis(fields, (3, 2, 1), (1, 2, 3)).reshape(bits.shape)
 
 
-def _halves_together(bits: jax.Array) -> jax.Array:
-    """The inverse of `_halves_apart`."""
-    fields = bits.reshape(bits.shape[0], 2, 8, 8, -1)
-    return jnp.swapaxes(fields, 1, 2).reshape(bits.shape)
+def _in_fields(bits: jax.Array) -> jax.Array:
+    """The inverse of `_in_bytes`."""
+    fields = bits.reshape(bits.shape[0], 2, 4, 2, 8, -1)  # half, field, byte of low bits, row
+    return jnp.moveaxis(fields, (1, 2, 3), (3, 2, 1)).reshape(bits.shape)
 
 
 def _to_rows(words: jax.Array) -> jax.Array:

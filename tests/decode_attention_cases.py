@@ -208,7 +208,8 @@ def dense(side: TiledCodes | VectorCodes) -> np.ndarray:
     code = word(words[..., :low_rows, :], r, d, size) >> (k * low_bits) & (2**low_bits - 1)
     if bits == 3:
         high = word(words[..., low_rows:, :], r % 8, d, 8)
-        code = code | (high >> (k + 8 * (r // 8)) & 1) << 2
+        at = 8 * (r // 8) + 2 * (k % 4) + k // 4
+        code = code | (high >> at & 1) << 2
     out = np.moveaxis(np.asarray(side.codebook.levels)[code], 2, 3)
     floats = lambda a: np.asarray(a).view(np.float16).astype(np.float64)
     if side.per_channel:

@@ -222,14 +222,16 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
         sum(c << size * k for k, c in enumerate(parts)).astype(np.uint16).view(np.int16)
     )
     rotate = functools.partial(mosaic_gpu_words.rotate_pairs, interpret=True)
-    words, high = word(codes % 2**low_bits, low_bits), None
-    per_part = 8 // low_bits
+    words, per_part = word(codes % 2**low_bits, low_bits), 8 // low_bits
+    high_bits = [tiles.high_bit(k) for k in range(8)]
     for k, expected in enumerate(np.asarray(codebook.levels)[codes]):
         part, field = divmod(k, per_part)
+        moved = [rotate(words, part * per_part * low_bits - levels.first)]
         if bits == 3:
-            high = rotate(word(codes >> 2, 1), k - levels.place(field) - low_bits)
-        moved = rotate(words, part * per_part * low_bits - levels.first)
-        found = levels.factor(moved, field, high, jnp.int16(0))
+            high = word((codes >> 2)[np.argsort(high_bits)], 1)
+            high = rotate(high, high_bits[part * per_part] - levels.first - low_bits)
+            moved = levels.merge(*moved, high, jnp.int16(0))
+        found = levels.factor(moved[field % len(moved)], field, jnp.int16(0))
         assert found.dtype == jnp.float16
         found = np.asarray(found, np.float64)
         found = found * levels.unit(field) - levels.centre if levels.even else found

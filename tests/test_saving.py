@@ -76,5 +76,5 @@ def test_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("nqkv_jax.saving._VERSION", 1)
     nq.save_cache(make_cache("nqkv", max_len=16), tmp_path / "cache")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"expected version 4 .* has 1\. Read the prompt again"):
+    with pytest.raises(ValueError, match=r"expected version 5 .* has 1\. Read the prompt again"):
         nq.load_cache(tmp_path / "cache")

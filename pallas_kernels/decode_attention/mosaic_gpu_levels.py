@@ -148,28 +148,33 @@ class Levels:
         core takes them as they are (Fasi et al., PeerJ Computer Science 7:e330, 2021)."""
         return 2.0 ** (24 - self.place(field)) / self.half
 
-    def factor(
-        self, words: jax.Array, field: int, high: jax.Array | None, zero: jax.Array
-    ) -> jax.Array:
-        """float16 factors of one field of the part of int16 words that begins at bit `first`; if
-        levels are even, codes, by `unit`.
+    def merge(self, low: jax.Array, high: jax.Array, zero: jax.Array) -> tuple[jax.Array, ...]:
+        """Of 3 bits, words with the codes of even fields of a part, and with those of odd ones.
 
-        Of 3 bits, words have the low two, and the bit beside them of `high` int16 is the third.
+        Args:
+          low: int16 words of a part, from bit `first` on.
+          high: words with the third bit of each field beside its low bits.
+          zero: see `factor`.
+        """
+        low_bits = lambda field: 3 << self.place(field)
+        masks = [low_bits(n) | low_bits(n + 2) for n in range(2)]
+        # One operation on three numbers: a selection by bits.
+        return tuple(high ^ ((high ^ low) & (jnp.int16(mask) | zero)) for mask in masks)
+
+    def factor(self, words: jax.Array, field: int, zero: jax.Array) -> jax.Array:
+        """float16 factors of one field of the part of int16 words that begins at bit `first`, or of
+        what `merge` found for it; if levels are even, codes, by `unit`.
 
         `zero` int16[] is a 0 that the compiler does not know of: masks it knows, the assembler
         puts into a register again for every use.
         """
         at = self.place(field)
-        hidden = lambda constant: jnp.int16(constant) | zero
-        number = words & hidden((2**self.low_bits - 1) << at)
+        number = words & (jnp.int16((2**self.codebook.bits - 1) << at) | zero)
         if not self.even:
             # Below the exponent of `base`, the last bit of a code is worth 1 / half.
             exponent = 11 - at - self.codebook.bits
             base, above = 2.0**exponent, (15 + exponent) << 10
-            # An exclusive or is not put after the third bit, where it is an operation more.
-            number = number | jnp.int16(above) if high is None else number ^ hidden(above)
-        if high is not None:
-            number = number | (high & hidden(1 << (at + self.low_bits)))
+            number = number | jnp.int16(above)
         number = jax.lax.bitcast_convert_type(number, jnp.float16)
         if self.even:
             return number

@@ -113,13 +113,14 @@ class Plan:
         """Fields that fit into the registers at a time, with as much beside them: those of a byte,
         or fewer. One demand beyond what any case has is met, each further one halves them; where
         scales of channels are for few tokens, few fields have the same queries."""
-        wide = self.head_dim > tiles.LANES
+        many, wide = self.group > 8, self.head_dim > tiles.LANES
+        # Third bits are a demand only where registers are few.
         demands = (
             any(side.blocks > 1 or side.shifted for side in self.sides)
-            + any(side.high for side in self.sides)
             + (self.wave_rows > 0)
-            + (self.group > 8)
+            + many
             + wide
+            + (any(side.high for side in self.sides) and (many or wide))
         )
         most = 4 >> (1 + wide if self.scaled_by_part else 0)
         return max(1, min(8 // self.narrow_bits, most, 4 >> max(0, demands - 1)))

@@ -170,23 +170,22 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
 
     def load(s, slot, piece, column, part, token_axis, own=slice(None)):
         """Of a side, a column of a unit, or some channels of it, with tokens along an axis: words
-        whose part is where levels take it; of 3 bits those of the third, too, in the lower byte."""
-        side = plan.sides[s]
+        whose part is where levels take it, of even fields and of odd ones if they have 3 bits."""
+        side, levels = plan.sides[s], plan.sides[s].levels
         how = dict(token_axis=token_axis, lanes=plan.lanes(side), interpret=plan.interpret)
         low = load_words(smem.words[s].at[slot, piece, column, :, :, own], **how)
-        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - side.levels.first)
+        low = rotate(low, part * (plan.per_part * plan.narrow_bits) - levels.first)
         if not side.high:
-            return low, None
+            return (low,)
         (high,) = smem.high[s]
-        return low, load_shared(high.at[slot, column, :, :, own], **how)
+        high = load_shared(high.at[slot, column, :, :, own], **how)
+        third = tiles.high_bit(part * plan.per_part) - levels.first - levels.low_bits
+        return levels.merge(low, rotate(high, third), zero)
 
-    def factor(side: Side, words, part, n):
+    def factor(side: Side, words, n):
         """Of field n of a part."""
-        (low, high), field = words, n // side.pieces
-        if high is not None:
-            place = side.levels.place(field) + side.levels.low_bits
-            high = rotate(high, part * plan.per_part + n - place)
-        return side.levels.factor(low, field, high, zero)
+        field = n // side.pieces
+        return side.levels.factor(words[field % len(words)], field, zero)
 
     def weigh(p, seen, n, arrays, constant):
         """Leaves weights for field n of a part, scaled as values are, block by block; adds what
@@ -223,7 +222,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         for c, piece in itertools.product(range(plan.columns(plan.key)), range(plan.key.pieces)):
             words = load(0, slot, piece, c, part, 0)
             for n in range(piece, plan.per_part, plan.key.pieces):
-                q, left = queries(n)[c], factor(plan.key, words, part, n)
+                q, left = queries(n)[c], factor(plan.key, words, n)
                 found[n].append(add(zeros(*square), left, q.operand, plan.key_shares))
         scores = []
         for n, of_columns in enumerate(found):
@@ -264,7 +263,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
                 words = load(1, slot, piece, operand.column, part, 1, own)
                 for n in range(piece, plan.per_part, plan.value.pieces):
                     weights = load_right(smem.weights.at[n, blocks], operand.blocks, 32)
-                    left = factor(plan.value, words, part, n)
+                    left = factor(plan.value, words, n)
                     if levels.even:
                         found = add(none, left, weights, operand.blocks)
                         unit = jnp.float32(levels.unit(n // plan.value.pieces))

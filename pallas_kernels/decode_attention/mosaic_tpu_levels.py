@@ -143,7 +143,8 @@ class Levels:
         for k in range(16 // low_bits):
             field = _halves(_shift(low, low_bits * k - at), (2**low_bits - 1) << at)
             if high is not None:
-                field = field | _halves(_shift(high, k - at - 2), 1 << (at + 2))
+                third = _shift(high, tiles.high_bit(k) - at - 2)
+                field = field | _halves(third, 1 << (at + 2))
             x = pltpu.bitcast(field | _both(exponent), jnp.bfloat16)
             centred = lambda x: x - jnp.bfloat16(2**self._bits + self._middle)
             out.append(x if affine else self._cubic(centred(x)))
@@ -156,7 +157,8 @@ class Levels:
             for half in (0, 16):
                 code = _shift(low, low_bits * k + half) & jnp.int32(2**low_bits - 1)
                 if high is not None:
-                    code = code | ((_shift(high, k + half) & jnp.int32(1)) << jnp.int32(2))
+                    third = _shift(high, tiles.high_bit(k) + half) & jnp.int32(1)
+                    code = code | (third << jnp.int32(2))
                 out.append(self._level(code))
         return jnp.concatenate(out, axis=0).astype(self.dtype)
 

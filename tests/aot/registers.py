@@ -74,8 +74,8 @@ def measure(case) -> dict:
     count = min(plan.programs, programs(registers))
     unit, unit_bytes = sass.unit(listing(), plan.parts), sum(plan.arriving)
     elements = 2 * plan.tiles * TOKENS * plan.head_dim
-    # Of a multiprocessor, for a unit of each program.
-    cycles = sass.cycles(unit, count, unit_bytes, plan.stages)
+    # Of a multiprocessor, for a unit of each program, and of those with other query heads.
+    cycles = plan.chunks * sass.cycles(unit, count, unit_bytes, plan.stages)
     memory = lambda size: count * sass.memory_cycles(size)
     return dict(
         case=case.name,
