@@ -326,7 +326,7 @@ class Plan:
     def slots(self) -> int:
         """Programs that run at a time, as far as registers go, too: no more than compilers were
         found to leave room for."""
-        small = self.head_dim <= ROWS and not self.wave_rows
+        small = self.head_dim <= ROWS and self.group <= 8 and not self.wave_rows
         small = small and not any(side.high for side in self.sides)
         many = self.narrow_bits == 2 and not small
         room = 2 if many or self.head_dim > tiles.LANES else 3
