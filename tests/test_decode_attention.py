@@ -23,6 +23,7 @@ from nqkv_jax.pallas_kernels.decode_attention import (
     mosaic_tpu_rounding,
     triton_vectors,
     xla,
+    xla_vectors,
 )
 
 SLOW = pytest.mark.slow
@@ -44,14 +45,20 @@ def test_xla(case):
     check(case, jnp.float32, 1e-5, implementation="xla")
 
 
-@pytest.mark.parametrize("name", ["cubic4", "plus2-d64", "kivi4-d64", "nf4-d64", "window"])
+XLA_QUICK = [
+    "cubic4", "plus2-d64", "kivi4-d64", "nf4-d64", "window", "vector1-d64", "vector2-d64-window",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", XLA_QUICK)
 def test_xla_on_gpus(name, monkeypatch):
     """Two tiles at a time, of three: the last step is moved back. And all of them at once."""
-    large = functools.partial(xla._attend, tiles_of_step=2)
+    reference = xla_vectors if isinstance(CASES[name], VectorCase) else xla
+    large = functools.partial(reference._attend, tiles_of_step=2)
     with monkeypatch.context() as patch:
-        patch.setattr(xla, "decode_attention", large)
+        patch.setattr(reference, "decode_attention", large)
         check(CASES[name], jnp.float32, 1e-5, implementation="xla")
-    monkeypatch.setattr(xla, "GPUS", ("cpu",))
+    monkeypatch.setattr(reference, "GPUS", ("cpu",))
     check(CASES[name], jnp.float32, 1e-5, implementation="xla")
 
 

@@ -6,6 +6,8 @@ quantization for nearest neighbor search). An output is the sum of the table's e
 weights of all tokens that select them. With 2 bits the signs are in the way.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,7 @@ from nqkv_jax.pallas_kernels.decode_attention.vectors import (
     VectorCodes,
     unpack,
 )
+from nqkv_jax.partial import GPUS, STEP_BYTES
 
 TILES_PER_STEP = 8
 
@@ -29,11 +32,22 @@ def decode_attention(
     first: jax.Array,
     soft_cap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `decode_attention.decode_attention`; in float32."""
+    """See `decode_attention.decode_attention`; in float32, on GPUs in larger steps."""
+    batch, heads, group, width = q.shape
+    run = functools.partial(_attend, soft_cap=soft_cap)
+    # Of 2 bits what is decoded, of 1 bit products that codes select.
+    numbers = 2 * width + group * (width // CHANNELS)
+    tile_bytes = 4 * tiles.TOKENS * batch * heads * numbers
+    large = functools.partial(run, tiles_of_step=max(TILES_PER_STEP, STEP_BYTES // tile_bytes))
+    arguments = (q, key, value, lengths, first)
+    return jax.lax.platform_dependent(*arguments, **dict.fromkeys(GPUS, large), default=run)
+
+
+def _attend(q, key, value, lengths, first, *, soft_cap, tiles_of_step=TILES_PER_STEP):
     q = q.astype(jnp.float32)
     codes, means = q[..., : key.head_dim], q[..., key.head_dim :]
     num_tiles = min(key.num_tiles, value.num_tiles)
-    size = min(TILES_PER_STEP, num_tiles)
+    size = min(tiles_of_step, num_tiles)
     products = _products(codes, key.table)
 
     def step(i, carry):
