@@ -22,12 +22,11 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
     starts = plan.squares(plan.head_dim)
     rows = [pl.ds(start, ROWS) for start in starts]
     queries = [plgpu.load(smem.queries.at[r], layout=plgpu.Layout.WGMMA) for r in rows]
-    queries = [q.astype(jnp.float32) for q in queries]
     by_row = lambda x: jax.lax.broadcast_in_dim(x, square, (0,))
 
     def of_channels(array, tile, group, rows):
         bits = array.at[slot, tile, group, rows][...]
-        return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+        return jax.lax.bitcast_convert_type(bits, jnp.float16)
 
     found = []
     for n, segment in itertools.product(range(plan.sets), range(plan.segments)):
@@ -42,9 +41,11 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
         columns, constant = pl.ds(segment * plan.group, plan.group), None
         for c, (q, (scale, *zero)) in enumerate(zip(queries, of_rows, strict=True)):
             target = smem.scaled_queries[0].at[n, columns, rows[c]]
-            target.transpose((1, 0))[...] = (q * by_row(scale)).astype(jnp.float16)
+            target.transpose((1, 0))[...] = q * by_row(scale)  # two numbers at a time
             if not plan.key.shifted:
                 continue
+            q, scale, *zero = (a.astype(jnp.float32) for a in (q, scale, *zero))
+            q = q * jnp.float32(1 / plan.key.levels.slope)  # as queries were
             # Of the middle of the levels: rounded queries meet the distance from there.
             middle = plan.key.levels.middle(scale, *zero or [None])
             if starts[c] < c * ROWS:  # some were there before

@@ -116,9 +116,9 @@ class Levels:
         return 0.0 if self.polynomial is None else self.polynomial[0] / self.slope
 
     def middle(self, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """Of the levels of a block, by the slope: what its factors are counted from."""
-        middle = scale * jnp.float32(self.ratio)
-        return middle if zero is None else middle + zero * jnp.float32(1 / self.slope)
+        """Of the levels of a block: what its factors are counted from."""
+        middle = scale * jnp.float32(self.ratio * self.slope)
+        return middle if zero is None else middle + zero
 
     @property
     def even(self) -> bool:

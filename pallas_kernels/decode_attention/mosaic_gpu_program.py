@@ -306,11 +306,11 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None
     numerator_gmem, denominator_gmem, maximum_gmem = (a.at[batch, head, split] for a in outputs)
     for operand, numerator in zip(plan.operands, numerators, strict=True):
+        numerator = numerator * jnp.float32(plan.value.levels.slope)
         if needs_constant:
             own = totals[operand.block : operand.block + operand.blocks]
             own = [jax.lax.broadcast_in_dim(total, numerator.shape, (1,)) for total in own]
             numerator = numerator + (own[0] if len(own) == 1 else of_own(own))
-        numerator = numerator * jnp.float32(plan.value.levels.slope)
         channel = pl.ds(operand.column * plan.width(plan.value) + operand.first, operand.count)
         whole = operand.count == plan.head_dim
         store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
