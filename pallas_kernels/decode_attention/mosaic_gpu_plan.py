@@ -14,7 +14,7 @@ MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
 ALIGNMENT = 2**10  # of a buffer
 COPY_ALIGNMENT = 128  # of where a copy goes to
-QUERY_HEADS = 16  # of a program at most: registers for more spill
+QUERY_HEADS = 16  # of a program at most: for more, most kinds spill registers
 
 
 @dataclasses.dataclass(frozen=True)
