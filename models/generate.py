@@ -81,6 +81,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int = 1024,
     cache_dtype: Any = None,
+    implementation: str = "auto",
     add_special_tokens: bool = True,
 ) -> Generation:
     """Continues the prompts.
@@ -94,7 +95,8 @@ def generate(
       scheme: of the cache, or its string form: `nqkv_jax.schemes.names()`.
       max_new_tokens: at most so many per sequence.
       max_len: tokens per sequence that the cache has room for. Default: the padded prompt length
-        plus `max_new_tokens`, as far as the model has positions.
+        plus `max_new_tokens`; for a kernel that is asked for a multiple of 128, and at least 1,024;
+        as far as the model has positions.
       sampling: greedy by default.
       seed: what is drawn for sample j of prompt i depends on the model's distribution and on
         (seed, i, j), not on the other prompts.
@@ -103,17 +105,19 @@ def generate(
       stop_ids: token ids that end a sequence, in addition to those of the model and its tokenizer.
       prefill_chunk: prompt tokens that go through the model at a time.
       cache_dtype: of what the scheme keeps in full precision; default: the dtype of the model.
+      implementation: of decoding with the cache: see `KVCache.with_implementation`.
       add_special_tokens: whether texts get a BOS token, if the model wants one.
 
     Raises:
       ValueError: an argument is wrong, a prompt has no token or an id outside the vocabulary, or
         prompt and new tokens do not fit into `max_len` or the model's positions.
+      NotImplementedError: the kernel that `implementation` names cannot serve scheme and model.
       FloatingPointError: the model's logits are not numbers.
     """
     request = prepare(
         lm, prompts, scheme=scheme, max_new_tokens=max_new_tokens, max_len=max_len,
         sampling=sampling, seed=seed, num_samples=num_samples, stop=stop, stop_ids=stop_ids,
-        prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
+        prefill_chunk=prefill_chunk, cache_dtype=cache_dtype, implementation=implementation,
         add_special_tokens=add_special_tokens,
     )  # fmt: skip
     run = _Run(lm, request)

@@ -12,10 +12,13 @@ from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
 from nqkv_jax.models.config import ModelConfig, check_tokens
 from nqkv_jax.models.sampling import GREEDY, Sampling
+from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.schemes.base import Scheme
 from nqkv_jax.side import Side
+from nqkv_jax.tiles import TOKENS
 
 _SMALLEST_BUCKET = 16
+_KERNEL_ROOM = 1024  # tokens; some kernels read 512 of them at a time, beside a residual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Request:
     stop: tuple[str, ...]
     stop_ids: frozenset[int]
     cache_dtype: np.dtype
+    implementation: str
 
     @property
     def vocab_size(self) -> int:
@@ -56,7 +60,8 @@ class Request:
             dataclasses.replace(layer, key=own(layer.key), value=own(layer.value))
             for layer in cache.layers
         )
-        return dataclasses.replace(cache, layers=layers)
+        cache = dataclasses.replace(cache, layers=layers)
+        return cache.with_implementation(self.implementation)
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The prompts, `chunk` tokens at a time: tokens i32[B, chunk] and valid counts i32[B]."""
@@ -91,11 +96,14 @@ def prepare(
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int = 1024,
     cache_dtype: Any = None,
+    implementation: str = "auto",
     add_special_tokens: bool = True,
 ) -> Request:
     """Checks the arguments of `generate`, which describes them, and encodes the prompts.
 
-    Raises: ValueError: says which argument is wrong and what would be right.
+    Raises:
+      ValueError: says which argument is wrong and what would be right.
+      NotImplementedError: see `generate`.
     """
     _whole("max_new_tokens", max_new_tokens, 1)
     _whole("num_samples", num_samples, 1)
@@ -119,14 +127,17 @@ def prepare(
     chunk = min(_bucket(longest, prefill_chunk), limit)
     padded = -(-longest // chunk) * chunk
     if max_len is None:
-        max_len = min(padded + max_new_tokens, limit)
+        max_len = padded + max_new_tokens
+        if implementation in decode_attention.KERNELS:  # which read whole tiles
+            max_len = max(-(-max_len // TOKENS) * TOKENS, _KERNEL_ROOM)
+        max_len = min(max_len, limit)
     elif longest + max_new_tokens > max_len:
         raise ValueError(
             f"generate: prompt and new tokens must fit into max_len={max_len}; got "
             f"{longest + max_new_tokens} ({total}). Raise max_len, or leave it out"
         )
     scheme.check_model(lm)
-    return Request(
+    request = Request(
         config=lm.config,
         prompts=[prompt for prompt in ids for _ in range(num_samples)],
         scheme=scheme,
@@ -139,7 +150,14 @@ def prepare(
         stop=stop,
         stop_ids=lm.eos_ids | _stop_ids(lm, stop_ids),
         cache_dtype=_cache_dtype(lm.dtype if cache_dtype is None else cache_dtype),
+        implementation=implementation,
     )
+    if implementation != "auto":
+        # What a kernel cannot serve should be said before the prompts are read.
+        token = jax.ShapeDtypeStruct((len(request.prompts), 1), jnp.int32)
+        jax.eval_shape(lambda t, p: lm.apply(p, t, request.new_cache()), token, lm.params)
+        decode_attention.check_backend(implementation)
+    return request
 
 
 def _bucket(length: int, largest: int) -> int:

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 
 from nqkv_jax.body import attend_body, decode_groups, slice_groups
 from nqkv_jax.cache import KVCache
-from nqkv_jax.pallas_kernels import decode_attention as kernels
-from nqkv_jax.pallas_kernels import exact_attention
+from nqkv_jax.pallas_kernels import exact_attention, triton_backend
+from nqkv_jax.pallas_kernels.decode_attention import IMPLEMENTATIONS
 from nqkv_jax.pallas_kernels.exact_attention import Slots
 from nqkv_jax.partial import Partial, attend_new, attend_tokens
 from nqkv_jax.prefill import attend_prompt
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.side import Side
-
-IMPLEMENTATIONS = ("auto", "xla", *kernels.KERNELS)
 
 
 def _read_exact(
@@ -77,7 +75,7 @@ def attend(
     num_new: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
-    implementation: str = "auto",
+    implementation: str | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Appends the new tokens to the cache and attends to everything that they may see.
 
@@ -96,8 +94,8 @@ def attend(
         0 .. S.
       window: attend to the latest `window` tokens only, the current one included.
       scale: of the scores; default D ** -0.5.
-      implementation: of attention over the body, when one token is decoded: "auto" takes the fused
-        kernel of the platform if it can serve the scheme, else "xla". A kernel's name asks for it.
+      implementation: of attention to what is cached, when one token is decoded; default: that of
+        the cache (`KVCache.with_implementation`, which describes them).
 
     Returns:
       [B, S, Hq, D] in the dtype of q, and the cache with the new tokens.
@@ -108,7 +106,16 @@ def attend(
     """
     if num_new is not None:
         num_new = jnp.asarray(num_new)
-    _check(q, k, v, cache, layer, num_new, window, implementation)
+    _check(q, k, v, cache, layer, num_new, window)
+    if implementation is None:
+        implementation = "auto"
+        if isinstance(cache, KVCache):
+            implementation = cache.layers[layer].implementation
+    elif implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attend: expected implementation to be one of {IMPLEMENTATIONS}, or None; got "
+            f"{implementation!r}"
+        )
     batch, size, num_heads, head_dim = q.shape
     num_kv_heads, dtype = k.shape[2], q.dtype
     if num_new is None:
@@ -222,7 +229,7 @@ def _attend_exact(
         return Partial(**{n: jnp.expand_dims(a, 3) for n, a in zip(names, found, strict=True)})
 
     served = q.shape[3] == 1 and exact_attention.unsupported(q, keys) is None
-    served = served and implementation != "xla"
+    served = served and implementation in triton_backend.ASKING
     by_platform = dict.fromkeys(exact_attention.PLATFORMS if served else (), by_kernel)
     arguments = q, keys, values, first, length, query_positions
     if not by_platform:
@@ -230,7 +237,7 @@ def _attend_exact(
     return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
 
 
-def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
+def _check(q, k, v, cache, layer, num_new, window) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             "attend: expected q [batch, tokens, num_heads, head_dim] and k, v [batch, tokens, "
@@ -259,11 +266,6 @@ def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
         isinstance(window, bool) or not isinstance(window, int) or window < 1
     ):
         raise ValueError(f"attend: expected window >= 1, a whole number, or None; got {window!r}")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attend: expected implementation to be one of {IMPLEMENTATIONS}; got "
-            f"{implementation!r}"
-        )
     if not isinstance(layer, int):
         raise ValueError(
             f"attend: layer must be a Python int, as layers may be cached differently; got "

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax import side as sides
+from nqkv_jax.pallas_kernels.decode_attention import IMPLEMENTATIONS
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.side import Side, Waiting
 
@@ -48,6 +49,11 @@ class LayerCache:
     head_dim: int = dataclasses.field(metadata=_STATIC)
     dtype: jnp.dtype = dataclasses.field(metadata=_STATIC)
     rotated: bool = dataclasses.field(metadata=_STATIC)  # whether keys are stored after RoPE
+
+    @property
+    def implementation(self) -> str:
+        """See `KVCache.with_implementation`."""
+        return self.key.implementation
 
     @property
     def wants_queries(self) -> bool:
@@ -161,6 +167,29 @@ class KVCache:
     def positions(self, num_tokens: int) -> jax.Array:
         """i32[B, num_tokens], positions of the next tokens."""
         return self.lengths[:, None] + jnp.arange(num_tokens)[None, :]
+
+    def with_implementation(self, implementation: str) -> "KVCache":
+        """The same cache, whose tokens are decoded one by one by what is asked for.
+
+        Args:
+          implementation: "auto": by the fused kernel where the platform is a TPU, and it can serve
+            the scheme, else by XLA. "xla": without kernels. A kernel's name, such as "mosaic_gpu"
+            for Hopper GPUs, asks for that one; with it come those that append tokens and attend to
+            sinks and residual, where they can serve.
+
+        Raises: ValueError: there is no such implementation.
+        """
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"cache: expected implementation to be one of {IMPLEMENTATIONS}; got "
+                f"{implementation!r}"
+            )
+        by = lambda side: dataclasses.replace(side, implementation=implementation)
+        layers = [
+            dataclasses.replace(layer, key=by(layer.key), value=by(layer.value))
+            for layer in self.layers
+        ]
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def defer_flush(self) -> "KVCache":
         """The same cache, in which chunks that a token makes due wait for the last layer.

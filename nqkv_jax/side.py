@@ -78,6 +78,7 @@ class Side:
       body: payload leaves [B, groups, ...]; group g holds tokens num_sinks + [g, g + 1) * group.
       state: the quantizer's per-sequence state, leaves [B, ...].
       quantizer: a pytree; static unless it is calibrated.
+      implementation: see `KVCache.with_implementation`.
     """
 
     exact: jax.Array
@@ -86,6 +87,7 @@ class Side:
     quantizer: Quantizer
     window: Window = dataclasses.field(metadata=_STATIC)
     num_sinks: int = dataclasses.field(metadata=_STATIC)
+    implementation: str = dataclasses.field(default="auto", metadata=_STATIC)
 
     @property
     def sinks(self) -> jax.Array:
@@ -219,7 +221,9 @@ def _encode(
     observed = quantizer.observe(rows, context)
     state = jax.tree.map(lambda new, old: jnp.where(first < last, new, old), observed, state)
     if side.window.chunk % group:
-        context = Context(positions=positions, rotary=rotary, state=state)
+        context = Context(
+            positions=positions, rotary=rotary, state=state, implementation=side.implementation
+        )
         return quantizer.splice(body, rows, first, last, context), state
     split = lambda a: a.reshape(count // group, group, *a.shape[1:])
     quantize = lambda r, p: quantizer.quantize(r, Context(positions=p, rotary=rotary, state=state))

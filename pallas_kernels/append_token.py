@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.triton_backend import pltriton
 
-# The platforms of `jax.lax.platform_dependent` on which caches take it. None as long as it has not
-# been timed on one.
-PLATFORMS: set[str] = set()
+# The platforms of `jax.lax.platform_dependent` on which caches take it, if they are asked to
+# (`triton_backend.ASKING`).
+PLATFORMS = {"cuda"}
 MOST = 8192  # elements of a block, at most: what a program holds in registers
 ELEMENTS_PER_WARP = 256  # 8 per thread
 

@@ -7,6 +7,10 @@ try:
 except ImportError:
     pltriton = None
 
+# What asks for these kernels: those of attention that GPUs have. None is automatic as long as none
+# has been timed.
+ASKING = ("mosaic_gpu", "triton")
+
 
 def missing() -> str | None:
     """What kernels by Triton would need here, or None if it is there."""

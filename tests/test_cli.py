@@ -14,6 +14,7 @@ import tiny_checkpoint
 from nqkv_jax.cli import bench, demo, main, options, terminal
 from nqkv_jax.evaluation import CacheTiming
 from nqkv_jax.models.checkpoint import CheckpointNotFoundError, embedded
+from nqkv_jax.pallas_kernels.decode_attention import IMPLEMENTATIONS
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,13 @@ def test_demo(capsys, tiny, monkeypatch, tmp_path):
 def test_passage():
     text = demo.passage()
     assert text.startswith("Call me Ishmael.") and "#" not in text and len(text) > 4000
+
+
+def test_kernels_are_asked_for_by_name(capsys, tiny):
+    assert options.IMPLEMENTATIONS == IMPLEMENTATIONS
+    argv = ("--model", tiny, "--implementation", "triton")
+    assert "triton needs two VectorCodes" in fails(capsys, "generate", "--prompt", "x", *argv)
+    assert "triton needs a GPU" in fails(capsys, "bench", "cache", "--lengths", "70", *argv)
 
 
 def test_bench_cache(capsys, tiny):

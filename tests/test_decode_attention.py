@@ -312,7 +312,7 @@ def test_what_the_gpu_kernel_needs():
     with pytest.raises(NotImplementedError, match=message):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (10,), num_tiles=1)
-    with pytest.raises(NotImplementedError, match="at least 2 tiles; got 1"):
+    with pytest.raises(NotImplementedError, match="at least 256 encoded tokens; got 128"):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
 
 

@@ -187,8 +187,14 @@ def test_a_kernel_that_cannot_serve_says_why():
     new = tokens(1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
         nq.attend(*new, prompted("squat"), rotary=ROTARY, implementation="mosaic_tpu")
+    asking = prompted("squat").with_implementation("mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
+        nq.attend(*new, asking, rotary=ROTARY)
+    nq.attend(*new, asking, rotary=ROTARY, implementation="xla")  # for this call
     with pytest.raises(ValueError, match=r"to be one of .*; got 'cuda'"):
         nq.attend(*new, prompted(SCHEME), rotary=ROTARY, implementation="cuda")
+    with pytest.raises(ValueError, match=r"cache: .* to be one of .*; got None"):
+        asking.with_implementation(None)
 
 
 def test_blocks_that_no_kernel_can_read_stay_as_they_are():

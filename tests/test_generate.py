@@ -1,6 +1,7 @@
 """Generation: ragged batches, caches, compilations, bad requests."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from tiny_generators import SHARED, make_cache, random_prompts, tiny
 
 from nqkv_jax import schemes
 from nqkv_jax.models import Sampling, decoding, generate, stream
+from nqkv_jax.models.requests import prepare
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -199,6 +201,7 @@ def test_overflow_in_a_loop_of_ones_own_is_reported_and_harmless():
         ("a", dict(scheme="nqvk"), "unknown scheme 'nqvk'; there are: .*nqkv"),
         ("a", dict(cache_dtype="int8"), "cache_dtype must be float32, bfloat16 or float16"),
         ("a", dict(cache_dtype="no such"), "cache_dtype must be"),
+        ("a", dict(implementation="cuda"), "implementation to be one of .*xla.*; got 'cuda'"),
         ("a", dict(sampling="greedy"), "sampling must be a Sampling"),
         ("a", dict(stop=["x", ""]), "stop must be strings that are not empty"),
         ("a", dict(stop_ids=[259]), "stop_ids: token ids must be in"),
@@ -208,6 +211,39 @@ def test_overflow_in_a_loop_of_ones_own_is_reported_and_harmless():
 def test_bad_requests(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny(), prompts, **options)
+
+
+def test_a_kernel_is_asked_for():
+    sizes = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    lm = tiny(max_position_embeddings=256, **sizes)
+    prepared = functools.partial(prepare, lm, "a", max_new_tokens=4)
+    with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
+        prepared(implementation="mosaic_tpu", scheme="squat")
+    with pytest.raises(NotImplementedError, match=r"mosaic_tpu needs a TPU.* jax has cpu here"):
+        prepared(implementation="mosaic_tpu")
+
+
+def test_there_is_room_for_what_a_kernel_reads_at_a_time(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    sizes = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+
+    def room(positions=4096, **options):
+        lm = tiny(max_position_embeddings=positions, **sizes)
+        return prepare(lm, "a", implementation="mosaic_tpu", **options).max_len
+
+    assert room(max_new_tokens=4) == 1024
+    assert room(max_new_tokens=1500) == 1536
+    assert room(max_new_tokens=4, max_len=256) == 256
+    assert room(256, max_new_tokens=4) == 256
+    with pytest.raises(NotImplementedError, match="with max_len a multiple of 128"):
+        room(160, max_new_tokens=4)
+
+
+def test_without_kernels_the_tokens_are_the_same():
+    lm, prompts = tiny(), random_prompts(9, 3)
+    found = generate(lm, prompts, max_new_tokens=6, implementation="xla", **SHARED)
+    assert found.cache.layers[1].implementation == "xla"
+    assert found.tokens == generate(lm, prompts, max_new_tokens=6, **SHARED).tokens
 
 
 def test_without_a_tokenizer_text_is_refused():

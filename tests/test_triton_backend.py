@@ -10,8 +10,11 @@ sys.modules["jax.experimental.pallas.triton"] = None  # as if it were not there
 import jax.numpy as jnp
 import nqkv_jax as nq
 from decode_attention_cases import CASES, arguments
-from nqkv_jax.pallas_kernels import append_token, decode_attention, exact_attention
+from nqkv_jax.pallas_kernels import (
+    append_token, decode_attention, exact_attention, triton_backend,
+)
 
+triton_backend.ASKING = ("auto",)
 exact_attention.PLATFORMS.add("cpu")
 append_token.PLATFORMS.add("cpu")
 scheme = nq.schemes.get("nqkv:sinks=4,residual=128")

@@ -3,7 +3,6 @@
 First the kernel's bits are compared with XLA's, case by case, on this device.
 """
 
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpu import ROOT, timing
-from gpu.end_to_end import PUBLISHED, Setting, kernel_is_automatic
+from gpu.end_to_end import PUBLISHED, Setting
 from gpu.journal import Unit, reason_of
 from nqkv_jax import schemes
 
@@ -74,22 +73,21 @@ def appended(case, before, x):
     return jax.jit(jax.vmap(one))(before, x, token, keep)
 
 
-def new_layer(setting: Setting, scheme: str, batch: int, steps: int):
+def new_layer(setting: Setting, implementation: str, scheme: str, batch: int, steps: int):
     """An empty one, with room for `steps` tokens at least; and a token, key and value."""
     config = setting.config
     sizes = dict(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     cache = schemes.get(scheme).init(
         num_layers=1, batch=batch, max_len=max(setting.context, steps), dtype=jnp.bfloat16, **sizes
     )
+    if implementation == BY_KERNEL:
+        cache = cache.with_implementation(BY_KERNEL)
     new = jax.random.normal(jax.random.key(0), (2, batch, 1, *sizes.values()), jnp.bfloat16)
     return cache.layers[0], tuple(new)
 
 
 def loop(implementation: str, steps: int):
-    """(layer, token) -> (layer, token) after `steps` tokens, each another one; jitted.
-
-    Trace it within `platforms(implementation)`.
-    """
+    """(layer, token) -> (layer, token) after `steps` tokens, each another one; jitted."""
 
     def step(_, carry):
         layer, new = carry
@@ -105,10 +103,6 @@ def loop(implementation: str, steps: int):
     return jax.jit(many, donate_argnums=0)
 
 
-def platforms(implementation: str):
-    return kernel_is_automatic() if implementation == BY_KERNEL else contextlib.nullcontext()
-
-
 def measure(setting: Setting, batch: int, steps: int, repeats: int, note, fatal) -> list[dict]:
     if "timing" in fatal:
         return [fields(setting, batch, *row) | dict(failure=fatal["timing"]) for row in ROWS]
@@ -122,9 +116,8 @@ def measure(setting: Setting, batch: int, steps: int, repeats: int, note, fatal)
             continue
         note(name)
         try:
-            layer, new = new_layer(setting, scheme, batch, steps)
-            with platforms(implementation):
-                compiled = loop(implementation, steps).lower(layer, new).compile()
+            layer, new = new_layer(setting, implementation, scheme, batch, steps)
+            compiled = loop(implementation, steps).lower(layer, new).compile()
             programs[name] = [compiled, layer, new]
             runs[name] = functools.partial(_seconds, programs[name], steps)
             runs[name]()  # the first run is slower

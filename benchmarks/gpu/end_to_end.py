@@ -23,7 +23,7 @@ from nqkv_jax.evaluation.throughput import NO_CACHE
 from nqkv_jax.models import families
 from nqkv_jax.models.config import ModelConfig
 from nqkv_jax.models.loading import apply
-from nqkv_jax.pallas_kernels import append_token, decode_attention, exact_attention
+from nqkv_jax.pallas_kernels import append_token, exact_attention
 from nqkv_jax.plan import cache_sizes, largest
 
 BEST = "nqkv:residual=128,codebook=cubic"  # the levels that take the kernel least
@@ -113,16 +113,11 @@ OTHERS = {"append": append_token, "exact": exact_attention}  # by how their chec
 
 
 @contextlib.contextmanager
-def kernel_is_automatic(left_out: Collection[str] = ()):
-    """Models append and attend by what is automatic; inside, on a GPU, those are its kernels.
-
-    Args:  left_out: of `OTHERS`, what is left to XLA.
-    """
+def left_to_xla(left_out: Collection[str]):
+    """Inside, what is traced leaves those of `OTHERS` to XLA."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(decode_attention.PLATFORMS, {KERNEL: "cuda"}))
-        for other in (OTHERS[name] for name in set(OTHERS) - set(left_out)):
-            platforms = other.PLATFORMS | {"cuda"}
-            stack.enter_context(mock.patch.object(other, "PLATFORMS", platforms))
+        for name in left_out:
+            stack.enter_context(mock.patch.object(OTHERS[name], "PLATFORMS", set()))
         yield
 
 
@@ -132,7 +127,7 @@ def abstract_cache(config: ModelConfig, variant: Variant, batch: int, max_len: i
         cache = schemes.get(variant.scheme).abstract(
             **cache_sizes(config), batch=batch, max_len=max_len, dtype=jnp.bfloat16
         )
-        return cache.defer_flush()
+        return cache.with_implementation(variant.implementation).defer_flush()
     size = (batch, max_len, config.num_kv_heads, config.head_dim)
     side = (jax.ShapeDtypeStruct(size, jnp.bfloat16),) * config.num_layers
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -166,6 +161,7 @@ def filled_cache(config: ModelConfig, variant: Variant, batch: int, context: int
     cache = schemes.get(variant.scheme).init(
         **cache_sizes(config), batch=batch, max_len=max_len, dtype=jnp.bfloat16
     )
+    cache = cache.with_implementation(variant.implementation)
     heads = (config.num_kv_heads, config.head_dim)
     keys = jax.random.split(key, config.num_layers)
     layers = []
@@ -194,7 +190,7 @@ class Program:
     Args:
       model: as `random_params` returns it.
       calls: that there will be of a program, beside the first.
-      left_out: see `kernel_is_automatic`.
+      left_out: see `left_to_xla`.
     """
 
     def __init__(
@@ -209,11 +205,9 @@ class Program:
         shapes = abstract_cache(setting.config, variant, batch, self.max_len)
         self.cache_bytes = shapes.nbytes
         token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-        kernel = variant.implementation == KERNEL
-        with kernel_is_automatic(left_out) if kernel else contextlib.nullcontext():
-            loop = decode_loop(graphdef, steps)
-            self._lowered = loop.lower(self._params, token, shapes)
-        if kernel and KERNEL not in self._lowered.as_text():
+        with left_to_xla(left_out):
+            self._lowered = decode_loop(graphdef, steps).lower(self._params, token, shapes)
+        if variant.implementation == KERNEL and KERNEL not in self._lowered.as_text():
             raise RuntimeError("expected the kernel in the program, which has none")
 
     def compile(self) -> "Program":
@@ -258,7 +252,7 @@ class Measurements:
       steps: tokens per call.
       repeats: calls that are timed.
       memory: bytes that the process may take on the device.
-      left_out: see `kernel_is_automatic`.
+      left_out: see `left_to_xla`.
     """
 
     def __init__(self, *, steps: int, repeats: int, memory: int, left_out: Collection[str]):

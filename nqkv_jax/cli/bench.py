@@ -19,6 +19,7 @@ def add(commands) -> None:
     )  # fmt: skip
     options.add_model(parser)
     parser.add_argument("--scheme", default="nqkv", help="default: nqkv")
+    options.add_implementation(parser)
     parser.add_argument(
         "--lengths",
         type=int,
@@ -53,11 +54,17 @@ def run(args) -> None:
         batch=args.batch,
         steps=args.steps,
         repeats=args.repeats,
+        implementation=args.implementation,
         progress=args.progress,
     )
     device = jax.tree.leaves(lm.params)[0].devices().pop()
     machine = dict(
-        model=lm.name, dtype=own, device=device.device_kind, jax=jax.__version__, batch=args.batch
+        model=lm.name,
+        dtype=own,
+        device=device.device_kind,
+        jax=jax.__version__,
+        batch=args.batch,
+        implementation=args.implementation,
     )
     found = {(t.variant, t.cache_dtype, t.length): t for t in timings}
     lengths = sorted(set(args.lengths))

@@ -13,12 +13,17 @@ def add(commands) -> None:
     )  # fmt: skip
     options.add_model(parser)
     options.add_cache_dtype(parser)
+    options.add_implementation(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="to be continued")
     source.add_argument("--chat", metavar="TEXT", help="to be answered, in the model's chat format")
     source.add_argument("--file", metavar="FILE", help="of the prompt, UTF-8; - for stdin")
     parser.add_argument("--scheme", default="nqkv", help="of the cache (default: nqkv)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--max-len", type=int, metavar="N",
+        help="tokens that the cache has room for (default: what prompt and new tokens need)",
+    )  # fmt: skip
     parser.add_argument(
         "--temperature",
         type=float,
@@ -83,8 +88,10 @@ def run(args) -> None:
     if args.chat is not None:
         prompt = lm.tokenizer.chat([{"role": "user", "content": args.chat}])
     settings = dict(
-        scheme=scheme, max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed,
-        stop=args.stop, cache_dtype=args.cache_dtype, add_special_tokens=args.chat is None,
+        scheme=scheme, max_new_tokens=args.max_new_tokens, max_len=args.max_len,
+        sampling=sampling, seed=args.seed,
+        stop=args.stop, cache_dtype=args.cache_dtype, implementation=args.implementation,
+        add_special_tokens=args.chat is None,
     )  # fmt: skip
     if args.json or args.num_samples != 1:
         result = generate(lm, [prompt], num_samples=args.num_samples, **settings)

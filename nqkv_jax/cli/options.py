@@ -6,6 +6,7 @@ import re
 import sys
 
 DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS = ("auto", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
 MODEL = "smollm2-135m"
 
 
@@ -39,6 +40,16 @@ def add_cache_dtype(parser: argparse.ArgumentParser, default: str | None = None)
         choices=DTYPES,
         default=default,
         help=f"of what a cache keeps in full precision (default: {default or 'that of the model'})",
+    )
+
+
+def add_implementation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--implementation",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="what decodes with the cache: auto (default), XLA alone, or the kernel of that name; "
+        "mosaic_gpu is for Hopper GPUs and many schemes, triton for any GPU and nsnquant",
     )
 
 

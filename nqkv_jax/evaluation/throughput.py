@@ -19,6 +19,7 @@ import tqdm
 from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
 from nqkv_jax.evaluation.protocol import LanguageModel
+from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.plan import cache_sizes
 
 _CHUNK = 64  # tokens of the prompt that are appended at a time
@@ -62,6 +63,7 @@ def cache_timings(
     steps: int = 8,
     repeats: int = 5,
     no_cache: bool = True,
+    implementation: str = "auto",
     progress: bool | None = None,
 ) -> list[CacheTiming]:
     """Times one more token after texts of several lengths.
@@ -78,6 +80,7 @@ def cache_timings(
       steps: tokens per repeat.
       repeats: of every measurement; the variants take turns.
       no_cache: time decoding without a cache as well.
+      implementation: of decoding with all caches but "none": see `KVCache.with_implementation`.
       progress: a bar on stderr; None: if that is a terminal.
 
     Returns: for every length, ascending: no cache, then `caches` in their order.
@@ -85,6 +88,7 @@ def cache_timings(
     Raises:
       ValueError: a length is not positive or exceeds the model's positions, or a scheme does not
         fit the model.
+      NotImplementedError: the kernel that `implementation` names cannot serve a scheme.
     """
     lengths = sorted(set(lengths))
     longest = lm.config.max_positions - steps
@@ -98,11 +102,20 @@ def cache_timings(
             "cache_timings: batch, steps and repeats must be positive; got "
             f"{batch}, {steps}, {repeats}"
         )
+    decode_attention.check_backend(implementation)
     # Real words are not needed: time depends on shapes and lengths alone.
     text = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, lengths[-1]))
     text = jnp.asarray(text, jnp.int32)
     variants = [
-        _Cached(lm, schemes.get(scheme), dtype, text, lengths[-1] + steps, steps)
+        _Cached(
+            lm,
+            schemes.get(scheme),
+            dtype,
+            text,
+            lengths[-1] + steps,
+            steps,
+            "auto" if str(scheme) == "none" else implementation,
+        )
         for scheme, dtype in caches
     ]
     if no_cache:
@@ -223,13 +236,15 @@ class _Cached:
         text: jax.Array,
         max_len: int,
         steps: int,
+        implementation: str = "auto",
     ):
         self.name, self.cache_dtype = str(scheme), jnp.dtype(dtype).name
         self._scheme, self._steps, self._params, self._text = scheme, steps, lm.params, text
         self._sizes = dict(**cache_sizes(lm.config), batch=text.shape[0], dtype=dtype)
         # One cache for all lengths: what is filled is read, not what is allocated.
         # A copy, as it will be donated and calibrated quantizers belong to the scheme.
-        self._cache = jax.tree.map(jnp.copy, scheme.init(**self._sizes, max_len=max_len))
+        cache = scheme.init(**self._sizes, max_len=max_len).with_implementation(implementation)
+        self._cache = jax.tree.map(jnp.copy, cache)
         self._length = 0
 
         @functools.partial(jax.jit, donate_argnames=("cache",))

@@ -30,12 +30,14 @@ class Context:
       state: the quantizer's own per-sequence state.
       keys: [tokens, heads, head_dim], the keys of the tokens that `observe` is given, as the cache
         stores them. Only for quantizers that want them.
+      implementation: see `KVCache.with_implementation`.
     """
 
     positions: jax.Array | None = None
     rotary: Rotary | RotaryAngles | None = None
     state: State = ()
     keys: jax.Array | None = None
+    implementation: str = dataclasses.field(default="auto", metadata={"static": True})
 
 
 class Quantizer:

@@ -61,7 +61,7 @@ class TiledQuantizer(Quantizer):
         self, body: TiledPayload, x: jax.Array, first: jax.Array, last: jax.Array, context: Context
     ) -> TiledPayload:
         if x.shape[0] == 1:
-            return self._append_token(body, x, first, first < last)
+            return self._append_token(body, x, first, first < last, context.implementation)
         bits, size = self.inner.codebook.bits, x.shape[0]
         codes, scale, zero = self.inner.encode(x)
         # In all tiles that have some of the tokens.
@@ -90,8 +90,9 @@ class TiledQuantizer(Quantizer):
         return TiledPayload(words=words, scale=put(body.scale, stored(scale)), zero=zero)
 
     def _append_token(
-        self, body: TiledPayload, x: jax.Array, token: jax.Array, keep: jax.Array
-    ) -> TiledPayload:
+        self, body: TiledPayload, x: jax.Array, token: jax.Array, keep: jax.Array,
+        implementation: str,
+    ) -> TiledPayload:  # fmt: skip
         """`body` with x [1, heads, head_dim] in the place of `token`, if `keep`."""
 
         def by_xla(body, x, token, keep):
@@ -112,7 +113,8 @@ class TiledQuantizer(Quantizer):
             )  # fmt: skip
             return TiledPayload(words=words, scale=scale, zero=zero)
 
-        platforms = append_token.PLATFORMS if self.kernel_appends else ()
+        asked = self.kernel_appends and implementation in triton_backend.ASKING
+        platforms = append_token.PLATFORMS if asked else ()
         by_platform = dict.fromkeys(platforms, by_kernel)
         arguments = (body, x, token, keep)
         if not by_platform:

@@ -17,11 +17,13 @@ from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes, Waves
 from nqkv_jax.pallas_kernels.decode_attention.vectors import VectorCodes
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "KERNELS",
     "PLATFORMS",
     "TiledCodes",
     "VectorCodes",
     "Waves",
+    "check_backend",
     "decode_attention",
     "unsupported",
 ]
@@ -34,6 +36,7 @@ KERNELS = {
     "mosaic_gpu": {TiledCodes: mosaic_gpu},
     "triton": {VectorCodes: triton_vectors},
 }
+IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
 # Those that "auto" takes, by the platform of `jax.lax.platform_dependent`. Not those for GPUs as
 # long as none has been timed on one.
 PLATFORMS = {"mosaic_tpu": "tpu"}
@@ -114,11 +117,21 @@ def unsupported(implementation: str, key: Codes, value: Codes, group: int) -> st
     return kinds[type(key)].unsupported(key, value, group)
 
 
+def check_backend(implementation: str) -> None:
+    """Raises NotImplementedError if jax's default backend is not the one that a kernel is for."""
+    wanted = "tpu" if implementation == "mosaic_tpu" else "gpu"
+    if implementation in KERNELS and jax.default_backend() != wanted:
+        raise NotImplementedError(
+            f"implementation: {implementation} needs a {wanted.upper()}, and jax for it; jax has "
+            f"{jax.default_backend()} here. With auto, what there is decides"
+        )
+
+
 def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:
-    names = ("auto", "xla", *KERNELS)
-    if implementation not in names:
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"decode_attention: implementation must be one of {names}; got {implementation!r}"
+            f"decode_attention: implementation must be one of {IMPLEMENTATIONS}; got "
+            f"{implementation!r}"
         )
     key.check("key"), value.check("value")
     if type(key) is not type(value) or value.width != value.head_dim:

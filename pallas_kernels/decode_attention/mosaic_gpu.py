@@ -58,7 +58,8 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
             f"both; got {bits} bits, head_dim {key.head_dim} and {group} query heads per KV head"
         )
     if plan.num_tiles < plan.tiles:
-        return f"at least {plan.tiles} tiles; got {plan.num_tiles}"
+        room = [n * tiles.TOKENS for n in (plan.tiles, plan.num_tiles)]
+        return f"room for at least {room[0]} encoded tokens; got {room[1]} (raise max_len)"
     if not plan.programs:
         return (
             f"at most {SHARED_MEMORY // 2**10 - 1} KiB of shared memory; head_dim {key.head_dim} "

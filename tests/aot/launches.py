@@ -5,8 +5,8 @@
 Of programs as they were compiled: fusions, kernels and copies of a round of the loop over tokens.
 """
 
-import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import targets
 from flax import nnx
 from gpu import append, end_to_end
-from gpu.check import KERNEL
 
 from nqkv_jax.models import families
 
@@ -43,12 +42,12 @@ def in_loop(compiled) -> int:
 
 def of_append(implementation: str, scheme: str) -> int:
     """Of one token's keys and values, beyond what comes before them."""
-    layer, new = jax.eval_shape(lambda: append.new_layer(end_to_end.settings()[0], scheme, 32, 4))
 
     def count(implementation):
-        with append.platforms(implementation):
-            loop = append.loop(implementation, 4)
-            return in_loop(targets.compile_for("h100", loop, layer, new))
+        setting = end_to_end.settings()[0]
+        new = functools.partial(append.new_layer, setting, implementation, scheme, 32, 4)
+        loop = append.loop(implementation, 4)
+        return in_loop(targets.compile_for("h100", loop, *jax.eval_shape(new)))
 
     return count(implementation) - count("nothing")
 
@@ -59,10 +58,8 @@ def decoder(name: str, variant: end_to_end.Variant, num_layers: int):
     model = nnx.split(families.abstract(config, dtype=jnp.bfloat16))
     cache = end_to_end.abstract_cache(config, variant, 4, 8192)
     token = jax.ShapeDtypeStruct((4, 1), jnp.int32)
-    kernel = variant.implementation == KERNEL
-    with end_to_end.kernel_is_automatic() if kernel else contextlib.nullcontext():
-        loop = end_to_end.decode_loop(model[0], steps=4)
-        return targets.compile_for("h100", loop, model[1], token, cache), cache
+    loop = end_to_end.decode_loop(model[0], steps=4)
+    return targets.compile_for("h100", loop, model[1], token, cache), cache
 
 
 def of_layer(variant: end_to_end.Variant) -> float:

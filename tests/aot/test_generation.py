@@ -1,20 +1,20 @@
 """Whole generation loops compile for every accelerator, with the packed cache carried in place."""
 
-import contextlib
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from gpu.end_to_end import kernel_is_automatic
 from jax.extend.core import jaxpr_as_fun
 from targets import TPUS, TRITON, calls, compile_for
 
 from nqkv_jax import schemes
 from nqkv_jax.models import decoding, families
 from nqkv_jax.models.sampling import Sampling
+from nqkv_jax.pallas_kernels import decode_attention
 
 SCHEME = "nqkv:residual=128,codebook=cubic"
 SHAPE = jax.ShapeDtypeStruct
@@ -27,11 +27,12 @@ def model(name):
     return config, *nnx.split(families.abstract(config, dtype=jnp.bfloat16))
 
 
-def state_of(config, scheme, max_len, batch=BATCH):
+def state_of(config, scheme, max_len, batch=BATCH, implementation="auto"):
     cache = schemes.get(scheme).abstract(
         num_layers=config.num_layers, batch=batch, max_len=max_len,
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=jnp.bfloat16,
     )  # fmt: skip
+    cache = cache.with_implementation(implementation)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     each = lambda dtype: SHAPE((batch,), dtype)
     return decoding.DecodeState(
@@ -41,10 +42,10 @@ def state_of(config, scheme, max_len, batch=BATCH):
     )  # fmt: skip
 
 
-def decode_loop(name, max_len, scheme=SCHEME):
+def decode_loop(name, max_len, scheme=SCHEME, implementation="auto"):
     """The loop, and its arguments."""
     config, graphdef, params = model(name)
-    state = state_of(config, scheme, max_len)
+    state = state_of(config, scheme, max_len, implementation=implementation)
     run = functools.partial(decoding.decode, graphdef, sampling=Sampling(temperature=0.0))
     arguments = params, state, state.done, SHAPE((1,), jnp.int32), SHAPE((), jnp.int32)
     return jax.jit(run, donate_argnums=1), arguments
@@ -52,9 +53,13 @@ def decode_loop(name, max_len, scheme=SCHEME):
 
 @functools.cache
 def traced(name):
-    """A loop that is traced once, for no target; its arguments, flat; and the cache in them."""
+    """A loop that is traced once, for no target; its arguments, flat; and the cache in them.
+
+    As if the kernel for GPUs were automatic, too.
+    """
     loop, arguments = decode_loop(name, 1024)
-    program = jaxpr_as_fun(loop.trace(*arguments).jaxpr)
+    with mock.patch.dict(decode_attention.PLATFORMS, mosaic_gpu="cuda"):
+        program = jaxpr_as_fun(loop.trace(*arguments).jaxpr)
     start, size = (len(jax.tree.leaves(a)) for a in arguments[:2])
     loop = jax.jit(program, donate_argnums=range(start, start + size))
     return loop, jax.tree.leaves(arguments), arguments[1].cache
@@ -67,8 +72,8 @@ def test_one_traced_program_compiles_for_every_target(name, target):
     compiled = compile_for(target, loop, *arguments)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache.nbytes
-    if target in TPUS:
-        assert compiled.as_text().count("tpu_custom_call") >= len(cache.layers)
+    kernel = ["tpu_custom_call"] if target in TPUS else ["mosaic_gpu", "decode_attention"]
+    assert calls(compiled, *kernel) == len(cache.layers)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +87,9 @@ def test_one_traced_program_compiles_for_every_target(name, target):
 def test_no_temporary_grows_with_the_cache(target, scheme):
     temporary = []
     for max_len in (1024, 2048):
-        with contextlib.nullcontext() if target in TPUS else kernel_is_automatic():
-            loop, arguments = decode_loop("smollm2-135m", max_len, scheme)
-            compiled = compile_for(target, loop, *arguments)
+        implementation = "auto" if target in TPUS else "mosaic_gpu"
+        loop, arguments = decode_loop("smollm2-135m", max_len, scheme, implementation)
+        compiled = compile_for(target, loop, *arguments)
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     config = model("smollm2-135m")[0]
     kernel = "tpu_custom_call" if target in TPUS else "mosaic_gpu"

@@ -78,9 +78,8 @@ def test_decoders_attend_by_what_is_said(name, variant):
 @pytest.mark.parametrize("implementation, scheme", append.ROWS)
 def test_appends_write_in_place_by_what_is_said(implementation, scheme):
     setting = end_to_end.settings()[0]
-    layer, new = jax.eval_shape(lambda: append.new_layer(setting, scheme, 2, 4))
-    with append.platforms(implementation):
-        compiled = compile_for("h100", append.loop(implementation, 4), layer, new)
+    new = functools.partial(append.new_layer, setting, implementation, scheme, 2, 4)
+    compiled = compile_for("h100", append.loop(implementation, 4), *jax.eval_shape(new))
     kernels = 2 if implementation == append.BY_KERNEL else 0
     assert calls(compiled, TRITON, "append_token") == kernels
     assert compiled.memory_analysis().temp_size_in_bytes < 2**16
