@@ -4,6 +4,8 @@ Source: Dao et al. (2022), FlashAttention, algorithm 1 (online softmax).
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,14 @@ class Partial:
         """f32[B, Hkv, G, S, D]; 0 for a query that sees no token. NaN stays NaN."""
         nothing = self.denominator == 0
         return self.numerator / jnp.where(nothing, 1, self.denominator)[..., None]
+
+
+def in_steps(attend: Callable, *arguments, tiles: int, tile_bytes: int):
+    """attend(*arguments, tiles_of_step=...): of `tiles`, and on GPUs of as many more as steps take,
+    where one is decoded to so many bytes."""
+    by = lambda count: functools.partial(attend, tiles_of_step=count)
+    large = dict.fromkeys(GPUS, by(max(tiles, STEP_BYTES // tile_bytes)))
+    return jax.lax.platform_dependent(*arguments, **large, default=by(tiles))
 
 
 def attend_tokens(

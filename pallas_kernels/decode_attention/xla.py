@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
-from nqkv_jax.partial import GPUS, STEP_BYTES
+from nqkv_jax.partial import in_steps
 
 
 def decode_attention(
@@ -20,14 +20,12 @@ def decode_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention.decode_attention`; in float32, one tile at a time, on GPUs many."""
     batch, heads, group, width = q.shape
-    run = functools.partial(_attend, soft_cap=soft_cap)
+    attend = functools.partial(_attend, soft_cap=soft_cap)
     tile_bytes = 4 * tiles.TOKENS * batch * heads * (2 * width + group)
-    large = functools.partial(run, tiles_of_step=max(1, STEP_BYTES // tile_bytes))
-    arguments = (q, key, value, lengths, first)
-    return jax.lax.platform_dependent(*arguments, **dict.fromkeys(GPUS, large), default=run)
+    return in_steps(attend, q, key, value, lengths, first, tiles=1, tile_bytes=tile_bytes)
 
 
-def _attend(q, key, value, lengths, first, *, soft_cap, tiles_of_step=1):
+def _attend(q, key, value, lengths, first, *, soft_cap, tiles_of_step):
     (batch, heads, group, _), head_dim = q.shape, value.head_dim
     product = lambda formula, *operands: jnp.einsum(
         formula, *operands, precision="highest", preferred_element_type=jnp.float32

@@ -19,7 +19,7 @@ from nqkv_jax.pallas_kernels.decode_attention.vectors import (
     VectorCodes,
     unpack,
 )
-from nqkv_jax.partial import GPUS, STEP_BYTES
+from nqkv_jax.partial import in_steps
 
 TILES_PER_STEP = 8
 
@@ -34,16 +34,14 @@ def decode_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `decode_attention.decode_attention`; in float32, on GPUs in larger steps."""
     batch, heads, group, width = q.shape
-    run = functools.partial(_attend, soft_cap=soft_cap)
+    attend = functools.partial(_attend, soft_cap=soft_cap)
     # Of 2 bits what is decoded, of 1 bit products that codes select.
     numbers = 2 * width + group * (width // CHANNELS)
-    tile_bytes = 4 * tiles.TOKENS * batch * heads * numbers
-    large = functools.partial(run, tiles_of_step=max(TILES_PER_STEP, STEP_BYTES // tile_bytes))
-    arguments = (q, key, value, lengths, first)
-    return jax.lax.platform_dependent(*arguments, **dict.fromkeys(GPUS, large), default=run)
+    of_tile = dict(tiles=TILES_PER_STEP, tile_bytes=4 * tiles.TOKENS * batch * heads * numbers)
+    return in_steps(attend, q, key, value, lengths, first, **of_tile)
 
 
-def _attend(q, key, value, lengths, first, *, soft_cap, tiles_of_step=TILES_PER_STEP):
+def _attend(q, key, value, lengths, first, *, soft_cap, tiles_of_step):
     q = q.astype(jnp.float32)
     codes, means = q[..., : key.head_dim], q[..., key.head_dim :]
     num_tiles = min(key.num_tiles, value.num_tiles)
