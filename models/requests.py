@@ -15,10 +15,8 @@ from nqkv_jax.models.sampling import GREEDY, Sampling
 from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.schemes.base import Scheme
 from nqkv_jax.side import Side
-from nqkv_jax.tiles import TOKENS
 
 _SMALLEST_BUCKET = 16
-_KERNEL_ROOM = 1024  # tokens; some kernels read 512 of them at a time, beside a residual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,10 +125,7 @@ def prepare(
     chunk = min(_bucket(longest, prefill_chunk), limit)
     padded = -(-longest // chunk) * chunk
     if max_len is None:
-        max_len = padded + max_new_tokens
-        if implementation in decode_attention.KERNELS:  # which read whole tiles
-            max_len = max(-(-max_len // TOKENS) * TOKENS, _KERNEL_ROOM)
-        max_len = min(max_len, limit)
+        max_len = min(decode_attention.room(implementation, padded + max_new_tokens), limit)
     elif longest + max_new_tokens > max_len:
         raise ValueError(
             f"generate: prompt and new tokens must fit into max_len={max_len}; got "

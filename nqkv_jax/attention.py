@@ -3,6 +3,8 @@
 Scores, softmax and sums are float32. Every segment contributes a `Partial`; they merge exactly.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -94,8 +96,8 @@ def attend(
         0 .. S.
       window: attend to the latest `window` tokens only, the current one included.
       scale: of the scores; default D ** -0.5.
-      implementation: of attention to what is cached, when one token is decoded; default: that of
-        the cache (`KVCache.with_implementation`, which describes them).
+      implementation: of decoding, when there is one token; for this call, in place of that of the
+        cache (`KVCache.with_implementation`, which describes them).
 
     Returns:
       [B, S, Hq, D] in the dtype of q, and the cache with the new tokens.
@@ -106,16 +108,11 @@ def attend(
     """
     if num_new is not None:
         num_new = jnp.asarray(num_new)
-    _check(q, k, v, cache, layer, num_new, window)
-    if implementation is None:
-        implementation = "auto"
-        if isinstance(cache, KVCache):
-            implementation = cache.layers[layer].implementation
-    elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attend: expected implementation to be one of {IMPLEMENTATIONS}, or None; got "
-            f"{implementation!r}"
-        )
+    _check(q, k, v, cache, layer, num_new, window, implementation)
+    usual = None
+    if implementation is not None and isinstance(cache, KVCache):
+        usual = cache.layers[layer].implementation
+        cache = _with_implementation(cache, layer, implementation)
     batch, size, num_heads, head_dim = q.shape
     num_kv_heads, dtype = k.shape[2], q.dtype
     if num_new is None:
@@ -137,8 +134,10 @@ def attend(
     if isinstance(cache, KVCache):
         observed = queries if cache.layers[layer].rotated else unrotated
         out, cache = _attend_cache(
-            q, k, v, observed, cache, layer, positions, num_new, rotary, window, implementation
+            q, k, v, observed, cache, layer, positions, num_new, rotary, window
         )
+        if usual is not None:
+            cache = _with_implementation(cache, layer, usual)
     elif cache is None:
         k = k if rotary is None else rotary(k, positions)
         valid = jnp.arange(size)[None] < num_new[:, None]
@@ -149,16 +148,22 @@ def attend(
     return out.astype(dtype), cache
 
 
+def _with_implementation(cache: KVCache, layer: int, implementation: str) -> KVCache:
+    """`cache` with another implementation in one layer."""
+    layers = list(cache.layers)
+    layers[layer] = layers[layer].with_implementation(implementation)
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
 def _attend_cache(
     q, k, v, observed, cache: KVCache, index: int, query_positions, num_new, rotary, window,
-    implementation,
 ) -> tuple[Partial, KVCache]:  # fmt: skip
     """The queries are rotated and scaled, [B, Hkv, G, S, D]; k and v are as the model made them.
 
     `observed` [B, S, Hkv, G, D] are the queries that a quantizer may look at.
     """
     layer = cache.layers[index]
-    size, before = q.shape[3], layer.lengths
+    size, before, implementation = q.shape[3], layer.lengths, layer.implementation
     if size > 1 and implementation != "xla":
         implementation = "auto"  # the kernels that have a name are for single queries
     if rotary is not None and layer.rotated:
@@ -237,7 +242,7 @@ def _attend_exact(
     return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
 
 
-def _check(q, k, v, cache, layer, num_new, window) -> None:
+def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             "attend: expected q [batch, tokens, num_heads, head_dim] and k, v [batch, tokens, "
@@ -266,6 +271,11 @@ def _check(q, k, v, cache, layer, num_new, window) -> None:
         isinstance(window, bool) or not isinstance(window, int) or window < 1
     ):
         raise ValueError(f"attend: expected window >= 1, a whole number, or None; got {window!r}")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"attend: expected implementation to be one of {IMPLEMENTATIONS}, or None; got "
+            f"{implementation!r}"
+        )
     if not isinstance(layer, int):
         raise ValueError(
             f"attend: layer must be a Python int, as layers may be cached differently; got "

@@ -60,6 +60,16 @@ class LayerCache:
         """Whether `append` needs the queries of the tokens."""
         return self.key.quantizer.wants_queries or self.value.quantizer.wants_queries
 
+    def with_implementation(self, implementation: str) -> "LayerCache":
+        """See `KVCache.with_implementation`."""
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"cache: expected implementation to be one of {IMPLEMENTATIONS}; got "
+                f"{implementation!r}"
+            )
+        by = lambda side: dataclasses.replace(side, implementation=implementation)
+        return dataclasses.replace(self, key=by(self.key), value=by(self.value))
+
     def check_flushed(self) -> None:
         """Raises ValueError if a flush was put off, and has not come since."""
         if self.unflushed is not None:
@@ -174,22 +184,14 @@ class KVCache:
         Args:
           implementation: "auto": by the fused kernel where the platform is a TPU, and it can serve
             the scheme, else by XLA. "xla": without kernels. A kernel's name, such as "mosaic_gpu"
-            for Hopper GPUs, asks for that one; with it come those that append tokens and attend to
-            sinks and residual, where they can serve.
+            for Hopper GPUs, asks for that one, where anything is encoded; with it come those that
+            append tokens and attend to sinks and residual, where they can serve. Kernels are not
+            partitioned: in a program for several devices, call `attend` in `jax.shard_map`.
 
         Raises: ValueError: there is no such implementation.
         """
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"cache: expected implementation to be one of {IMPLEMENTATIONS}; got "
-                f"{implementation!r}"
-            )
-        by = lambda side: dataclasses.replace(side, implementation=implementation)
-        layers = [
-            dataclasses.replace(layer, key=by(layer.key), value=by(layer.value))
-            for layer in self.layers
-        ]
-        return dataclasses.replace(self, layers=tuple(layers))
+        layers = tuple(layer.with_implementation(implementation) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
 
     def defer_flush(self) -> "KVCache":
         """The same cache, in which chunks that a token makes due wait for the last layer.

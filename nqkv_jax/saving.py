@@ -46,7 +46,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
 
 
 def load_cache(path: str | os.PathLike) -> KVCache:
-    """The cache that `save_cache` wrote.
+    """The cache that `save_cache` wrote; its implementation is "auto" (`with_implementation`).
 
     Raises: ValueError: there is no such file, it holds something else, or the scheme now stores
       other arrays (the message names the first).

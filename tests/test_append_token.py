@@ -87,3 +87,20 @@ def test_caches_take_it_on_gpus_if_it_is_asked_for(scheme, kernels):
     lowered = traced.lower(lowering_platforms=("cpu",))
     assert str(traced.jaxpr).count("name=append_token") == kernels
     assert "append_token" not in lowered.as_text()  # of this platform
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel for GPUs needs jax 0.11")
+@pytest.mark.parametrize("of_cache, of_call", [("auto", "mosaic_gpu"), ("mosaic_gpu", "xla")])
+def test_what_a_call_asks_for_is_of_all_it_does(of_cache, of_call):
+    cache = nq.schemes.get("nqkv:sinks=4").init(
+        num_layers=1, batch=2, max_len=512, num_kv_heads=2, head_dim=128, dtype=jnp.bfloat16
+    )
+    cache = cache.with_implementation(of_cache)
+    x = jnp.zeros((2, 1, 2, 128), jnp.bfloat16)
+    traced = jax.jit(functools.partial(nq.attend, implementation=of_call)).trace(x, x, x, cache)
+    names = ("append_token", "exact_attention", "decode_attention")
+    counts = [str(traced.jaxpr).count(f"name={name}") for name in names]
+    expected = [2, 1, 1] if of_call == "mosaic_gpu" else [0, 0, 0]
+    assert counts[:2] == expected[:2] and bool(counts[2]) == bool(expected[2])
+    _, after = traced.out_info
+    assert jax.tree.structure(after) == jax.tree.structure(cache)

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny_checkpoint
@@ -229,11 +230,16 @@ def test_passage():
     assert text.startswith("Call me Ishmael.") and "#" not in text and len(text) > 4000
 
 
-def test_kernels_are_asked_for_by_name(capsys, tiny):
+def test_kernels_are_asked_for_by_name(capsys, tiny, monkeypatch):
     assert options.IMPLEMENTATIONS == IMPLEMENTATIONS
     argv = ("--model", tiny, "--implementation", "triton")
     assert "triton needs two VectorCodes" in fails(capsys, "generate", "--prompt", "x", *argv)
-    assert "triton needs a GPU" in fails(capsys, "bench", "cache", "--lengths", "70", *argv)
+    bench = ("bench", "cache", "--lengths", "70")
+    assert "triton needs a GPU" in fails(capsys, *bench, *argv)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    # In whole tiles, which these have.
+    asked = (*bench, "--model", tiny, "--implementation", "mosaic_tpu")
+    assert "mosaic_tpu needs head_dim of at least 64" in fails(capsys, *asked)
 
 
 def test_bench_cache(capsys, tiny):

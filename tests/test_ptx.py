@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ptx import arithmetic, tensor_core
 from ptx.machine import Launch, Schedule, run
-from ptx.memory import Global, TensorMap
+from ptx.memory import Global, TensorMap, conflicts
 from ptx.program import parse
 
 SCHEDULES = [
@@ -364,6 +364,18 @@ def test_descriptors_that_the_driver_refuses(change):
     TensorMap(**given)
     with pytest.raises(ValueError, match="no descriptor"):
         TensorMap(**given | change)
+
+
+@pytest.mark.parametrize(
+    "stride, size, count, cycles",
+    [
+        (0, 4, 32, 0), (2, 2, 32, 0), (4, 4, 32, 0), (8, 4, 32, 1), (32, 4, 32, 7),
+        (128, 4, 32, 31), (132, 4, 32, 0), (8, 8, 32, 0), (16, 8, 32, 2), (16, 16, 32, 0),
+        (32, 16, 32, 4), (256, 16, 8, 7), (144, 16, 8, 0),
+    ],
+)  # fmt: skip
+def test_conflicts_in_shared_memory(stride, size, count, cycles):
+    assert conflicts(stride * np.arange(count), size) == cycles
 
 
 def test_a_module_has_one_kernel():

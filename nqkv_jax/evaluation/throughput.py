@@ -106,18 +106,14 @@ def cache_timings(
     # Real words are not needed: time depends on shapes and lengths alone.
     text = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, lengths[-1]))
     text = jnp.asarray(text, jnp.int32)
+    room = min(decode_attention.room(implementation, lengths[-1] + steps), lm.config.max_positions)
     variants = [
         _Cached(
-            lm,
-            schemes.get(scheme),
-            dtype,
-            text,
-            lengths[-1] + steps,
-            steps,
+            lm, schemes.get(scheme), dtype, text, room, steps,
             "auto" if str(scheme) == "none" else implementation,
         )
         for scheme, dtype in caches
-    ]
+    ]  # fmt: skip
     if no_cache:
         variants.insert(0, _Uncached(lm, text))
     timings = []

@@ -15,6 +15,7 @@ from nqkv_jax.pallas_kernels.decode_attention import (
 )
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes, Waves
 from nqkv_jax.pallas_kernels.decode_attention.vectors import VectorCodes
+from nqkv_jax.tiles import TOKENS
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -25,6 +26,7 @@ __all__ = [
     "Waves",
     "check_backend",
     "decode_attention",
+    "room",
     "unsupported",
 ]
 
@@ -37,6 +39,7 @@ KERNELS = {
     "triton": {VectorCodes: triton_vectors},
 }
 IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
+KERNEL_ROOM = 1024  # tokens of a cache: some kernels read 512 at a time, beside a residual
 # Those that "auto" takes, by the platform of `jax.lax.platform_dependent`. Not those for GPUs as
 # long as none has been timed on one.
 PLATFORMS = {"mosaic_tpu": "tpu"}
@@ -125,6 +128,14 @@ def check_backend(implementation: str) -> None:
             f"implementation: {implementation} needs a {wanted.upper()}, and jax for it; jax has "
             f"{jax.default_backend()} here. With auto, what there is decides"
         )
+
+
+def room(implementation: str, tokens: int) -> int:
+    """The tokens that a cache should have room for, if it is to hold so many: where a kernel is
+    asked for, whole tiles, and what any kernel reads at a time."""
+    if implementation not in KERNELS:
+        return tokens
+    return max(-(-tokens // TOKENS) * TOKENS, KERNEL_ROOM)
 
 
 def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:

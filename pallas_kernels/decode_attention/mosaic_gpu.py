@@ -125,7 +125,7 @@ def decode_attention(
         scratch_types=[memory(plan)],
         compiler_params=plgpu.CompilerParams(
             approx_math=True,  # exponentials are as good as float32, in two instructions of eight
-            reduction_scratch_bytes=plan.reduction_bytes,
+            reduction_scratch_bytes=0,
             # One before and one after every store: the program has what is needed.
             unsafe_no_auto_barriers=True,
         ),

@@ -31,6 +31,7 @@ class Memory(NamedTuple):
     turned: list  # float16[*Plan.turned_shape]
     shift: list  # f32[*Plan.wave_shape]
     weights: Any  # float16[*Plan.weight_shape]
+    exchange: Any  # f32[*Plan.exchange_shape]
     queries_arrived: Any
     unit_arrived: Any  # for each stage
 
@@ -70,6 +71,7 @@ def memory(plan: Plan) -> tuple[dict, Any]:
         channel_scales=[smem((plan.stages, *plan.channel_shape), i16)] * plan.key.channel_arrays,
         starts=[smem((plan.stages, *plan.starts_shape), f32)] * waves,
         shift=[smem(plan.wave_shape, f32)] * waves,
+        exchange=smem(plan.exchange_shape, f32),
         queries_arrived=plgpu.Barrier(num_arrivals=1),
         unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=plan.stages),
     )

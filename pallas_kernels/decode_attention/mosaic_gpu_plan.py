@@ -281,10 +281,9 @@ class Plan:
         return self.per_part, self.value.blocks * self.group, ROWS
 
     @property
-    def reduction_bytes(self) -> int:
-        """For sums and maxima over rows, of a square: the four warps exchange a pair of columns for
-        each thread at a time."""
-        return 4 * 32 * 8 * (self.group // 8)
+    def exchange_shape(self) -> tuple[int, int, int]:
+        """Of sums and maxima over the rows that warps have, in two places."""
+        return 2, 4, self.group
 
     @property
     def arriving(self) -> list[int]:
@@ -300,7 +299,7 @@ class Plan:
     def shared_bytes(self) -> int:
         """Shared memory that a program takes."""
         buffers = [self.stages * size for size in self.arriving]
-        buffers.append(2 * self.group * self.head_dim)
+        buffers += [2 * self.group * self.head_dim, 4 * math.prod(self.exchange_shape)]
         aligned = lambda *sizes: sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
         turned = 0
         if self.wave_rows:
@@ -313,9 +312,8 @@ class Plan:
         )
         weights = aligned(2 * math.prod(self.weight_shape))
         in_turn = (turned, scaled, weights) if self.scaled_by_part else (turned, scaled + weights)
-        return (
-            aligned(*buffers) + max(in_turn) + self.reduction_bytes + 8 * (1 + self.stages)
-        )  # of barriers
+        barriers = 8 * (1 + self.stages)
+        return aligned(*buffers) + max(in_turn) + barriers
 
     @property
     def programs(self) -> int:

@@ -13,6 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_channels as channels
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_exchange import (
+    max_over_rows,
+    sum_over_rows,
+)
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
     Memory,
     fetch,
@@ -68,8 +72,10 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         return jnp.clip(unit * plan.tiles, 0, plan.num_tiles - plan.tiles)
 
     def fetch_step(step, slot):
-        tile = first_tile(begin + jnp.minimum(step, jnp.maximum(steps - 1, 0)))
-        fetch(source, smem, batch, div(head, plan.chunks), tile, slot, plan)
+        @pl.when(step < steps)
+        def _():
+            tile = first_tile(begin + step)
+            fetch(source, smem, batch, div(head, plan.chunks), tile, slot, plan)
 
     plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
     for slot in range(plan.stages):
@@ -111,6 +117,8 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         numbers = jnp.full((rows, depth), value, jnp.float16)
         return plgpu.layout_cast(numbers, plgpu.Layout.WGMMA)
 
+    max_rows = functools.partial(max_over_rows, interpret=plan.interpret)
+    sum_rows = functools.partial(sum_over_rows, interpret=plan.interpret)
     add = functools.partial(add_product, interpret=plan.interpret)
     load_right = functools.partial(load_columns, interpret=plan.interpret)
 
@@ -237,7 +245,9 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             ]
             for n in range(plan.per_part)
         ]
-        top = jnp.maximum(maximum, jnp.max(functools.reduce(jnp.maximum, scores), axis=0))
+        top = jnp.maximum(
+            maximum, max_rows(functools.reduce(jnp.maximum, scores), smem.exchange.at[0])
+        )
         old = jnp.exp(maximum - top)
         denominator = denominator * by_column(old)
         if needs_constant:
@@ -300,10 +310,10 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     constant = tuple(zeros(*square) for _ in range(plan.value.blocks))
     start = (numerators, zeros(*square), constant, floor)
     numerators, denominator, constant, maximum = jax.lax.fori_loop(0, steps, step, start)
-    for slot in range(plan.stages):
-        plgpu.barrier_wait(smem.unit_arrived.at[slot])
     # From registers: shared memory for these would cost a program.
-    totals = [jnp.sum(c, axis=0) for c in constant] if needs_constant else None
+    # Two places in turn: by the time one is used again, all warps have met and have read it.
+    sums = [*constant, denominator] if needs_constant else [denominator]
+    *totals, denominator = [sum_rows(x, smem.exchange.at[n % 2]) for n, x in enumerate(sums)]
     numerator_gmem, denominator_gmem, maximum_gmem = (a.at[batch, head, split] for a in outputs)
     for operand, numerator in zip(plan.operands, numerators, strict=True):
         numerator = numerator * jnp.float32(plan.value.levels.slope)
@@ -314,5 +324,5 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         channel = pl.ds(operand.column * plan.width(plan.value) + operand.first, operand.count)
         whole = operand.count == plan.head_dim
         store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
-    store(denominator_gmem, jnp.sum(denominator, axis=0))
+    store(denominator_gmem, denominator)
     store(maximum_gmem, maximum)

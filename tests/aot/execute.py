@@ -4,7 +4,8 @@
 
 Every instruction, of every thread (see `ptx`), twice: what is asynchronous happens at once, with
 the first warp ahead; or when it is waited for, with the last one ahead. Results must be the same
-bits, and those of the oracle.
+bits, and those of the oracle. In shared memory, threads of a warp must not wait for each other
+(kernels by Triton may).
 """
 
 import functools
@@ -40,16 +41,17 @@ TOLERANCE = 2e-3  # of products in float16
 PROGRAMS = {}  # of Mosaic, by name and operands; and the code of their host
 
 
-def executed(kernel, compiled):
+def executed(kernel, compiled, conflicts: bool = False):
     """The same kernel, for an H100 that is not there.
 
-    `compiled(kernel, *shapes)` is its program, and the function of buffers that is its launch.
+    `compiled(kernel, *shapes)` is its program, and the function of buffers that is its launch. It
+    may have `conflicts` in shared memory.
     """
 
     def call(*operands):
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in operands]
         results = jax.eval_shape(kernel, *shapes)
-        run = functools.partial(_run, *compiled(kernel, *shapes), results)
+        run = functools.partial(_run, *compiled(kernel, *shapes), results, conflicts)
         return jax.pure_callback(run, results, *operands)
 
     return call
@@ -75,14 +77,16 @@ def started(options: dict, arrays: list[np.ndarray]) -> machine.Launch:
     return machine.Launch(parameters=tuple(pointers), tensor_maps={}, **options)
 
 
-def _run(program, launch, results, *operands) -> tuple[np.ndarray, ...]:
+def _run(program, launch, results, conflicts, *operands) -> tuple[np.ndarray, ...]:
     inputs = [aligned(np.asarray(a)) for a in operands]
     before = [a.tobytes() for a in inputs]
     found = []
     for schedule in SCHEDULES:
         outputs = [aligned(np.full(a.shape, np.nan, a.dtype)) for a in results]
         arrays = inputs + outputs
-        machine.run(program, launch(arrays), Global(arrays), schedule)
+        cycles = machine.run(program, launch(arrays), Global(arrays), schedule)
+        if cycles and not conflicts:
+            raise RuntimeError(f"expected no conflicts in shared memory; got {cycles} cycles")
         found.append(outputs)
     if [a.tobytes() for a in inputs] != before:
         raise RuntimeError("the kernel wrote to its operands")
@@ -180,7 +184,7 @@ def main() -> None:
         mosaic(*args, **options), functools.partial(by_mosaic, options["kernel_name"])
     )
     pl.pallas_call = lambda *args, **options: executed(
-        triton(*args, **options), functools.partial(by_triton, options["name"])
+        triton(*args, **options), functools.partial(by_triton, options["name"]), conflicts=True
     )
     planned = [*runs({name: kernels[name] for name in names}), *others()]
     finish(planned, "as the oracle has them")

@@ -40,8 +40,10 @@ class Launch:
     tensor_maps: dict[int, TensorMap]  # by their place in the last parameter
 
 
-def run(program: Program, launch: Launch, memory: Global, schedule: Schedule) -> None:
+def run(program: Program, launch: Launch, memory: Global, schedule: Schedule) -> int:
     """Executes a grid.
+
+    Returns: cycles that conflicts in shared memory take.
 
     Raises:
       RuntimeError: nothing goes on, or an error of the program that would be undefined behaviour.
@@ -49,9 +51,13 @@ def run(program: Program, launch: Launch, memory: Global, schedule: Schedule) ->
     if len(schedule.warps) != launch.threads // 32:
         raise ValueError(f"expected an order of {launch.threads // 32} warps; got {schedule}")
     code = [(i, compile_instruction(i, program)) for i in contracted(program).instructions]
+    total = 0
     with np.errstate(all="ignore"):
         for index in itertools.product(*map(range, launch.grid)):
-            Block(program, code, launch, memory, schedule, index).run()
+            block = Block(program, code, launch, memory, schedule, index)
+            block.run()
+            total += block.shared.conflicts
+    return total
 
 
 class Block:

@@ -7,6 +7,7 @@ import numpy as np
 
 SHARED_BASE = 1024  # of the window; what lies below is the driver's
 KNOWN = np.uint64(1 << 63)
+BANKS = 32  # of shared memory, each of which delivers 4 bytes in a cycle
 
 
 class Global:
@@ -43,10 +44,22 @@ class Global:
         data[index] = values
 
 
+def conflicts(addresses: np.ndarray, size: int) -> int:
+    """Cycles that threads of a warp wait as others want other words of a bank. Of 8 bytes each, 16
+    threads have a turn; of 16 bytes, 8."""
+    turns = np.array_split(
+        addresses, range(128 // max(size, 4), len(addresses), 128 // max(size, 4))
+    )
+    words = [np.unique(a[:, None] // 4 + np.arange(max(size // 4, 1))) for a in turns]
+    return sum(int(np.bincount(w % BANKS).max()) - 1 for w in words)
+
+
 class Shared:
-    """Shared memory, which knows what warps wrote that the asynchronous units may not see yet."""
+    """Shared memory, which knows what warps wrote that the asynchronous units may not see yet, and
+    counts conflicts."""
 
     def __init__(self, size: int):
+        self.conflicts = 0
         self.data = np.full(SHARED_BASE + size, 0xFF, np.uint8)  # NaN
         # A bit for each warp, and `KNOWN` for what all know of, as a barrier came after it.
         self.unfenced = np.zeros(SHARED_BASE + size, np.uint64)
@@ -63,10 +76,12 @@ class Shared:
 
     def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """uint8[n, size]"""
+        self.conflicts += conflicts(addresses, size)
         return self.data[self._index(addresses, size)]
 
     def store(self, addresses: np.ndarray, values: np.ndarray, warp: int) -> None:
         """uint8[n, size]"""
+        self.conflicts += conflicts(addresses, values.shape[1])
         index = self._index(addresses, values.shape[1])
         self.data[index] = values
         self.unfenced[index] |= np.uint64(1 << warp)
