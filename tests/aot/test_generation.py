@@ -6,11 +6,15 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from targets import TPUS, TRITON, calls, compile_for
 
+import nqkv_jax as nq
 from nqkv_jax import schemes
 from nqkv_jax.models import decoding, families
 from nqkv_jax.models.sampling import Sampling
@@ -115,6 +119,22 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
         sides = {"nqkv": 2, "kivi": 1}.get(scheme, 0)
         assert of("append_token") == sides * config.num_layers
         assert of("exact_attention") == (scheme != "nqkv") * config.num_layers
+
+
+def test_a_kernel_reads_its_part_of_the_sequences():
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS["v5e"][0])
+    mesh, by_sequence = Mesh(np.array(topology.devices[:2]), ("batch",)), PartitionSpec("batch")
+    sharding = NamedSharding(mesh, by_sequence)
+    attend = jax.shard_map(
+        nq.attend, mesh=mesh, in_specs=by_sequence, out_specs=by_sequence, check_vma=False
+    )
+    cache = nq.schemes.get("nqkv").abstract(
+        num_layers=1, batch=4, max_len=2048, num_kv_heads=2, head_dim=128, dtype=jnp.bfloat16
+    )
+    new = [SHAPE((4, 1, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)]
+    *new, cache = jax.tree.map(lambda a: SHAPE(a.shape, a.dtype, sharding=sharding), (*new, cache))
+    compiled = jax.jit(attend, donate_argnums=3).trace(*new, cache).lower().compile()
+    assert calls(compiled, "tpu_custom_call") == 1 and "all-gather" not in compiled.as_text()
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
