@@ -112,6 +112,11 @@ def prepare(
         _whole("max_len", max_len, 1)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"generate: sampling must be a Sampling(...); got {sampling!r}")
+    if implementation not in decode_attention.IMPLEMENTATIONS:
+        raise ValueError(
+            f"generate: implementation must be one of {decode_attention.IMPLEMENTATIONS}; got "
+            f"{implementation!r}"
+        )
     scheme = schemes.get(scheme)
     stop = _stop_strings(lm, stop)
     ids = _encode(lm, prompts, add_special_tokens)
@@ -149,9 +154,9 @@ def prepare(
     )
     if implementation != "auto":
         # What a kernel cannot serve should be said before the prompts are read.
+        decode_attention.check_backend(implementation)
         token = jax.ShapeDtypeStruct((len(request.prompts), 1), jnp.int32)
         jax.eval_shape(lambda t, p: lm.apply(p, t, request.new_cache()), token, lm.params)
-        decode_attention.check_backend(implementation)
     return request
 
 

@@ -108,13 +108,15 @@ def attend(
     """
     if num_new is not None:
         num_new = jnp.asarray(num_new)
-    _check(q, k, v, cache, layer, num_new, window, implementation)
+    _check(q, k, v, cache, layer, rotary, num_new, window, implementation)
     usual = None
     if implementation is not None and isinstance(cache, KVCache):
         usual = cache.layers[layer].implementation
         cache = _with_implementation(cache, layer, implementation)
     batch, size, num_heads, head_dim = q.shape
     num_kv_heads, dtype = k.shape[2], q.dtype
+    if dtype == jnp.float64:
+        q = q.astype(jnp.float32)
     if num_new is None:
         num_new = jnp.full(batch, size, jnp.int32)
     else:
@@ -242,7 +244,7 @@ def _attend_exact(
     return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
 
 
-def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
+def _check(q, k, v, cache, layer, rotary, num_new, window, implementation) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             "attend: expected q [batch, tokens, num_heads, head_dim] and k, v [batch, tokens, "
@@ -259,6 +261,13 @@ def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
     if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in (q, k, v)):
         raise ValueError(
             f"attend: expected floating-point q, k, v; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not isinstance(rotary, Rotary | None):
+        raise ValueError(f"attend: expected rotary to be a Rotary or None; got {rotary!r}")
+    if rotary is not None and 2 * rotary.inverse_frequencies.shape[-1] > head_dim:
+        raise ValueError(
+            f"attend: expected rotary to have at most {head_dim // 2} frequencies, one for every "
+            f"pair of channels; got {rotary.inverse_frequencies.shape[-1]}"
         )
     if num_new is not None and (
         num_new.shape != (batch,) or not jnp.issubdtype(num_new.dtype, jnp.integer)
@@ -279,7 +288,7 @@ def _check(q, k, v, cache, layer, num_new, window, implementation) -> None:
     if not isinstance(layer, int):
         raise ValueError(
             f"attend: layer must be a Python int, as layers may be cached differently; got "
-            f"{layer}. Unroll the loop over layers"
+            f"{layer!r} of type {type(layer).__name__}. Unroll the loop over layers"
         )
     if isinstance(cache, KVCache):
         if not 0 <= layer < len(cache.layers):

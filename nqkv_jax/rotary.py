@@ -58,7 +58,8 @@ class Rotary:
 
     def at(self, positions: jax.Array) -> RotaryAngles:
         """The rotation to `positions` i32[..., tokens]."""
-        frequencies = jnp.expand_dims(self.inverse_frequencies, range(positions.ndim + 1))
+        frequencies = self.inverse_frequencies.astype(jnp.float32)
+        frequencies = jnp.expand_dims(frequencies, range(positions.ndim + 1))
         angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, R / 2]
         return RotaryAngles(cos=jnp.cos(angles), sin=jnp.sin(angles), factor=self.attention_factor)
 

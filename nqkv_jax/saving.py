@@ -11,6 +11,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors
 import safetensors.flax
 
@@ -24,8 +25,15 @@ _VERSION = 5  # of the names and shapes of arrays, and of what is in them
 def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
     """Writes `cache`, as it is, to one safetensors file; an existing one is replaced.
 
-    Raises: ValueError: a flush was put off (`KVCache.defer_flush`), and has not come since.
+    Raises:
+      ValueError: a flush was put off (`KVCache.defer_flush`), and has not come since; or it is no
+        cache with arrays.
+      OSError: it cannot be written to `path`.
     """
+    if not isinstance(cache, KVCache) or not all(
+        isinstance(a, jax.Array | np.ndarray) for a in jax.tree.leaves(cache)
+    ):
+        raise ValueError(f"save_cache: expected a KVCache with arrays; got {cache!r:.200}")
     for layer in cache.layers:
         layer.check_flushed()
     layer = cache.layers[0]
@@ -40,13 +48,17 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
         dtype=layer.dtype.name,
     )
     path = pathlib.Path(path).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        what = "a file, not a folder" if path.is_dir() else "a file in a folder that exists"
+        raise OSError(f"save_cache: expected {what}; got {path}")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     safetensors.flax.save_file(_arrays(cache), temporary, {_KEY: json.dumps(about)})
     os.replace(temporary, path)
 
 
 def load_cache(path: str | os.PathLike) -> KVCache:
-    """The cache that `save_cache` wrote; its implementation is "auto" (`with_implementation`).
+    """The cache that `save_cache` wrote, with what a new one has of `with_implementation` and
+    `defer_flush`.
 
     Raises: ValueError: there is no such file, it holds something else, or the scheme now stores
       other arrays (the message names the first).

@@ -393,7 +393,12 @@ GOOD = dict(q=(BATCH, 1, NUM_HEADS, HEAD_DIM), k=(BATCH, 1, NUM_KV_HEADS, HEAD_D
             "at least one",
         ),
         (dict(cache="nqkv"), "expected cache to be a KVCache .*; got str"),
-        (dict(layer=jnp.int32(0)), "layer must be a Python int"),
+        (dict(layer=np.int64(0)), r"layer must be a Python int.* of type int64"),
+        (dict(rotary=jnp.cos), "expected rotary to be a Rotary or None; got <"),
+        (
+            dict(rotary=nq.Rotary(inverse_frequencies=jnp.ones(HEAD_DIM))),
+            f"at most {HEAD_DIM // 2} frequencies.*; got {HEAD_DIM}",
+        ),
         (dict(implementation="mosaic"), "one of .*xla.*; got 'mosaic'"),
     ],
 )

@@ -233,13 +233,17 @@ def test_passage():
 def test_kernels_are_asked_for_by_name(capsys, tiny, monkeypatch):
     assert options.IMPLEMENTATIONS == IMPLEMENTATIONS
     argv = ("--model", tiny, "--implementation", "triton")
-    assert "triton needs two VectorCodes" in fails(capsys, "generate", "--prompt", "x", *argv)
+    text = ("generate", "--prompt", "x")
+    assert "triton needs a GPU" in fails(capsys, *text, *argv)
     bench = ("bench", "cache", "--lengths", "70")
     assert "triton needs a GPU" in fails(capsys, *bench, *argv)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     # In whole tiles, which these have.
-    asked = (*bench, "--model", tiny, "--implementation", "mosaic_tpu")
-    assert "mosaic_tpu needs head_dim of at least 64" in fails(capsys, *asked)
+    asked = ("--model", tiny, "--implementation", "mosaic_tpu")
+    assert "mosaic_tpu needs head_dim of at least 64" in fails(capsys, *bench, *asked)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = fails(capsys, *text, *argv)
+    assert "needs codes of eight channels (as nsnquant has); got codes of single channels" in found
 
 
 def test_bench_cache(capsys, tiny):

@@ -202,6 +202,16 @@ def test_widths_per_layer(tmp_path):
         scheme.init(num_layers=3, batch=1, max_len=256, num_kv_heads=2, head_dim=64)
 
 
+def test_a_file_that_was_written_again_is_read_again(tmp_path):
+    path, sizes = tmp_path / "a.json", dict(batch=1, max_len=256, num_kv_heads=2, head_dim=64)
+    four = dict(budget=4, ladder=(4,), key_bits=(4, 4), value_bits=(4, 4))
+    for allocation in (ALLOCATION, dataclasses.replace(ALLOCATION, **four)):
+        allocation.save(path)
+        scheme = nq.schemes.get(f"kvq:allocation={path}")
+        assert scheme.abstract(num_layers=2, **sizes).stored_bits == allocation.mean_bits + 0.5
+        assert nq.schemes.get(f"kvq:allocation={path}") is scheme
+
+
 def test_an_allocation_of_another_model_is_refused(tmp_path):
     """Before anything is computed, and by whatever caches; the same weights are taken."""
     path = tmp_path / "a.json"

@@ -64,6 +64,19 @@ def test_other_files_are_refused(content, message, tmp_path):
         nq.load_cache(path)
 
 
+def test_where_and_what_cannot_be_written(tmp_path):
+    cache = make_cache("nqkv", max_len=16)
+    with pytest.raises(OSError, match=r"expected a file, not a folder; got "):
+        nq.save_cache(cache, tmp_path)
+    with pytest.raises(OSError, match=r"expected a file in a folder that exists; got .*no/cache"):
+        nq.save_cache(cache, tmp_path / "no" / "cache")
+    with pytest.raises(ValueError, match="expected a KVCache with arrays; got None"):
+        nq.save_cache(None, tmp_path / "cache")
+    with pytest.raises(ValueError, match="expected a KVCache with arrays; got KVCache"):
+        nq.save_cache(jax.eval_shape(lambda: cache), tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_layout_is_refused(tmp_path, monkeypatch):
     nq.save_cache(make_cache("nqkv", max_len=16), tmp_path / "cache")
     other = nq.schemes.get("nqkv:bits=3")

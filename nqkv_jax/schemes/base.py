@@ -12,6 +12,7 @@ import importlib
 import inspect
 import math
 import numbers
+import os
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -302,11 +303,22 @@ def get(spec: "str | Scheme", **options) -> Scheme:
             )
         _check_type(name, key, value, known[key])
     changed = tuple((k, given[k]) for k in known if k in given and given[k] != known[k])
-    return _build(name, _REGISTRY[name], changed)
+    return _build(name, _REGISTRY[name], changed, tuple(_version(value) for _, value in changed))
+
+
+def _version(value: object) -> tuple[int, ...] | None:
+    """Of the file that an option names, if it names one: another when that was written again."""
+    try:
+        found = os.stat(os.path.expanduser(value)) if isinstance(value, str) else None
+    except (OSError, ValueError):
+        return None
+    return found and (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=256)
-def _build(name: str, function: Callable, options: tuple[tuple[str, object], ...]) -> Scheme:
+def _build(
+    name: str, function: Callable, options: tuple[tuple[str, object], ...], versions: tuple
+) -> Scheme:
     summary = (inspect.getdoc(function) or "").split("\n")[0]
     return Scheme(name, options, function(**dict(options)), summary)
 

@@ -39,6 +39,10 @@ KERNELS = {
     "triton": {VectorCodes: triton_vectors},
 }
 IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
+NAMES = {
+    TiledCodes: "codes of single channels (as nqkv has)",
+    VectorCodes: "codes of eight channels (as nsnquant has)",
+}
 KERNEL_ROOM = 1024  # tokens of a cache: some kernels read 512 at a time, beside a residual
 # Those that "auto" takes, by the platform of `jax.lax.platform_dependent`. Not those for GPUs as
 # long as none has been timed on one.
@@ -106,8 +110,9 @@ def decode_attention(
 @functools.partial(jax.jit, static_argnames=("run", "soft_cap"))
 def _traced_once(*arguments, run, soft_cap):
     """For all layers of a model: a kernel takes longer to trace than the rest of a layer, and is
-    traced on every platform."""
-    return run(*arguments, soft_cap=soft_cap)
+    traced on every platform. Kernels are written for numbers of 32 bits."""
+    with jax.enable_x64(False):
+        return run(*arguments, soft_cap=soft_cap)
 
 
 def unsupported(implementation: str, key: Codes, value: Codes, group: int) -> str | None:
@@ -115,8 +120,9 @@ def unsupported(implementation: str, key: Codes, value: Codes, group: int) -> st
     can."""
     kinds = KERNELS[implementation]
     if type(key) is not type(value) or type(key) not in kinds:
-        served = " or ".join(f"two {kind.__name__}" for kind in kinds)
-        return f"{served}; got {type(key).__name__} and {type(value).__name__}"
+        served = " or ".join(NAMES[kind] for kind in kinds)
+        got = " and ".join(dict.fromkeys(NAMES[type(side)] for side in (key, value)))
+        return f"{served}; got {got}"
     return kinds[type(key)].unsupported(key, value, group)
 
 
