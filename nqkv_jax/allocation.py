@@ -142,10 +142,12 @@ class Allocation:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a small JSON file."""
+        """Writes a small JSON file, in folders that are made."""
         fields = dataclasses.asdict(self) | dict(num_layers=self.num_layers)
         content = json.dumps(dict(record=_RECORD, **fields), indent=1)
-        pathlib.Path(path).expanduser().write_text(content + "\n", encoding="utf-8")
+        path = pathlib.Path(path).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Allocation":

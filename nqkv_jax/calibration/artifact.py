@@ -86,6 +86,8 @@ def load_partial(
 def _load(path: pathlib.Path, kind: str, mtime: int, size: int):
     name = kind.split()[0]
     expected = f"{name}: {path} must be a calibration made by `nqkv calibrate {name}`"
+    if path.is_dir():
+        raise ValueError(f"{expected}; it is a folder")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))

@@ -30,8 +30,11 @@ def quarot(
 ):
     """Hadamard transform per head, then asymmetric integers with one scale per token and head."""
     one_of("quarot: bits", bits, (2, 3, 4, 8))
-    if heads_per_group < 1:
-        raise ValueError(f"quarot: expected heads_per_group >= 1; got {heads_per_group}")
+    if heads_per_group < 1 or heads_per_group & (heads_per_group - 1):
+        raise ValueError(
+            "quarot: expected heads_per_group >= 1, a power of two as the Hadamard transform is of "
+            f"one; got {heads_per_group}"
+        )
     window, together = block_window("quarot", residual), heads_per_group > 1
     codebook, scale = (
         (codebooks.integer(bits), "absmax") if symmetric else (codebooks.uniform(bits), "minmax")
