@@ -88,10 +88,9 @@ def run(args) -> None:
     if args.chat is not None:
         prompt = lm.tokenizer.chat([{"role": "user", "content": args.chat}])
     settings = dict(
-        scheme=scheme, max_new_tokens=args.max_new_tokens, max_len=args.max_len,
-        sampling=sampling, seed=args.seed,
-        stop=args.stop, cache_dtype=args.cache_dtype, implementation=args.implementation,
-        add_special_tokens=args.chat is None,
+        scheme=scheme, max_new_tokens=args.max_new_tokens, max_len=args.max_len, sampling=sampling,
+        seed=args.seed, stop=args.stop, cache_dtype=args.cache_dtype,
+        implementation=args.implementation, add_special_tokens=args.chat is None,
     )  # fmt: skip
     if args.json or args.num_samples != 1:
         result = generate(lm, [prompt], num_samples=args.num_samples, **settings)
