@@ -152,7 +152,7 @@ def prepare(
         cache_dtype=_cache_dtype(lm.dtype if cache_dtype is None else cache_dtype),
         implementation=implementation,
     )
-    if implementation != "auto":
+    if implementation in decode_attention.KERNELS:
         # What a kernel cannot serve should be said before the prompts are read.
         decode_attention.check_backend(implementation)
         token = jax.ShapeDtypeStruct((len(request.prompts), 1), jnp.int32)

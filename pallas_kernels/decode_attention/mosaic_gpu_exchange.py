@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-WARPS = 4
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import WARPS
+
 COLUMNS = 8  # of a register's tile, two of them in a thread
 
 

@@ -10,6 +10,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
 from nqkv_jax.pallas_kernels.decode_attention.splits import number_of_splits
 
 ROWS = 64  # of a tensor core's operand
+WARPS = 4  # of a program, each of which has 16 of them
 MULTIPROCESSORS = 132  # of an H100
 SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
 ALIGNMENT = 2**10  # of a buffer
@@ -283,7 +284,7 @@ class Plan:
     @property
     def exchange_shape(self) -> tuple[int, int, int]:
         """Of sums and maxima over the rows that warps have, in two places."""
-        return 2, 4, self.group
+        return 2, WARPS, self.group
 
     @property
     def arriving(self) -> list[int]:

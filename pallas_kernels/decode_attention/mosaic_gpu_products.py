@@ -16,10 +16,9 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, WARPS
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import swizzled
 
-WARPS = 4
 SQUARE = 16  # rows of a warp, and elements that one instruction sums over
 
 
