@@ -23,9 +23,10 @@ from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.codes import SHARING, TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import MOST, Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_machine import SHARED_MEMORY, machine
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Source, memory
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_merge import merge
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import SHARED_MEMORY, make_plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import make_plan
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_program import program
 
 
@@ -33,8 +34,9 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
     """What this kernel would need to serve the case, or None if it can."""
     if jax.__version_info__ < (0, 11):
         return f"jax 0.11 or later; got {jax.__version__}"
-    if capability := _other_capability():
-        return f"a Hopper GPU (compute capability 9.0); got {capability}"
+    if (found := machine().capability) not in SHARED_MEMORY:
+        known = ", ".join(f"{major}.{minor}" for major, minor in SHARED_MEMORY)
+        return f"a GPU of compute capability {known}; got {found[0]}.{found[1]}"
     if not 64 <= key.head_dim <= 256:
         return f"head_dim 64 to 256; got {key.head_dim}"
     if any(not Levels(side.codebook).computed for side in (key, value)):
@@ -62,20 +64,11 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
         return f"room for at least {room[0]} encoded tokens; got {room[1]} (raise max_len)"
     if not plan.programs:
         return (
-            f"at most {SHARED_MEMORY // 2**10 - 1} KiB of shared memory; head_dim {key.head_dim} "
-            f"with {bits} bits and {group} query heads per KV head take "
+            f"at most {plan.machine.shared_memory // 2**10 - 1} KiB of shared memory; head_dim "
+            f"{key.head_dim} with {bits} bits and {group} query heads per KV head take "
             f"{plan.shared_bytes // 2**10}"
         )
     return None
-
-
-def _other_capability() -> str | None:
-    """The compute capability of the GPU at hand, if there is one and it is no Hopper."""
-    try:
-        capability = jax.local_devices(backend="gpu")[0].compute_capability
-    except RuntimeError:  # none: traced to be compiled for another machine
-        return None
-    return None if capability.startswith("9.") else capability
 
 
 def decode_attention(

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Memory, meet
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_copies as copies
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import Memory
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import store_columns
 
 
 def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Plan) -> None:
@@ -41,7 +43,8 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
         columns, constant = pl.ds(segment * plan.group, plan.group), None
         for c, (q, (scale, *zero)) in enumerate(zip(queries, of_rows, strict=True)):
             target = smem.scaled_queries[0].at[n, columns, rows[c]]
-            target.transpose((1, 0))[...] = q * by_row(scale)  # two numbers at a time
+            # Multiplied two numbers at a time.
+            store_columns(target, q * by_row(scale), plan.query_lanes, plan)
             if not plan.key.shifted:
                 continue
             q, scale, *zero = (a.astype(jnp.float32) for a in (q, scale, *zero))
@@ -57,5 +60,5 @@ def scale_queries(smem: Memory, slot: jax.Array, part: jax.Array | int, plan: Pl
             constant = shift if constant is None else constant + shift
         if constant is not None:
             target = smem.channel_shift[0].at[n, columns]
-            target.transpose((1, 0))[...] = constant.astype(jnp.float16)
-    meet(plan.interpret)
+            store_columns(target, constant.astype(jnp.float16), 32, plan)
+    copies.meet(plan)

@@ -1,5 +1,6 @@
 """The shared memory of a program of the GPU kernel, and the copies into it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
 
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_copies as copies
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import swizzled
 
@@ -32,6 +33,7 @@ class Memory(NamedTuple):
     shift: list  # f32[*Plan.wave_shape]
     weights: Any  # float16[*Plan.weight_shape]
     exchange: Any  # f32[*Plan.exchange_shape]
+    # Barriers, if copies are bulk.
     queries_arrived: Any
     unit_arrived: Any  # for each stage
 
@@ -49,7 +51,7 @@ def memory(plan: Plan) -> tuple[dict, Any]:
     f32, f16, i16 = jnp.float32, jnp.float16, jnp.int16
     smem = plgpu.SMEM
 
-    operand, of_channels = swizzled(32), swizzled(min(plan.lanes(plan.key), 32))
+    operand, of_channels = swizzled(32), swizzled(plan.query_lanes)
     queries = smem((plan.group, plan.head_dim), f16, **of_channels)
     if channels:
         queries = smem((plan.head_dim, plan.group), f16)
@@ -72,9 +74,14 @@ def memory(plan: Plan) -> tuple[dict, Any]:
         starts=[smem((plan.stages, *plan.starts_shape), f32)] * waves,
         shift=[smem(plan.wave_shape, f32)] * waves,
         exchange=smem(plan.exchange_shape, f32),
-        queries_arrived=plgpu.Barrier(num_arrivals=1),
-        unit_arrived=plgpu.Barrier(num_arrivals=_copies(plan), num_barriers=plan.stages),
+        queries_arrived=None,
+        unit_arrived=None,
     )
+    if plan.bulk_copies:
+        lasting["queries_arrived"] = plgpu.Barrier(num_arrivals=1)
+        lasting["unit_arrived"] = plgpu.Barrier(
+            num_arrivals=_copies(plan), num_barriers=plan.stages
+        )
     turned = dict(turned=[smem(plan.turned_shape, f16, **operand)] * waves)
     scaled = dict(
         scaled_queries=[smem(plan.scaled_shape, f16, **of_channels)] * channels,
@@ -108,8 +115,8 @@ def fetch(
     slot: int | jax.Array, plan: Plan,
 ) -> None:  # fmt: skip
     """Starts the copies of the unit that begins with `tile`."""
-    done = smem.unit_arrived.at[slot]
-    copy = lambda a, b: plgpu.copy_gmem_to_smem(a, b, done)
+    done = smem.unit_arrived.at[slot] if plan.bulk_copies else None
+    copy = functools.partial(copies.start, arrived=done, plan=plan)
     for s, side in enumerate(plan.sides):
         unit = source.words[s].at[pl.ds(batch * side.num_tiles + tile, plan.tiles)]
         first_row = head * plan.stored_rows(side)
@@ -118,11 +125,13 @@ def fetch(
             lanes, count = pl.ds(lane, plan.width(side)), plan.field
             for piece in range(side.pieces):
                 row = first_row + (stored_column * side.pieces + piece) * count
-                copy(unit.at[:, pl.ds(row, count), lanes], smem.words[s].at[slot, piece, column])
+                there = smem.words[s].at[slot, piece, column]
+                copy(unit.at[:, pl.ds(row, count), lanes], there, lanes=plan.lanes(side))
             for high in smem.high[s]:
                 count = count * side.pieces // 2
                 row = first_row + plan.low_rows(side) + stored_column * count
-                copy(unit.at[:, pl.ds(row, count), lanes], high.at[slot, column])
+                there = high.at[slot, column]
+                copy(unit.at[:, pl.ds(row, count), lanes], there, lanes=plan.lanes(side))
     for side, arrays, targets in zip(
         plan.sides, source.token_scales, smem.token_scales, strict=True
     ):
@@ -139,15 +148,6 @@ def fetch(
     for starts, target in zip(source.starts, smem.starts, strict=True):
         first = tile * (plan.halves // plan.tiles)
         copy(starts.at[pl.ds(first, plan.halves)], target.at[slot])
-
-
-def meet(interpret: bool) -> None:
-    """Waits until all warps are here: what each has written to shared memory can be loaded then.
-    `wgmma`, and copies, need a `commit_smem`."""
-    if interpret:
-        plgpu.commit_smem()
-    else:
-        plgpu.inline_mgpu()(lambda context: utils.warpgroup_barrier())()
 
 
 def load_rows(bits, interpret: bool) -> jax.Array:

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_levels import Levels
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_machine import Machine, machine
 from nqkv_jax.pallas_kernels.decode_attention.splits import number_of_splits
 
 ROWS = 64  # of a tensor core's operand
 WARPS = 4  # of a program, each of which has 16 of them
-MULTIPROCESSORS = 132  # of an H100
-SHARED_MEMORY = 228 * 2**10  # bytes of each, 1 KiB of which is reserved for every program
+THREADS = 32 * WARPS
 ALIGNMENT = 2**10  # of a buffer
 COPY_ALIGNMENT = 128  # of where a copy goes to
 QUERY_HEADS = 16  # of a program at most: for more, most kinds spill registers
@@ -86,11 +86,16 @@ class Plan:
     value: Side
     wave_rows: int  # of cosines, and of sines, that add to scores; 0 for none
     soft_cap: float | None
+    machine: Machine
     interpret: bool
 
     @property
     def sides(self) -> tuple[Side, Side]:
         return self.key, self.value
+
+    @property
+    def bulk_copies(self) -> bool:
+        return self.interpret or self.machine.bulk_copies
 
     @property
     def narrow_bits(self) -> int:
@@ -165,6 +170,11 @@ class Plan:
     def lanes(self, side: Side) -> int:
         """Channels side by side in shared memory, in up to 128 bytes, which are swizzled."""
         return math.gcd(self.width(side), ROWS)
+
+    @property
+    def query_lanes(self) -> int:
+        """Likewise of queries, in up to 64 bytes."""
+        return min(self.lanes(self.key), 32)
 
     @property
     def operands(self) -> list[Operand]:
@@ -313,13 +323,13 @@ class Plan:
         )
         weights = aligned(2 * math.prod(self.weight_shape))
         in_turn = (turned, scaled, weights) if self.scaled_by_part else (turned, scaled + weights)
-        barriers = 8 * (1 + self.stages)
+        barriers = 8 * (1 + self.stages) * self.bulk_copies
         return aligned(*buffers) + max(in_turn) + barriers
 
     @property
     def programs(self) -> int:
         """That run on a multiprocessor at a time, as far as its memory goes; 0 if none fits."""
-        return SHARED_MEMORY // (self.shared_bytes + 2**10)
+        return self.machine.shared_memory // (self.shared_bytes + 2**10)
 
     @property
     def slots(self) -> int:
@@ -329,7 +339,7 @@ class Plan:
         small = small and not any(side.high for side in self.sides)
         many = self.narrow_bits == 2 and not small
         room = 2 if many or self.head_dim > tiles.LANES else 3
-        return MULTIPROCESSORS * max(1, min(self.programs, room))
+        return self.machine.multiprocessors * max(1, min(self.programs, room))
 
 
 def make_plan(
@@ -364,6 +374,7 @@ def make_plan(
         value=side(value),
         wave_rows=0 if key.waves is None else -(-key.waves.width // (2 * ROWS)) * ROWS,
         soft_cap=soft_cap,
+        machine=machine(),
         interpret=interpret is not None,
     )
     # Two programs that wait in turn, for memory and for products, should do more than one that does

@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, WARPS
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, WARPS, Plan
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import swizzled
 
 SQUARE = 16  # rows of a warp, and elements that one instruction sums over
@@ -61,6 +61,40 @@ def _load(context, source: ir.Value, *, layout, lanes: int) -> mgpu.FragmentedAr
     parts = [load(n) for n in range(source.type.shape[1])]
     registers = np.concatenate([part.registers for part in parts], axis=1)
     return mgpu.FragmentedArray(_registers=registers, _layout=parts[0].layout, _is_signed=None)
+
+
+def store_columns(target, rows: jax.Array, lanes: int, plan: Plan) -> None:
+    """For `load_columns`: leaves float16[64, group] transposed, `lanes` side by side."""
+    if plan.interpret or plan.machine.stores_matrices:
+        target.transpose((1, 0))[...] = rows
+        return
+    run = plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(swizzled(lanes)["transforms"]), plgpu.Layout.WGMMA)
+    )
+    run(functools.partial(_store, lanes=lanes))(target, rows)
+
+
+def _store(context, target: ir.Value, rows: mgpu.FragmentedArray, *, lanes: int) -> None:
+    # Threads have two neighbours of a row; of 8 rows and columns, a warp turns them at once.
+    number, turned = ir.IntegerType.get_signless(32), np.empty(rows.registers.size, object)
+    for i, register in enumerate(rows.registers.flat):
+        turned[i] = utils.inline_ptx(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+            utils.bitcast(register, number),
+            result_types=number,
+            convergent=True,
+        )
+        turned[i] = utils.bitcast(turned[i], register.type)
+    layout = mgpu.TiledLayout(
+        fragmented_array.Tiling(((8, ROWS), (8, SQUARE), (8, 8), (2,))),
+        warp_dims=(-6,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+        _check_canonical=False,
+    ).canonicalize()
+    registers = turned.reshape(layout.registers_shape(rows.shape[::-1]))
+    columns = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    columns.store_tiled(target, 2 * lanes)
 
 
 def add_product(

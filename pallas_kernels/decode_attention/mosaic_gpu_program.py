@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_channels as channels
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_copies as copies
 from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu_waves as waves
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_exchange import (
     max_over_rows,
@@ -21,11 +22,14 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
     Memory,
     fetch,
     load_rows,
-    meet,
     store,
 )
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan, Side
-from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import add_product, load_columns
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import (
+    add_product,
+    load_columns,
+    store_columns,
+)
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import (
     load_shared,
     load_words,
@@ -77,10 +81,14 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             tile = first_tile(begin + step)
             fetch(source, smem, batch, div(head, plan.chunks), tile, slot, plan)
 
-    plgpu.copy_gmem_to_smem(queries.at[batch, head], smem.queries, smem.queries_arrived)
+        copies.end_group(plan)
+
+    lanes = None if plan.key.channels else plan.query_lanes
+    copies.start(queries.at[batch, head], smem.queries, smem.queries_arrived, plan, lanes)
     for slot in range(plan.stages):
         fetch_step(jnp.int32(slot), slot)
-    plgpu.barrier_wait(smem.queries_arrived)
+    if plan.bulk_copies:  # else they are in the first group
+        plgpu.barrier_wait(smem.queries_arrived)
 
     square = (ROWS, plan.group)
     zeros = lambda *s: plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA)
@@ -100,9 +108,9 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     def shift_unit(slot, wave_queries, places):
         """Leaves what waves add to the scores of a unit."""
         waves.turn(wave_queries.at[batch, head], smem.starts[0].at[slot], smem.turned[0], plan)
-        plgpu.commit_smem()
-        waves.leave(waves.product(places, smem.turned[0], plan), smem.shift[0], plan)
-        meet(plan.interpret)
+        copies.commit(plan)
+        waves.leave(places, smem.turned[0], smem.shift[0], plan)
+        copies.meet(plan)
 
     def of_own(parts):
         """Each row of the part for its share of the rows."""
@@ -125,12 +133,13 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     def load_queries(n):
         """`Queries` with the scales of set n, for each column of the keys."""
         width, shares = plan.width(plan.key), plan.key_shares
-        lanes = min(plan.lanes(plan.key), 32)
         queries = smem.scaled_queries[0].at[n] if plan.key.channels else smem.queries
         found = []
         for c in range(plan.columns(plan.key)):
             of_column = queries.at[:, pl.ds(c * width, width)]
-            operand = load_right(of_column if width < plan.head_dim else queries, shares, lanes)
+            operand = load_right(
+                of_column if width < plan.head_dim else queries, shares, plan.query_lanes
+            )
             total = shift = None
             if plan.needs_totals:
                 total = add(zeros(*square), full(1, ROWS, width), operand, shares)
@@ -203,8 +212,8 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         for b, (c, of_block) in enumerate(zip(constant, arrays, strict=True)):
             # What is stored for unseen tokens may be NaN.
             scale, *zero = (jnp.where(seen, a, jnp.float32(0)) for a in of_block)
-            scaled, columns = p * by_row(scale), pl.ds(b * plan.group, plan.group)
-            smem.weights.at[n, columns].transpose((1, 0))[...] = scaled.astype(jnp.float16)
+            columns = smem.weights.at[n, pl.ds(b * plan.group, plan.group)]
+            store_columns(columns, (p * by_row(scale)).astype(jnp.float16), 32, plan)
             if needs_constant:
                 # Of the middle of the levels: rounded weights meet the distance from there.
                 c = c + p * by_row(plan.value.levels.middle(scale, *zero or [None]))
@@ -260,7 +269,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             denominator = denominator + p
             k = part * plan.per_part + n
             constant = weigh(p, seen(rows, k), n, of_tokens[n], constant)
-        meet(plan.interpret)
+        copies.meet(plan)
         merged = []
         for operand, numerator in zip(plan.operands, numerators, strict=True):
             whole = operand.count == plan.width(plan.value)
@@ -285,12 +294,12 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
                 numerator = numerator - total * jnp.float32(levels.centre)
             merged.append(numerator)
         if plan.scaled_by_part:  # these reads come before the next part's queries are written
-            meet(plan.interpret)
+            copies.meet(plan)
         return tuple(merged), denominator, constant, top
 
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(plan.stages))
-        plgpu.barrier_wait(smem.unit_arrived.at[slot])
+        copies.wait(smem.unit_arrived.at[slot] if plan.bulk_copies else None, plan)
         if plan.wave_rows:
             shift_unit(slot, *added)
         if plan.key.channels and not plan.scaled_by_part:  # for all parts
@@ -299,7 +308,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         # do not fit into the registers.
         one = lambda part, carry: attend(slot, begin + i, part, carry)
         carry = jax.lax.fori_loop(0, plan.parts, one, carry)
-        plgpu.commit_smem()  # all have read what is copied over now
+        copies.commit(plan)  # all have read what is copied over now
         fetch_step(i + plan.stages, slot)
         return carry
 

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -18,6 +17,11 @@ from jaxlib.mlir.dialects import arith, vector
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import Waves
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import ROWS, Plan
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import (
+    add_product,
+    load_columns,
+    store_columns,
+)
 
 HALVES = tiles.TOKENS // ROWS  # of a tile
 
@@ -63,47 +67,64 @@ def turn(queries, starts, turned, plan: Plan) -> None:
             for part, x in enumerate(parts):
                 rows = pl.ds(part * plan.wave_rows + c, ROWS)
                 columns = turned.at[pl.ds(n * plan.group, plan.group), rows]
-                columns.transpose((1, 0))[...] = x.astype(jnp.float16)
+                store_columns(columns, x.astype(jnp.float16), 32, plan)
 
 
-def product(places, turned, plan: Plan) -> jax.Array:
-    """f32[64, 2 * tiles * group]: of the places, float16[64, 2 * rows] in global memory, with what
-    `turn` left."""
+def leave(places, turned, shift, plan: Plan) -> None:
+    """Leaves what a unit's tokens get in `shift` f32[*Plan.wave_shape]: of the places, float16[64,
+    2 * rows] in global memory, with what `turn` left."""
     # The same for every program: the cache of a multiprocessor has them.
     places = plgpu.load(places, layout=plgpu.Layout.WGMMA, optimized=False)
-    if plan.interpret:  # which has no products with an operand in registers
-        return jnp.dot(places, turned[...].T, preferred_element_type=jnp.float32)
+    product = _by_wgmma if plan.machine.has_wgmma and not plan.interpret else _by_mma
+    for n, square in enumerate(product(places, turned, plan)):
+        _leave_half(n, square, shift, plan)
+
+
+def _by_wgmma(places: jax.Array, turned, plan: Plan) -> list[jax.Array]:
+    """f32[64, group] for each half tile. All warps need the same columns: one product of all is
+    faster than theirs would be, of which each would load the columns."""
 
     def run(accumulator):
         plgpu.wgmma(accumulator, places, turned.transpose((1, 0)))
         return accumulator[...]
 
-    return pl.run_scoped(run, plgpu.ACC((ROWS, turned.shape[0]), jnp.float32))
+    found = pl.run_scoped(run, plgpu.ACC((ROWS, turned.shape[0]), jnp.float32))
+    return [found[:, n * plan.group : (n + 1) * plan.group] for n in range(plan.halves)]
 
 
-def leave(product: jax.Array, shift, plan: Plan) -> None:
-    """Leaves what a unit's tokens get in `shift` f32[*Plan.wave_shape], of the product f32[64,
-    2 * tiles * group] of places with queries."""
+def _by_mma(places: jax.Array, turned, plan: Plan) -> list[jax.Array]:
+    """Likewise."""
+    none = plgpu.layout_cast(jnp.zeros((ROWS, plan.group), jnp.float32), plgpu.Layout.WGMMA)
+    found = []
+    for n in range(plan.halves):
+        columns = turned.at[pl.ds(n * plan.group, plan.group)]
+        columns = load_columns(columns, 1, 32, plan.interpret)
+        found.append(add_product(none, places, columns, 1, plan.interpret))
+    return found
+
+
+def _leave_half(n: int, square: jax.Array, shift, plan: Plan) -> None:
+    """f32[64, group], of the tokens of half a tile."""
+    tile, half = divmod(n, HALVES)
+    fields = ROWS // plan.field
     if plan.interpret:
-        found = product.reshape(-1, plan.field, plan.tiles, HALVES, plan.group)
-        shift[...] = jnp.transpose(found, (3, 0, 2, 1, 4)).reshape(plan.wave_shape)
+        rows = pl.ds(tile * plan.field, plan.field)
+        shift[pl.ds(half * fields, fields), rows] = square.reshape(fields, plan.field, plan.group)
         return
-    kinds = plgpu.RefType(), plgpu.Layout.WGMMA
-    plgpu.inline_mgpu(arg_types=kinds)(functools.partial(_leave, plan=plan))(shift, product)
+    # Of which Pallas would store the rows of a field, but not cut them.
+    run = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    run(functools.partial(_leave, n=n, plan=plan))(shift, square)
 
 
-def _leave(context, shift: ir.Value, product: mgpu.FragmentedArray, *, plan: Plan) -> None:
-    # Whose columns Pallas would cut, but not put into every other field.
+def _leave(context, shift: ir.Value, square: mgpu.FragmentedArray, *, n: int, plan: Plan) -> None:
     number = lambda n: arith.constant(ir.IndexType.get(), n)
-    square, fields = (ROWS, plan.group), ROWS // plan.field
-    cut = np.split(product.registers, plan.halves, axis=1)
-    for n, registers in enumerate(cut):
-        tile, half = divmod(n, HALVES)
-        places = product.layout.thread_idxs(square)
-        for (place, column), register in zip(places, registers.flat, strict=True):
-            field = arith.addi(arith.divui(place, number(plan.field)), number(half * fields))
-            row = arith.addi(arith.remui(place, number(plan.field)), number(tile * plan.field))
-            vector.store(register, shift, [field, row, column])
+    tile, half = divmod(n, HALVES)
+    places = square.layout.thread_idxs(square.shape)
+    for (place, column), register in zip(places, square.registers.flat, strict=True):
+        field = arith.divui(place, number(plan.field))
+        field = arith.addi(field, number(half * (ROWS // plan.field)))
+        row = arith.addi(arith.remui(place, number(plan.field)), number(tile * plan.field))
+        vector.store(register, shift, [field, row, column])
 
 
 def of_field(shift, k: jax.Array) -> jax.Array:
