@@ -1,11 +1,12 @@
-"""What a multiprocessor of an H100 would take for the loop of a kernel: a model, not a measurement.
+"""What a multiprocessor of a GPU would take for the loop of a kernel: a model, not a measurement.
 
 The assembler says more than instructions: for each, how many cycles its warp waits after it, and
 which of six counters it waits for, where that is not known beforehand. A scheduler takes one
 instruction in a cycle from the warps that may go on; pipes are taken for as long as 32 threads
 need; memory delivers bytes at its bandwidth. What is not in the instructions is assumed below, and
-was not measured here: throughputs as the CUDA C++ programming guide has them for compute capability
-9.0, latencies and the rate of `mma.sync` after microbenchmarks of others (arXiv 2402.13499).
+was not measured here: throughputs as the CUDA C++ programming guide has them for the compute
+capability, latencies and the rate of `mma.sync` on Hopper after microbenchmarks of others (arXiv
+2402.13499).
 """
 
 import collections
@@ -14,10 +15,9 @@ import functools
 import math
 import re
 import statistics
+from typing import NamedTuple
 
-CLOCK = 1.755e9  # of an H100, in cycles per second
-BANDWIDTH = 3.0e12  # of its memory, bytes per second: 90 % of the data sheet's
-MULTIPROCESSORS = 132
+UNITS = 12  # that a warp does
 MEMORY_LATENCY = 900  # cycles, of a copy beside others
 READ = 8  # cycles until an instruction has read its operands
 # Cycles of a barrier for four warps that arrive together. Programs fall into step, or do not, by a
@@ -42,7 +42,8 @@ PIPES = {
         _UNIFORM,
     ),
     **dict.fromkeys(
-        "BRA BSSY BSYNC DEPBAR EXIT NANOSLEEP NOP WARPGROUP WARPSYNC".split(), _CONTROL
+        "BRA BSSY BSYNC CALL DEPBAR EXIT LDGDEPBAR NANOSLEEP NOP WARPGROUP WARPSYNC".split(),
+        _CONTROL,
     ),
     "MUFU": ("special", 8, 22),
     "HMMA": ("tensor", 8, 25),  # of 16 x 8 x 16: half the rate that `wgmma` has with many columns
@@ -52,6 +53,8 @@ PIPES = {
     "STS": ("memory", 4, 20),
     "STSM": ("memory", 4, 20),
     "SHFL": ("memory", 4, 25),
+    "MOVM": ("memory", 4, 25),
+    "LDGSTS": ("memory", 4, 20),
     "LDC": ("memory", 4, 40),
     "LD": ("memory", 4, 60),
     "LDG": ("memory", 4, 60),  # found in the cache of the multiprocessor
@@ -64,6 +67,37 @@ PIPES = {
 }
 WIDE = {".128": 4, ".64": 2, ".4": 4, ".2": 2}  # times as much in shared memory, by the ending
 NONE = 7  # no counter
+
+
+class Gpu(NamedTuple):
+    multiprocessors: int
+    clock: float  # cycles per second
+    bandwidth: float  # of its memory, bytes per second: 90 % of the data sheet's
+    slower: dict[str, float]  # cycles of instructions, where they are not those of `PIPES`
+
+    def pipe(self, instruction: "Instruction") -> tuple[str, float, float]:
+        """Which, for how many cycles, and how many later the result is there."""
+        name, opcode = instruction.name, instruction.opcode
+        if name == "HGMMA":
+            columns = int(opcode.split("x")[1])
+            return "tensor", max(16, columns / 2), 0
+        if name not in PIPES:
+            raise NotImplementedError(f"expected an instruction of `PIPES`; got {instruction.text}")
+        pipe, cycles, latency = PIPES[name]
+        cycles = self.slower.get(name, cycles)
+        if pipe == "memory":
+            cycles *= next((n for end, n in WIDE.items() if opcode.endswith(end)), 1)
+        return pipe, cycles, latency
+
+    def memory_cycles(self, size: float) -> float:
+        """Of a multiprocessor's share of the bandwidth, for so many bytes."""
+        return size * self.clock * self.multiprocessors / self.bandwidth
+
+
+_FLOATS, _PAIRS = ("FADD", "FFMA", "FMUL"), ("HADD2", "HFMA2", "HMUL2")
+H100 = Gpu(132, 1.755e9, 3.0e12, {})
+A100 = Gpu(108, 1.41e9, 1.83e12, dict.fromkeys(_FLOATS, 2))
+L4 = Gpu(58, 2.04e9, 0.27e12, dict.fromkeys(_PAIRS, 2) | {"HMMA": 16})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +132,6 @@ class Instruction:
     def waits(self) -> tuple[int, ...]:
         """Counters that have to be 0 before."""
         return tuple(n for n in range(6) if self._field(52, 6) >> n & 1)
-
-    @property
-    def pipe(self) -> tuple[str, float, float]:
-        """Which, for how many cycles, and how many later the result is there."""
-        if self.name == "HGMMA":
-            columns = int(self.opcode.split("x")[1])
-            return "tensor", max(16, columns / 2), 0
-        if self.name not in PIPES:
-            raise NotImplementedError(f"expected an instruction of `PIPES`; got {self.text}")
-        pipe, cycles, latency = PIPES[self.name]
-        if pipe == "memory":
-            cycles *= next((n for end, n in WIDE.items() if self.opcode.endswith(end)), 1)
-        return pipe, cycles, latency
 
     def _field(self, first: int, bits: int) -> int:
         return self.control >> first & (2**bits - 1)
@@ -163,7 +184,7 @@ class _Warp:
 
 
 def cycles(
-    unit: list[Instruction], programs: int, unit_bytes: float, stages: int, units: int = 12
+    unit: list[Instruction], programs: int, unit_bytes: float, stages: int, gpu: Gpu = H100
 ) -> float:
     """For each program's unit to be done: of one scheduler, with a warp of every program, whose
     other warps do the same on the others.
@@ -172,22 +193,22 @@ def cycles(
       unit_bytes: that memory delivers for a unit; 0 if it need not be waited for.
       stages: units that have room.
     """
-    run = functools.partial(_cycles, unit, programs, unit_bytes, stages, units)
+    run = functools.partial(_cycles, unit, programs, unit_bytes, stages, gpu)
     return statistics.median(map(run, MEETINGS))
 
 
-def _cycles(unit, programs, unit_bytes, stages, units, meeting: int) -> float:
-    per_cycle = BANDWIDTH / MULTIPROCESSORS / CLOCK
-    waits = [n for n, i in enumerate(unit) if i.opcode.startswith("SYNCS.PHASECHK")]
-    copies = [n for n, i in enumerate(unit) if i.name == "UTMALDG"]
+def _cycles(unit, programs, unit_bytes, stages, gpu, meeting: int) -> float:
+    # Of bulk copies, or of those that threads make.
+    waits = [n for n, i in enumerate(unit) if re.match(r"SYNCS\.PHASECHK|DEPBAR\.LE", i.opcode)]
+    copies = [n for n, i in enumerate(unit) if i.name in ("UTMALDG", "LDGSTS")]
     if not waits or not copies:
         raise ValueError("expected a loop that copies units and waits for them")
-    wait, copy, decoded = waits[-1], copies[-1], [(i, i.pipe, i.waits) for i in unit]
+    wait, copy, decoded = waits[-1], copies[-1], [(i, gpu.pipe(i), i.waits) for i in unit]
     pipes, delivered = collections.defaultdict(float), 0.0
 
     def fetch(now: float) -> float:
         nonlocal delivered
-        delivered = max(now, delivered) + unit_bytes / per_cycle
+        delivered = max(now, delivered) + gpu.memory_cycles(unit_bytes)
         return delivered + MEMORY_LATENCY * (unit_bytes > 0)
 
     warps = [_Warp(97.0 * n) for n in range(programs)]  # they would not start together
@@ -233,14 +254,9 @@ def _cycles(unit, programs, unit_bytes, stages, units, meeting: int) -> float:
         warp.place += 1
         if place == len(unit) - 1:
             warp.passed.append(now)
-            if len(warp.passed) == units:
+            if len(warp.passed) == UNITS:
                 live.remove(warp)
         now += 1
-    first, final = units // 3, units - units // 3  # what is steady
+    first, final = UNITS // 3, UNITS - UNITS // 3  # what is steady
     spans = [warp.passed[final] - warp.passed[first] for warp in warps]
     return sum(spans) / len(spans) / (final - first)
-
-
-def memory_cycles(size: float) -> float:
-    """Of a multiprocessor's share of the bandwidth."""
-    return size * CLOCK * MULTIPROCESSORS / BANDWIDTH

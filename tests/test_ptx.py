@@ -314,6 +314,40 @@ def test_copies_of_threads_are_there_when_their_group_was_waited_for():
     np.testing.assert_array_equal(late, ~np.uint32(0) - source)
 
 
+def test_a_copy_of_some_threads():
+    """All of 16 bytes, by those that a predicate has; the others' stay as they were."""
+    body = """
+      shl.b32 %r5, %r0, 4;
+      add.s32 %r6, %r2, %r5;
+      mov.b32 %r7, 5;
+      st.shared.b32 [%r6], %r7;
+      setp.lt.u32 %p1, %r0, 24;
+      cvt.u64.u32 %rd6, %r5;
+      add.s64 %rd6, %rd0, %rd6;
+      @%p1 cp.async.cg.shared.global [%r6], [%rd6], 16;
+      cp.async.commit_group;
+      cp.async.wait_group 0;
+      ld.shared.b32 %r4, [%r6];
+      st.global.b32 [%rd3], %r4;
+    """
+    for schedule in SCHEDULES:
+        found = execute(body, NUMBERS, np.zeros(128, np.uint32), schedule)
+        np.testing.assert_array_equal(found[:24], NUMBERS[: 4 * 24 : 4])
+        np.testing.assert_array_equal(found[24:], 5)
+
+
+def test_a_matrix_in_registers_is_transposed():
+    body = """
+      ld.global.b32 %r4, [%rd4];
+      movmatrix.sync.aligned.m8n8.trans.b16 %r5, %r4;
+      st.global.b32 [%rd3], %r5;
+    """
+    halves = np.arange(256, dtype=np.uint16)
+    found = execute(body, halves.view(np.uint32), np.zeros(128, np.uint32))
+    expected = np.swapaxes(halves.reshape(4, 8, 8), 1, 2)  # of each warp
+    np.testing.assert_array_equal(found.view(np.uint16).reshape(4, 8, 8), expected)
+
+
 def test_a_product_of_registers():
     """Of 16 ones in each row, and numbers in bfloat16 that are the lane's."""
     body = """

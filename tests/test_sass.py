@@ -49,7 +49,7 @@ def test_fields_of_the_control_word():
     assert (instruction.opcode, instruction.name) == ("LDS.128", "LDS")
     assert (instruction.stall, instruction.done, instruction.read) == (4, 2, 5)
     assert instruction.waits == (1, 3)
-    assert instruction.pipe == ("memory", 16, 28)
+    assert sass.H100.pipe(instruction) == ("memory", 16, 28)
 
 
 def test_a_unit_repeats_its_parts_and_leaves_out_what_hardly_runs():
@@ -100,7 +100,7 @@ def test_counters_are_waited_for():
 def test_memory_is_waited_for_where_it_takes_longer():
     body = [PRODUCT, *[line("FFMA R1, R1, R2, R3")] * 100]
     size = 40_000
-    memory = sass.memory_cycles(size)
+    memory = sass.H100.memory_cycles(size)
     assert memory > 2_000
     assert time(*body, programs=3, unit_bytes=size) / 3 == pytest.approx(memory, rel=0.02)
     # With room for one unit, nothing is on its way while one is decoded; another program's is.

@@ -26,11 +26,11 @@ from ptx.program import Program, parse
 from targets import compile_for
 
 
-def compile_for_h100(jitted, *args) -> None:
+def compile_kernel(target: str, jitted, *args) -> None:
     """Leaves the files of this one in `FOLDER`."""
     for file in FOLDER.iterdir():
         file.unlink()
-    compile_for("h100", jitted, *args)
+    compile_for(target, jitted, *args)
 
 
 def text(ending: str, kernel: str = "") -> str:
@@ -39,13 +39,15 @@ def text(ending: str, kernel: str = "") -> str:
     return file.read_text()
 
 
-def triton_kernel(name: str, run, *args, donated: tuple[int, ...] = ()) -> tuple[Program, dict]:
+def triton_kernel(
+    target: str, name: str, run, *args, donated: tuple[int, ...] = ()
+) -> tuple[Program, dict]:
     """The one kernel by Triton of a function, and the options of its launch."""
 
     def dumped(*args):
         return run(*args)
 
-    compile_for_h100(jax.jit(dumped, donate_argnums=donated), *args)
+    compile_kernel(target, jax.jit(dumped, donate_argnums=donated), *args)
     (code,) = (
         t for t in map(pathlib.Path.read_text, FOLDER.glob("*.ptx")) if f".entry {name}" in t
     )

@@ -1,11 +1,12 @@
 """The GPU kernels as they were compiled, executed on the CPU, against the float64 oracle.
 
-    python tests/aot/execute.py [CASE ...]
+    python tests/aot/execute.py [GPU] [CASE ...]
 
-Every instruction, of every thread (see `ptx`), twice: what is asynchronous happens at once, with
-the first warp ahead; or when it is waited for, with the last one ahead. Results must be the same
-bits, and those of the oracle. In shared memory, threads of a warp must not wait for each other:
-those of attention over codes do not, but for waves that meet more than 8 query heads.
+For one of `targets.GPUS` (h100). Every instruction, of every thread (see `ptx`), twice: what is
+asynchronous happens at once, with the first warp ahead; or when it is waited for, with the last one
+ahead. Results must be the same bits, and those of the oracle. In shared memory, threads of a warp
+must not wait for each other: those of attention over codes do not, but for waves that meet more
+than 8 query heads.
 """
 
 import functools
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import merge_splits_cases
 import numpy as np
+import targets
 from decode_attention_cases import CASES, LENGTHS, arguments, check
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -32,10 +34,11 @@ from ptx.program import parse
 from tqdm import tqdm
 from vector_attention_cases import VectorCase
 
-from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu, unsupported
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu, mosaic_gpu_machine, unsupported
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import make_plan
 from nqkv_jax.tiles import TOKENS
 
+TARGET, NAMES = targets.of_command_line()
 SCHEDULES = machine.Schedule(), machine.Schedule(warps=(3, 1, 2, 0), late=True)
 TOLERANCE = 2e-3  # of products in float16
 CONFLICTS = []  # cycles that they took, of each execution
@@ -43,7 +46,7 @@ PROGRAMS = {}  # of Mosaic, by name and operands; and the code of their host
 
 
 def executed(kernel, compiled):
-    """The same kernel, for an H100 that is not there.
+    """The same kernel, for a GPU that is not there.
 
     `compiled(kernel, *shapes)` is its program, and the function of buffers that is its launch.
     """
@@ -58,7 +61,7 @@ def executed(kernel, compiled):
 
 
 def by_mosaic(name: str, kernel, *shapes):
-    dump.compile_for_h100(jax.jit(kernel), *shapes)
+    dump.compile_kernel(TARGET, jax.jit(kernel), *shapes)
     key = name, *((a.shape, a.dtype) for a in shapes)
     if any(dump.FOLDER.glob("*.ptx")):  # A process compiles a kernel once.
         PROGRAMS[key] = parse(dump.text(".ptx")), dump.text(".ll")
@@ -67,7 +70,7 @@ def by_mosaic(name: str, kernel, *shapes):
 
 
 def by_triton(name: str, kernel, *shapes):
-    program, options = dump.triton_kernel(name, kernel, *shapes)
+    program, options = dump.triton_kernel(TARGET, name, kernel, *shapes)
     return program, functools.partial(started, options)
 
 
@@ -166,7 +169,7 @@ def others():
 
 def chosen(known: Collection[str]) -> list[str]:
     """Cases, as the command line has them: all, if it names none."""
-    names = sys.argv[1:] or list(known)
+    names = NAMES or list(known)
     if unknown := set(names) - set(known):
         sys.exit(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     return names
@@ -188,6 +191,7 @@ def finish(planned: Collection[tuple[str, Callable[[], None]]], how: str) -> NoR
 def main() -> None:
     kernels = {name: kernel for name, case in CASES.items() if (kernel := kernel_of(case))}
     names = chosen(kernels)
+    mosaic_gpu_machine.H100 = targets.GPUS[TARGET].machine  # what is planned for without a GPU
     mosaic, triton = plgpu.kernel, pl.pallas_call
     plgpu.kernel = lambda *args, **options: executed(
         mosaic(*args, **options), functools.partial(by_mosaic, options["kernel_name"])

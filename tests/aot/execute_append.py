@@ -1,10 +1,11 @@
 """The kernel that appends a token, as it was compiled, executed on the CPU: the bits are XLA's.
 
-    python tests/aot/execute_append.py [CASE ...]
+    python tests/aot/execute_append.py [GPU] [CASE ...]
 
-Every instruction, of every thread (see `ptx`), with the first warp ahead and with the last.
-Divisions are rounded once here, as on the CPU to which this is compared; on a GPU, XLA and the
-kernel divide by the same instruction, which may be off by two units in the last place.
+For one of `targets.GPUS` (h100). Every instruction, of every thread (see `ptx`), with the first
+warp ahead and with the last. Divisions are rounded once here, as on the CPU to which this is
+compared; on a GPU, XLA and the kernel divide by the same instruction, which may be off by two units
+in the last place.
 """
 
 import functools
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from append_token_cases import CASES, KEEP, TOKEN, body, expected, tokens
-from execute import aligned, chosen, finish, started
+from execute import TARGET, aligned, chosen, finish, started
 from ptx import machine
 from ptx.memory import Global
 
@@ -34,7 +35,9 @@ def compiled(case):
     before = body(case)
     arguments = before.words, before.scale, before.zero, tokens(case)
     arguments += jnp.asarray(TOKEN, jnp.int32), jnp.asarray(KEEP)
-    return dump.triton_kernel("append_token", jax.vmap(append), *arguments, donated=(0, 1, 2))
+    return dump.triton_kernel(
+        TARGET, "append_token", jax.vmap(append), *arguments, donated=(0, 1, 2)
+    )
 
 
 def executed(case, schedule, program, options):

@@ -56,15 +56,17 @@ def _cp(opcode, operands, program):
         return lambda warp, active: warp.commit_copies()
     if opcode == "cp.async.wait_group":
         return of_all(lambda warp, active: warp.finish_copies(int(operands[0])))
-    if not re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", opcode) or len(operands) != 4:
+    if not re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", opcode) or len(operands) not in (3, 4):
         raise NotImplementedError(opcode)
-    target, source, whole, condition = operands
-    whole = int(whole, 0)
+    target, source, whole, *condition = operands
+    whole, condition = int(whole, 0), condition[0] if condition else None
 
     def execute(warp, active):
         # A predicate under which the source is ignored, or the bytes that are taken from it. Else
         # there are zeros.
-        if condition.startswith("%p"):
+        if condition is None:
+            ignored = np.zeros(32, bool)
+        elif condition.startswith("%p"):
             ignored = warp.read(condition, bool)
         else:
             count = warp.read(condition, np.uint32)

@@ -35,6 +35,17 @@ def _stmatrix(opcode, operands, program):
     return of_all(execute)
 
 
+def _movmatrix(opcode, operands, program):
+    if opcode != "movmatrix.sync.aligned.m8n8.trans.b16":
+        raise NotImplementedError(opcode)
+    target, source = operands
+
+    def execute(warp, active):
+        warp.write(target, tensor_core.transposed(warp.read(source, np.uint32)), active)
+
+    return of_all(execute)
+
+
 def _wgmma(opcode, operands, program):
     if ".fence." in opcode:
         return of_all(lambda warp, active: None)
@@ -112,4 +123,7 @@ def _mma(opcode, operands, program):
     return of_all(execute)
 
 
-SPECIAL = {"ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "wgmma": _wgmma, "mma": _mma}
+SPECIAL = {
+    "ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "movmatrix": _movmatrix, "wgmma": _wgmma,
+    "mma": _mma,
+}  # fmt: skip

@@ -29,6 +29,12 @@ def store_matrices(
     shared.store(rows[: 8 * count], data, warp)
 
 
+def transposed(fragment: np.ndarray) -> np.ndarray:
+    """`movmatrix`: uint32[32], of one such matrix."""
+    matrix = np.ascontiguousarray(fragment).view(np.uint16).reshape(8, 8)
+    return np.ascontiguousarray(matrix.T).reshape(64).view(np.uint32)
+
+
 def left_operand(fragments: np.ndarray, kind=np.float16) -> np.ndarray:
     """kind[16, 16] of uint32[4, 32]: a warp's rows of the left operand of `wgmma` and `mma`."""
     matrix = np.empty((16, 16), kind)
