@@ -184,9 +184,9 @@ class KVCache:
         Args:
           implementation: "auto": by the fused kernel where the platform is a TPU, and it can serve
             the scheme, else by XLA. "xla": without kernels. A kernel's name, such as "mosaic_gpu"
-            for Hopper GPUs, asks for that one, where anything is encoded; with it come those that
-            append tokens and attend to sinks and residual, where they can serve. Kernels are not
-            partitioned: in a program for several devices, call `attend` in `jax.shard_map`.
+            for NVIDIA GPUs since Ampere, asks for that one, where anything is encoded; with it come
+            those that append tokens and attend to sinks and residual, where they can serve. Kernels
+            are not partitioned: in a program for several devices, call `attend` in `jax.shard_map`.
 
         Raises: ValueError: there is no such implementation.
         """

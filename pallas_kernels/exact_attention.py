@@ -16,7 +16,7 @@ from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
 # The platforms of `jax.lax.platform_dependent` on which `attend` takes it, if it is asked to
 # (`triton_backend.ASKING`).
 PLATFORMS = {"cuda"}
-STEP = 64  # tokens at a time
+ELEMENTS = 8192  # of keys at a time, at most: with as many of values, and the next, 64 KiB
 COLUMNS = 16  # of a tensor core's operand, at least: queries are padded to them
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
@@ -103,7 +103,8 @@ def _kernel(first, length, query, q_ref, keys, values, *outputs, slots: Slots):
     group, head_dim = q_ref.shape[2:]
     columns, count = max(COLUMNS, pl.next_power_of_2(group)), keys.shape[1]
     iota = lambda n: jax.lax.broadcasted_iota(jnp.int32, (n,), 0)
-    square, every = (STEP, columns), pl.ds(0, head_dim)
+    tokens = min(64, ELEMENTS // head_dim)  # at a time
+    square, every = (tokens, columns), pl.ds(0, head_dim)
     # Rows beyond the queries repeat the last one.
     row = jnp.minimum(iota(columns), group - 1)
     q = q_ref[b, h, row, every]
@@ -111,7 +112,7 @@ def _kernel(first, length, query, q_ref, keys, values, *outputs, slots: Slots):
 
     def step(i, carry):
         total, denominator, maximum = carry
-        slot = i * STEP + iota(STEP)
+        slot = i * tokens + iota(tokens)
         seen = slots.seen(slot, *numbers)
         at = jnp.minimum(slot, count - 1)
         s = pltriton.dot(keys[b, at, h, every], q, trans_b=True)
@@ -126,7 +127,7 @@ def _kernel(first, length, query, q_ref, keys, values, *outputs, slots: Slots):
 
     nothing = jnp.zeros(columns, jnp.float32)
     start = jnp.zeros((columns, head_dim), jnp.float32), nothing, nothing + jnp.float32(FLOOR)
-    total, denominator, maximum = jax.lax.fori_loop(0, -(-count // STEP), step, start)
+    total, denominator, maximum = jax.lax.fori_loop(0, -(-count // tokens), step, start)
     maximum = jnp.where(denominator == 0, -jnp.inf, maximum)
     outputs[0][b, h, row, every] = total
     outputs[1][b, h, row], outputs[2][b, h, row] = denominator, maximum

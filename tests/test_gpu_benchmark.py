@@ -60,7 +60,7 @@ def test_every_row_is_timed_or_says_why_not(folder):
         for r in rows(folder, part):
             assert (r["median_us"] is None) == bool(r.get("skipped")), r
             if r["implementation"] == "mosaic_gpu":
-                assert r["skipped"] == "needs a Hopper GPU; this is cpu"
+                assert r["skipped"] == "needs an NVIDIA GPU; this is cpu"
     timed = [r for r in rows(folder, "sweep") if r["median_us"]]
     assert {r["implementation"] for r in timed} == {"jax.nn xla", "xla"}
     (copied,) = [r for r in rows(folder, "bandwidth") if r["implementation"] == "copy"]
@@ -142,7 +142,7 @@ def test_whole_decoders(folder):
 
 def test_the_table_and_the_figure(folder):
     text = (folder / "gpu_decode.md").read_text()
-    assert "| b2-t256-h4/2x128 |" in text and "mosaic_gpu cubic4@128: needs a Hopper GPU" in text
+    assert "| b2-t256-h4/2x128 |" in text and "mosaic_gpu cubic4@128: needs an NVIDIA GPU" in text
     # A row per shape, with as many cells as the header.
     header, _, row = text[text.index("| shape |") :].splitlines()[:3]
     assert header.count("|") == row.count("|")

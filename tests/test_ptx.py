@@ -90,6 +90,12 @@ as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
         ).view(np.uint32)),
         ("fma.rm.f32 %r4, 0fBF800001, 0f3F800001, 0fC0000000",  # -3 - 2^-22 - 2^-46
          lambda a: np.full(128, np.float32(-3 - 2**-21)).view(np.uint32)),
+        ("max.NaN.f32 %r4, 0f3F800000, 0f40400000, 0f40000000",
+         lambda a: np.full(128, np.float32(3)).view(np.uint32)),
+        ("min.f32 %r4, 0f40400000, 0f40000000, 0f3F800000",
+         lambda a: np.full(128, np.float32(1)).view(np.uint32)),
+        ("mov.b64 %rd6, {%r5, %r3}; add.f32x2 %rd7, %rd6, %rd6; mov.b64 {%r6, %r4}, %rd7",
+         lambda a: (a.view(np.float32) * 2).view(np.uint32)),
         ("abs.f32 %r4, %r3", lambda a: a & 0x7FFFFFFF),
         ("@%p0 mov.b32 %r4, %r3", lambda a: np.where(np.arange(128) == 0, a, 1)),
         ("setp.lt.s32 %p1, %r3, 0; selp.b32 %r4, 5, %r3, %p1",
@@ -144,6 +150,32 @@ def test_a_product_in_a_sum_is_not_rounded(between, last, expected):
     """
     result = execute(body, NUMBERS, np.zeros(128, np.float32))
     np.testing.assert_array_equal(result, np.float32(unit * expected))
+
+
+def test_nor_are_two_in_a_register():
+    x = np.float32(1 + 2**-12)
+    body = """
+      mov.b32 %r4, 0f3F800800;
+      mov.b64 %rd6, {%r4, %r4};
+      mul.rn.f32x2 %rd7, %rd6, %rd6;
+      mul.f32x2 %rd8, %rd6, %rd6;
+      sub.f32x2 %rd6, %rd7, %rd8;
+      mov.b64 {%r5, %r6}, %rd6;
+      st.global.b32 [%rd3], %r6;
+    """
+    result = execute(body, NUMBERS, np.zeros(128, np.float32))
+    np.testing.assert_array_equal(result, np.float32(float(x * x) - float(x) * float(x)))
+
+
+def test_registers_that_are_wider_than_memory():
+    body = """
+      ld.global.b32 %rd6, [%rd4];
+      shl.b64 %rd7, %rd6, 32;
+      or.b64 %rd6, %rd6, %rd7;
+      st.global.b32 [%rd3], %rd6;
+    """
+    found = execute(body, NUMBERS, np.zeros(128, np.uint32))
+    np.testing.assert_array_equal(found, NUMBERS)
 
 
 def test_threads_go_separate_ways_and_meet_again():

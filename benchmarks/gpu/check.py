@@ -35,7 +35,7 @@ def why_not(implementation: str, key, value, group: int) -> str | None:
     if implementation == "xla":
         return None
     if jax.default_backend() != "gpu":
-        return f"needs a Hopper GPU; this is {jax.default_backend()}"
+        return f"needs an NVIDIA GPU; this is {jax.default_backend()}"
     reason = unsupported(implementation, key, value, group)
     return reason and f"needs {reason}"
 

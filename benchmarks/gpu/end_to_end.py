@@ -383,7 +383,7 @@ def fields(setting: Setting, variant: Variant, measure: str) -> dict:
 
 def why_not(variant: Variant) -> str | None:
     if variant.implementation == KERNEL and jax.default_backend() != "gpu":
-        return f"needs a Hopper GPU; this is {jax.default_backend()}"
+        return f"needs an NVIDIA GPU; this is {jax.default_backend()}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Iterable
 
@@ -11,7 +12,8 @@ from gpu.sweep import BFLOAT16
 from nqkv_jax.analysis import plots
 from nqkv_jax.plan import format_size
 
-HOPPER_FLOPS = 989e12  # bfloat16 products per second of an H100 SXM, dense; NVIDIA's data sheet
+# bfloat16 operations per second, dense, by what names of devices have; NVIDIA's data sheets.
+FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L4": 121e12}
 
 
 def write(folder: pathlib.Path, machine: dict, records: list[dict], left: dict[str, int]) -> None:
@@ -210,9 +212,10 @@ def roofline(machine: dict, records: list[dict]):
         intensities += x
         axes.plot(x, y, marker, color=color, label=f"{label} ({len(rows)})", markersize=5)
     ends = [min(intensities) / 2, max(intensities) * 2]
+    most = next((n for name, n in FLOPS.items() if name in machine["device"]), math.inf)
     for r in records:
         if r["part"] == "bandwidth":
-            roof = [min(end * r["bytes_per_s"], HOPPER_FLOPS) for end in ends]
+            roof = [min(end * r["bytes_per_s"], most) for end in ends]
             style = "-" if r["implementation"] == "copy" else ":"
             axes.plot(ends, roof, style, color=plots.BLACK, label=f"memory, {r['implementation']}")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of the cache",

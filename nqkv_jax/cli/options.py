@@ -49,7 +49,7 @@ def add_implementation(parser: argparse.ArgumentParser) -> None:
         choices=IMPLEMENTATIONS,
         default="auto",
         help="what decodes with the cache: auto (default), XLA alone, or the kernel of that name; "
-        "mosaic_gpu is for Hopper GPUs and many schemes, triton for any GPU and nsnquant",
+        "mosaic_gpu is for NVIDIA GPUs since Ampere and many schemes, triton for any and nsnquant",
     )
 
 

@@ -1,4 +1,5 @@
-"""Decode attention on Hopper GPUs: codes become float16 in registers, operands of the tensor core.
+"""Decode attention on NVIDIA GPUs since Ampere: codes become float16 in registers, operands of the
+tensor core.
 
 One program (four warps) serves one KV head of one sequence and one of several splits of its
 tokens, with an online softmax; another kernel merges them. Tokens of keys, and channels of

@@ -1,4 +1,4 @@
-"""Attention over all tokens from that over splits of them, in one launch on Hopper GPUs.
+"""Attention over all tokens from that over splits of them, in one launch on GPUs.
 
 In XLA it is three launches: the largest maximum, and two sums that wait for it.
 """

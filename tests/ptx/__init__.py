@@ -1,4 +1,4 @@
-"""A GPU's instructions, executed on the CPU: the kernel as it was compiled, without a Hopper.
+"""A GPU's instructions, executed on the CPU: the kernel as it was compiled, without a GPU.
 
 Pallas's interpreter executes what a kernel says; this executes what the compiler made of it (PTX,
 and the host's code that makes descriptors of tensors): fragments of the tensor core, `ldmatrix`,

@@ -1,5 +1,6 @@
 """Instructions that each thread executes by itself: functions of registers of 32 threads."""
 
+import functools
 import operator
 import re
 import struct
@@ -91,6 +92,11 @@ def _field(a, first, count):
     return found.astype(a.dtype)
 
 
+def _of_all(run):
+    """Of two numbers, or three."""
+    return lambda *numbers: functools.reduce(run, numbers)
+
+
 # By the name before the first period; types are those at the end of the opcode.
 FUNCTIONS = {
     "add": operator.add,
@@ -106,8 +112,8 @@ FUNCTIONS = {
     "xor": operator.xor,
     "not": np.invert,
     "neg": operator.neg,
-    "min": np.fmin,
-    "max": np.fmax,
+    "min": _of_all(np.fmin),
+    "max": _of_all(np.fmax),
     "shl": _shift(operator.lshift),
     "shr": _shift(operator.rshift),
     "shf": _funnel,
@@ -152,7 +158,7 @@ def function(name: str, modifiers: list[str]):
     if name == "shf" and "wrap" in modifiers and "l" in modifiers:
         return _funnel_left
     if "NaN" in modifiers:
-        return {"min": np.minimum, "max": np.maximum}[name]
+        return _of_all({"min": np.minimum, "max": np.maximum}[name])
     return FUNCTIONS[name]
 
 

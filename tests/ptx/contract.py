@@ -9,7 +9,10 @@ import dataclasses
 
 from .program import Address, Instruction, Program
 
-SUMS = {"add.f32", "sub.f32"}  # those that say how to round (`.rn`) stay as they are
+KINDS = "f32", "f32x2"  # a number, or two in a register
+# Those that say how to round (`.rn`) stay as they are.
+SUMS = {f"{name}.{kind}" for name in ("add", "sub") for kind in KINDS}
+PRODUCTS = {f"mul.{kind}" for kind in KINDS}
 
 
 def contracted(program: Program) -> Program:
@@ -21,12 +24,13 @@ def contracted(program: Program) -> Program:
         if n in starts:
             products = {}
         if i.opcode in SUMS and i.guard is None:
-            found = [place for place in (1, 2) if i.operands[place] in products]
+            of_kind = lambda product, kind=i.opcode[4:]: product and product.opcode[4:] == kind
+            found = [place for place in (1, 2) if of_kind(products.get(i.operands[place]))]
             if found:
                 instructions[n] = _fused(products[i.operands[found[0]]], i, found[0])
         written = set(map(str, _names(i.operands[:1])))
         products = {k: v for k, v in products.items() if not written & {k, *v.operands}}
-        if i.opcode == "mul.f32" and i.guard is None and uses[i.operands[0]] == 1:
+        if i.opcode in PRODUCTS and i.guard is None and uses[i.operands[0]] == 1:
             products[i.operands[0]] = i
     return dataclasses.replace(program, instructions=instructions)
 
@@ -52,4 +56,4 @@ def _fused(product: Instruction, total: Instruction, place: int) -> Instruction:
     if total.opcode.startswith("sub"):  # a * b - c, or c - a * b; PTX would negate an operand
         opcode = "fms" if place == 1 else "fnma"
     operands = total.operands[0], *product.operands[1:], total.operands[3 - place]
-    return Instruction(f"{opcode}.rn.f32", operands, None, False)
+    return Instruction(f"{opcode}.rn.{product.opcode[4:]}", operands, None, False)

@@ -7,6 +7,9 @@ from .arithmetic import TYPES
 from .program import Instruction, Program
 from .warp import LANE, of_all
 
+# Two numbers of a register, by the ending of the opcode.
+PAIRS = {"f16x2": np.dtype(np.float16), "f32x2": np.dtype(np.float32)}
+
 
 def compile_instruction(instruction: Instruction, program: Program):
     """The function of a warp and its active threads that executes it.
@@ -25,8 +28,8 @@ def compile_instruction(instruction: Instruction, program: Program):
     target, *sources = operands
     if dtype == "pred":
         kinds = [bool] * len(sources)
-    elif dtype == "f16x2":
-        kinds = [np.dtype(np.float16)] * len(sources)
+    elif dtype in PAIRS:
+        kinds = [PAIRS[dtype]] * len(sources)
     else:
         kinds = [TYPES[dtype]] * len(sources)
         if name in ("shl", "shr", "bfe"):
@@ -40,8 +43,8 @@ def compile_instruction(instruction: Instruction, program: Program):
 
 
 def _stored(value, kind, name, modifiers):
-    if kind == np.float16 and value.size == 64:
-        return np.ascontiguousarray(value.astype(np.float16)).view(np.uint32)
+    if value.size == 64:
+        return np.ascontiguousarray(value.astype(kind)).view(f"u{2 * kind.itemsize}")
     if "wide" in modifiers or value.dtype == bool:
         return value
     return value.astype(kind, copy=False)
@@ -201,7 +204,10 @@ def _ld(opcode, operands, program):
         data = np.zeros((32, len(targets) * dtype.itemsize), np.uint8)
         data[active] = memory.load(where, data.shape[1])
         for n, column in enumerate(np.split(data, len(targets), axis=1)):
-            warp.write(targets[n], np.ascontiguousarray(column).view(dtype)[:, 0], active)
+            loaded = np.ascontiguousarray(column).view(dtype)[:, 0]
+            if targets[n].startswith("%rd"):  # extended, to a register's width
+                loaded = loaded.astype(f"{dtype.kind}8")
+            warp.write(targets[n], loaded, active)
 
     return execute
 
@@ -213,7 +219,9 @@ def _st(opcode, operands, program):
 
     def execute(warp, active):
         where = warp.addresses(address)[active]
-        values = np.stack([warp.read(s, dtype) for s in sources], axis=1)[active]
+        # Of a register that is wider, what is lowest.
+        lowest = [warp.read(s, dtype).reshape(32, -1)[:, 0] for s in sources]
+        values = np.stack(lowest, axis=1)[active]
         data = np.ascontiguousarray(values).view(np.uint8).reshape(len(where), -1)
         warp.block.store(where, data, warp.number)
 
