@@ -1,4 +1,4 @@
-"""The picture on the README's first screen, from the README's own table of schemes.
+"""The picture on the README's first screen, from the table of all schemes in RESULTS.md.
 
     python benchmarks/readme_figure.py        # writes docs/quality.png
 
@@ -37,9 +37,9 @@ PLACES = {
 }
 
 
-def rows(readme: str) -> list[tuple[str, float, float]]:
+def rows(results: str) -> list[tuple[str, float, float]]:
     """(scheme, effective bits, perplexity) of every row of the table."""
-    return [(name, float(bits), float(found)) for name, _, bits, found in _ROW.findall(readme)]
+    return [(name, float(bits), float(found)) for name, _, bits, found in _ROW.findall(results)]
 
 
 def label(name: str) -> str:
@@ -82,7 +82,7 @@ def draw(found: list[tuple[str, float, float]]):
 
 
 if __name__ == "__main__":
-    found = rows((ROOT / "README.md").read_text(encoding="utf-8"))
+    found = rows((ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"))
     path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "quality.png"
     # What it shows goes into the file, so that a test can tell when the table has moved on.
     draw(found).savefig(path, dpi=110, metadata=dict(Description=json.dumps(found)))
