@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 UNITS = 12  # that a warp does
 MEMORY_LATENCY = 900  # cycles, of a copy beside others
+L2_LATENCY, L2_BYTES = 450, 24  # of a copy from there, and of a multiprocessor's share in a cycle
 READ = 8  # cycles until an instruction has read its operands
 # Cycles of a barrier for four warps that arrive together. Programs fall into step, or do not, by a
 # few cycles more or less, and take up to 15 % longer in step: the median of these is taken.
@@ -61,6 +62,8 @@ PIPES = {
     "STG": ("memory", 4, 40),
     "SYNCS": ("memory", 4, 20),
     "UTMALDG": ("memory", 4, 20),
+    "UTMAPF": ("memory", 4, 20),
+    "CCTL": ("memory", 4, 20),
     "BAR": ("memory", 1, 0),  # and what `MEETINGS` says
     "MEMBAR": ("memory", 1, 25),
     "FENCE": ("memory", 1, 15),
@@ -180,7 +183,7 @@ def unit(listing: str, parts: int) -> list[Instruction]:
 class _Warp:
     def __init__(self, start: float):
         self.place, self.ready, self.multiplied, self.passed = 0, start, 0.0, []
-        self.counters, self.arriving = [0.0] * 6, collections.deque()
+        self.counters, self.arriving, self.announced = [0.0] * 6, collections.deque(), 0.0
 
 
 def cycles(
@@ -203,13 +206,20 @@ def _cycles(unit, programs, unit_bytes, stages, gpu, meeting: int) -> float:
     copies = [n for n, i in enumerate(unit) if i.name in ("UTMALDG", "LDGSTS")]
     if not waits or not copies:
         raise ValueError("expected a loop that copies units and waits for them")
+    # Where the next unit is asked for, to come into the L2 cache.
+    ahead = next((n for n, i in enumerate(unit) if i.name in ("UTMAPF", "CCTL")), None)
     wait, copy, decoded = waits[-1], copies[-1], [(i, gpu.pipe(i), i.waits) for i in unit]
-    pipes, delivered = collections.defaultdict(float), 0.0
+    pipes, delivered, moved = collections.defaultdict(float), 0.0, 0.0
 
     def fetch(now: float) -> float:
         nonlocal delivered
         delivered = max(now, delivered) + gpu.memory_cycles(unit_bytes)
         return delivered + MEMORY_LATENCY * (unit_bytes > 0)
+
+    def fetch_near(now: float) -> float:
+        nonlocal moved
+        moved = max(now, moved) + unit_bytes / L2_BYTES
+        return moved + L2_LATENCY * (unit_bytes > 0)
 
     warps = [_Warp(97.0 * n) for n in range(programs)]  # they would not start together
     for warp in warps:
@@ -249,8 +259,11 @@ def _cycles(unit, programs, unit_bytes, stages, gpu, meeting: int) -> float:
         warp.ready = now + max(instruction.stall, meeting * (instruction.name == "BAR"))
         if place == wait:
             warp.arriving.popleft()
+        if place == ahead:
+            warp.announced = fetch(now)
         if place == copy:
-            warp.arriving.append(fetch(now))
+            near = ahead is not None
+            warp.arriving.append(max(warp.announced, fetch_near(now)) if near else fetch(now))
         warp.place += 1
         if place == len(unit) - 1:
             warp.passed.append(now)

@@ -404,6 +404,7 @@ def test_a_product_of_registers():
         ("add.s64 %rd3, %rd3, 4; st.global.b32 [%rd3], %r0;", IndexError, "no buffer has"),
         ("add.s64 %rd3, %rd3, 2; st.global.b32 [%rd3], %r0;", IndexError, "multiples of 4"),
         ("st.shared.b32 [%r2+9000], %r0;", IndexError, "shared memory"),
+        ("add.s64 %rd3, %rd3, 4; prefetch.global.L2 [%rd3];", IndexError, "no buffer has"),
         ("st.global.b32 [%rd3], %r77;", KeyError, "%r77 is read before"),
         ("@%p0 bar.sync 0;", RuntimeError, "threads of a warp are missing"),
         ("@%p0 mbarrier.init.shared::cta.b64 [%r2+4096], 1; bar.sync 0;" + WAIT, RuntimeError,

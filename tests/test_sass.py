@@ -1,5 +1,6 @@
 """The model of a multiprocessor, on loops whose time is known."""
 
+import functools
 import itertools
 
 import pytest
@@ -18,12 +19,12 @@ def line(text, stall=1, done=NONE, read=NONE, waits=()):
     ]
 
 
-def listing(*body, parts):
-    """A loop over units around one over parts, which is the body."""
+def listing(*body, parts, ahead=()):
+    """A loop over units around one over parts, which is the body, after what is done `ahead`."""
     lines = ["        .text.kernel:", *line("MOV R1, R2"), ".L_unit:"]
     lines += line("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2", done=0)
     lines += line("@!P0 BRA `(.L_spin)", waits=(0,))
-    lines += [".L_part:", *itertools.chain(*body)]
+    lines += [*ahead, ".L_part:", *itertools.chain(*body)]
     if parts > 1:
         lines += line("@P1 BRA `(.L_part)")
     lines += line("@UP0 UTMALDG.5D [UR8], [UR6]")
@@ -37,7 +38,7 @@ PRODUCT = line("HMMA.16816.F32 R4, R8, R12, R4")
 
 
 def time(*body, programs=1, parts=1, **options):
-    unit = sass.unit(listing(*body, parts=parts), parts)
+    unit = sass.unit(listing(*body, parts=parts, ahead=options.pop("ahead", ())), parts)
     return sass.cycles(unit, programs, options.pop("unit_bytes", 0), options.pop("stages", 2))
 
 
@@ -106,3 +107,14 @@ def test_memory_is_waited_for_where_it_takes_longer():
     # With room for one unit, nothing is on its way while one is decoded; another program's is.
     alone = time(*body, programs=1, unit_bytes=size, stages=1)
     assert alone > memory + sass.MEMORY_LATENCY
+
+
+def test_what_is_asked_for_ahead_comes_from_near():
+    body = [PRODUCT, *[line("FFMA R1, R1, R2, R3")] * 3000]
+    size = 40_000
+    near = size / sass.L2_BYTES + sass.L2_LATENCY
+    assert near < sass.H100.memory_cycles(size) + sass.MEMORY_LATENCY < 3000 + near
+    run = functools.partial(time, *body, unit_bytes=size, stages=1)
+    assert run(ahead=line("UTMAPF.L2.5D [UR8], [UR6]")) == pytest.approx(3000 + near, rel=0.02)
+    memory = sass.H100.memory_cycles(size) + sass.MEMORY_LATENCY
+    assert run() == pytest.approx(3000 + memory, rel=0.02)

@@ -17,6 +17,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_plan import THREADS, Pl
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import swizzled
 
 CHUNK = 16  # bytes that a thread copies at a time
+LINE = 128  # bytes of the L2 cache that arrive together
 
 
 def start(source, target, arrived, plan: Plan, lanes: int | None = None) -> None:
@@ -31,6 +32,15 @@ def start(source, target, arrived, plan: Plan, lanes: int | None = None) -> None
     transforms = () if lanes is None else swizzled(lanes)["transforms"]
     run = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(transforms)))
     run(functools.partial(_start, lanes=lanes))(source, target)
+
+
+def prefetch(source, plan: Plan) -> None:
+    """Asks for a slice of global memory, whose second and later axes are contiguous, to be brought
+    into the L2 cache."""
+    if plan.bulk_copies:
+        plgpu.async_prefetch(source)
+    else:
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(_prefetch)(source)
 
 
 def end_group(plan: Plan) -> None:
@@ -73,6 +83,30 @@ def commit(plan: Plan) -> None:
         meet(plan)
 
 
+def _prefetch(context, source: ir.Value) -> None:
+    kind, origin = ir.MemRefType(source.type), _address(source, 1)
+    (count, *inner), item = kind.shape, kind.element_type.width // 8
+    strides, _ = kind.get_strides_and_offset()
+    if strides[1:] != utils.get_contiguous_strides(inner):
+        raise ValueError(f"expected contiguous axes, but for the first; got {kind}")
+    lines = -(-math.prod(inner) * item // LINE)  # of each of the first axis
+    for line, inside in _numbers(count * lines):
+        outer = arith.muli(arith.divui(line, _number(lines)), _number(strides[0] * item))
+        place = arith.muli(arith.remui(line, _number(lines)), _number(LINE))
+        place = arith.extui(origin.type, arith.addi(outer, place))
+        utils.inline_ptx("prefetch.global.L2 [$0];", arith.addi(origin, place), predicate=inside)
+
+
+def _numbers(count: int):
+    """Below `count`, each for one thread; and whether there is one for it, if not for all."""
+    thread = arith.andi(utils.thread_idx(), _number(THREADS - 1))  # which it is: see `_places`
+    for first in range(0, count, THREADS):
+        number, inside = arith.addi(thread, _number(first)), None
+        if first + THREADS > count:
+            inside = arith.cmpi(arith.CmpIPredicate.ult, number, _number(count))
+        yield number, inside
+
+
 class _Axis(NamedTuple):
     """Of the chunks of a slice; strides in bytes, in global and in shared memory."""
 
@@ -83,13 +117,8 @@ class _Axis(NamedTuple):
 
 def _start(context, source: ir.Value, target: ir.Value, *, lanes: int | None) -> None:
     axes = _axes(ir.MemRefType(source.type), lanes)
-    count = math.prod(axis.size for axis in axes)
-    thread = arith.andi(utils.thread_idx(), _number(THREADS - 1))  # which it is: see `_places`
     origin, there = _address(source, 1), _address(target, 3)
-    for first in range(0, count, THREADS):
-        chunk, inside = arith.addi(thread, _number(first)), None
-        if first + THREADS > count:
-            inside = arith.cmpi(arith.CmpIPredicate.ult, chunk, _number(count))
+    for chunk, inside in _numbers(math.prod(axis.size for axis in axes)):
         found, to = _places(chunk, axes, lanes)
         utils.inline_ptx(
             f"cp.async.cg.shared.global [$0], [$1], {CHUNK};",

@@ -337,8 +337,10 @@ class Plan:
         found to leave room for."""
         small = self.head_dim <= ROWS and self.group <= 8 and not self.wave_rows
         small = small and not any(side.high for side in self.sides)
-        many = self.narrow_bits == 2 and not small
-        room = 2 if many or self.head_dim > tiles.LANES else 3
+        many = self.narrow_bits == 2
+        if self.machine.capability[0] != 9:  # where compilers take more for long polynomials
+            many = many or any(side.levels.polynomial is None for side in self.sides)
+        room = 2 if (many and not small) or self.head_dim > tiles.LANES else 3
         return self.machine.multiprocessors * max(1, min(self.programs, room))
 
 

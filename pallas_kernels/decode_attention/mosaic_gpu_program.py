@@ -20,6 +20,7 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_exchange import (
 )
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_memory import (
     Memory,
+    announce,
     fetch,
     load_rows,
     store,
@@ -82,6 +83,11 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             fetch(source, smem, batch, div(head, plan.chunks), tile, slot, plan)
 
         copies.end_group(plan)
+
+    def announce_step(step):
+        @pl.when(step < steps)
+        def _():
+            announce(source, batch, div(head, plan.chunks), first_tile(begin + step), plan)
 
     lanes = None if plan.key.channels else plan.query_lanes
     copies.start(queries.at[batch, head], smem.queries, smem.queries_arrived, plan, lanes)
@@ -300,6 +306,8 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(plan.stages))
         copies.wait(smem.unit_arrived.at[slot] if plan.bulk_copies else None, plan)
+        if plan.stages == 1 and not plan.interpret:
+            announce_step(i + 1)  # which has no room before this one is done with
         if plan.wave_rows:
             shift_unit(slot, *added)
         if plan.key.channels and not plan.scaled_by_part:  # for all parts

@@ -50,6 +50,8 @@ def _mbarrier(opcode, operands, program):
 
 
 def _cp(opcode, operands, program):
+    if opcode.startswith("cp.async.bulk.prefetch."):
+        return _prefetch(opcode, operands, program)
     if opcode.startswith("cp.async.bulk."):
         return _copy_of_tensor(opcode, operands)
     if opcode == "cp.async.commit_group":
@@ -106,4 +108,16 @@ def _copy_of_tensor(opcode, operands):
     return execute
 
 
-SPECIAL = {"fence": _fence, "mbarrier": _mbarrier, "cp": _cp}
+def _prefetch(opcode, operands, program):
+    """On which nothing but time depends; but only of what is there."""
+    if opcode.startswith("cp.async.bulk."):
+        return lambda warp, active: None
+
+    def execute(warp, active):
+        for address in map(int, warp.addresses(operands[0])[active]):
+            warp.block.memory.find(address, address + 1)
+
+    return execute
+
+
+SPECIAL = {"prefetch": _prefetch, "fence": _fence, "mbarrier": _mbarrier, "cp": _cp}
