@@ -1,7 +1,10 @@
 """Whole generation loops compile for every accelerator, with the packed cache carried in place."""
 
 import functools
+import pathlib
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -20,6 +23,7 @@ from nqkv_jax.models import decoding, families
 from nqkv_jax.models.sampling import Sampling
 from nqkv_jax.pallas_kernels import decode_attention
 
+HERE = pathlib.Path(__file__).parent
 SCHEME = "nqkv:residual=128,codebook=cubic"
 SHAPE = jax.ShapeDtypeStruct
 BATCH = 2
@@ -119,6 +123,18 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
         sides = {"nqkv": 2, "kivi": 1}.get(scheme, 0)
         assert of("append_token") == sides * config.num_layers
         assert of("exact_attention") == (scheme != "nqkv") * config.num_layers
+
+
+@pytest.mark.parametrize(
+    "target, scheme", [("a100", "nqkv-plus:bits=2"), ("l4", "kivi"), ("b200", "nqkv")]
+)
+def test_nor_on_other_gpus(target, scheme):
+    """In a process of its own: one assembles kernels for one GPU."""
+    test = test_no_temporary_grows_with_the_cache.__name__
+    code = f"import {__name__} as t; t.{test}('{target}', '{scheme}')"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_kernel_reads_its_part_of_the_sequences():
