@@ -140,7 +140,11 @@ def test_stored_bits():
             ),
             "multiple of 16, above 128 one of 128; got 24. fused=False has no tiles",
         ),
-        (lambda: nq.schemes.get("nqkv-plus:recent=-1"), r"recent >= 0 tokens; got -1"),
+        (lambda: nq.schemes.get("nqkv-plus:recent=-1"), r"got recent=-1, group_size=128"),
+        (
+            lambda: nq.schemes.get("nqkv-plus:fused=False,group_size=0"),
+            r"group_size >= 1 tokens; got recent=64, group_size=0",
+        ),
         (
             lambda: RankedQuantizer((2,) * 16, 16).quantize(jnp.zeros((16, 2, 32)), nq.Context()),
             "context.state must be what init_state",

@@ -55,8 +55,11 @@ def nqkv_plus(
         group_size = tiles.TOKENS if fused else 64
     if recent is None:
         recent = 0 if fused else 64
-    if recent < 0:
-        raise ValueError(f"nqkv-plus: expected recent >= 0 tokens; got {recent}")
+    if recent < 0 or group_size < 1:
+        raise ValueError(
+            "nqkv-plus: expected recent >= 0 and group_size >= 1 tokens; got "
+            f"recent={recent}, group_size={group_size}"
+        )
     window = Window(keep=recent, chunk=group_size)
 
     def key_quantizer(head_dim):

@@ -33,7 +33,7 @@ class Memory(NamedTuple):
     shift: list  # f32[*Plan.wave_shape]
     weights: Any  # float16[*Plan.weight_shape]
     exchange: Any  # f32[*Plan.exchange_shape]
-    # Barriers, if copies are bulk.
+    # Barriers, if copies are bulk, else None.
     queries_arrived: Any
     unit_arrived: Any  # for each stage
 
@@ -42,6 +42,10 @@ class Memory(NamedTuple):
         """Of the references to what `memory` asks for."""
         lasting, in_turn = scratch
         return cls(**lasting, **{k: v for group in in_turn for k, v in group.items()})
+
+    def arrived(self, slot: int | jax.Array):
+        """The barrier of the unit in a slot, or None."""
+        return None if self.unit_arrived is None else self.unit_arrived.at[slot]
 
 
 def memory(plan: Plan) -> tuple[dict, Any]:
@@ -115,8 +119,7 @@ def fetch(
     slot: int | jax.Array, plan: Plan,
 ) -> None:  # fmt: skip
     """Starts the copies of the unit that begins with `tile`."""
-    done = smem.unit_arrived.at[slot] if plan.bulk_copies else None
-    copy = functools.partial(copies.start, arrived=done, plan=plan)
+    copy = functools.partial(copies.start, arrived=smem.arrived(slot), plan=plan)
     for s, side in enumerate(plan.sides):
         unit = source.words[s].at[pl.ds(batch * side.num_tiles + tile, plan.tiles)]
         first_row = head * plan.stored_rows(side)

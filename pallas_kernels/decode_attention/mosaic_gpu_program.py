@@ -305,7 +305,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
 
     def step(i, carry):
         slot = jax.lax.rem(i, jnp.int32(plan.stages))
-        copies.wait(smem.unit_arrived.at[slot] if plan.bulk_copies else None, plan)
+        copies.wait(smem.arrived(slot), plan)
         if plan.stages == 1 and not plan.interpret:
             announce_step(i + 1)  # which has no room before this one is done with
         if plan.wave_rows:
