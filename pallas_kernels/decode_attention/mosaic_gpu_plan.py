@@ -127,6 +127,8 @@ class Plan:
             + many
             + wide
             + (any(side.high for side in self.sides) and (many or wide))
+            # Where threads copy, addresses take registers.
+            + (not self.bulk_copies and many and wide)
         )
         most = 4 >> (1 + wide if self.scaled_by_part else 0)
         return max(1, min(8 // self.narrow_bits, most, 4 >> max(0, demands - 1)))

@@ -5,6 +5,7 @@ the tensor core.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,10 @@ def leave(places, turned, shift, plan: Plan) -> None:
     # The same for every program: the cache of a multiprocessor has them.
     places = plgpu.load(places, layout=plgpu.Layout.WGMMA, optimized=False)
     product = _by_wgmma if plan.machine.has_wgmma and not plan.interpret else _by_mma
-    for n, square in enumerate(product(places, turned, plan)):
+    squares = product(places, turned, plan)
+    if plan.group <= 8:  # whose registers suffice
+        squares = list(squares)  # before one is left, which no load would overtake
+    for n, square in enumerate(squares):
         _leave_half(n, square, shift, plan)
 
 
@@ -92,15 +96,13 @@ def _by_wgmma(places: jax.Array, turned, plan: Plan) -> list[jax.Array]:
     return [found[:, n * plan.group : (n + 1) * plan.group] for n in range(plan.halves)]
 
 
-def _by_mma(places: jax.Array, turned, plan: Plan) -> list[jax.Array]:
-    """Likewise."""
+def _by_mma(places: jax.Array, turned, plan: Plan) -> Iterator[jax.Array]:
+    """Likewise, one after the other."""
     none = plgpu.layout_cast(jnp.zeros((ROWS, plan.group), jnp.float32), plgpu.Layout.WGMMA)
-    found = []
     for n in range(plan.halves):
         columns = turned.at[pl.ds(n * plan.group, plan.group)]
         columns = load_columns(columns, 1, 32, plan.interpret)
-        found.append(add_product(none, places, columns, 1, plan.interpret))
-    return found
+        yield add_product(none, places, columns, 1, plan.interpret)
 
 
 def _leave_half(n: int, square: jax.Array, shift, plan: Plan) -> None:
