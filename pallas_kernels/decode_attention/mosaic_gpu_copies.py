@@ -150,8 +150,8 @@ def _axes(source: ir.MemRefType, lanes: int | None) -> list[_Axis]:
 
 
 def _places(chunk: ir.Value, axes: list[_Axis], lanes: int | None) -> tuple[ir.Value, ir.Value]:
-    """Where a chunk is, and goes to, in bytes. With powers of 2, and few bits of a number of which
-    the others are known, the compiler has little left of that."""
+    """Where a chunk is, and goes to, in bytes. Most sizes are powers of 2, and a thread's number is
+    known to be small: of all this the compiler leaves a few shifts."""
     source = target = _number(0)
     for n, axis in enumerate(axes):
         size = _number(axis.size)
