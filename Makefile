@@ -48,7 +48,7 @@ test: lint
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow
 
-# Compiles every kernel and whole generation loops for TPUs and an H100, without any of them.
+# Compiles every kernel and whole generation loops for TPUs and GPUs, without any of them.
 test-aot:
 	@command -v $(AOT_PYTHON) >/dev/null || { echo "make test-aot needs Python 3.12: AOT_PYTHON=..."; exit 1; }
 	test -d .venv-aot || $(AOT_PYTHON) -m venv .venv-aot

@@ -14,12 +14,14 @@ from jax.experimental import pallas as pl
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import as_float32
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_machine import SHARED_MEMORY, machine
 from nqkv_jax.pallas_kernels.decode_attention.splits import number_of_splits
 from nqkv_jax.pallas_kernels.decode_attention.vectors import CHANNELS, VectorCodes
 from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
 
 COLUMNS = 16  # of a tensor core's operand, at least: queries are padded to them
 PROGRAMS = 2 * 132  # that an H100 can run at a time: 2 on each multiprocessor
+STAGED = 116  # KiB of shared memory, at most, if what is next is on its way while one is read
 UNIT = 4  # tiles, of which splits have whole numbers, as far as they go
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
@@ -84,6 +86,7 @@ def decode_attention(
         operands.append(key.shift(means))
     if value.mean is not None:
         operands += [as_float32(value.weight), value.mean.swapaxes(2, 3)]
+    roomy = SHARED_MEMORY.get(machine().capability, 0) >= STAGED
     outer = (batch, heads, plan.splits)
     shape = lambda *s: jax.ShapeDtypeStruct((*outer, *s), jnp.float32)
     whole = pl.BlockSpec()
@@ -93,7 +96,7 @@ def decode_attention(
         in_specs=[whole] * len(operands),
         out_specs=[whole] * 3,
         out_shape=[shape(plan.columns, head_dim), shape(plan.columns), shape(plan.columns)],
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2 if roomy else 1),
         interpret=interpret,
         name="decode_attention_vectors",
     )(*operands)

@@ -1,13 +1,14 @@
 """What the GPU's assembler makes of decode attention.
 
-    python tests/aot/registers.py [GPU] [CASE ...] > tests/aot/registers.jsonl
+    python tests/aot/registers.py [GPU] [CASE ...]
+    for gpu in h100 b200 a100 l4; do python tests/aot/registers.py $gpu; done > registers.jsonl
 
-Of one of `targets.GPUS` (h100), and of all cases, if none is named. Registers and spilled bytes per
-thread; programs that these and shared memory let run on a multiprocessor at a time; instructions
-per element of the cache: those of the loop over it, times 128 threads, by the elements of keys and
-values that it reads. And, by a model of a multiprocessor (`sass`), which part of the memory's
-bandwidth that is, and how much faster than a bfloat16 cache that is given all of it; but not of a
-B200, whose rate of `mma.sync` is not known.
+The second is what is recorded beside this file. Of one of `targets.GPUS` (h100), and of all cases,
+if none is named. Registers and spilled bytes per thread; programs that these and shared memory let
+run on a multiprocessor at a time; instructions per element of the cache: those of the loop over it,
+times 128 threads, by the elements of keys and values that it reads. And, by a model of a
+multiprocessor (`sass`), which part of the memory's bandwidth that is, and how much faster than a
+bfloat16 cache that is given all of it; but not of a B200, whose rate of `mma.sync` is not known.
 """
 
 import functools

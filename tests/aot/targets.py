@@ -22,6 +22,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_machine import Machine
+
 jax.config.update("jax_platforms", "cpu")  # if jax was imported before the variable was set
 
 # Topology and device kind, as libtpu calls them.
@@ -48,10 +50,8 @@ class Gpu(AbstractDevice):
     clock: float = 1.98  # GHz
 
     @property
-    def machine(self):
+    def machine(self) -> Machine:
         """What the GPU kernel plans for."""
-        from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_machine import Machine
-
         return Machine(tuple(map(int, self.compute_capability.split("."))), self.core_count)
 
     @property

@@ -30,11 +30,12 @@ def test_compiles(case, target, dtype):
     assert "tpu_custom_call" in compiled.as_text()
 
 
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("case", VECTOR_CASES, ids=str)
-def test_triton_compiles(case):
+def test_triton_compiles(case, gpu):
     *arrays, first = arguments(case, (1, 1), num_tiles=9, dtype=jnp.bfloat16)
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="triton")
-    compiled = compile_for("h100", jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
+    compiled = compile_for(gpu, jax.jit(lambda *a: run(*a[:4], first=a[4])), *arrays, first)
     assert "decode_attention_vectors" in compiled.as_text()
 
 
