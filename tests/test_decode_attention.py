@@ -316,46 +316,6 @@ def test_what_the_gpu_kernel_needs():
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
 
 
-def check_unseen(implementation):
-    """What is stored for tokens that are not seen may be NaN."""
-    q, key, value, lengths, _ = arguments(CASES["cubic4"], (100,), num_tiles=2)
-    nan = np.float16(np.nan).view(np.int16)
-    spoil = lambda a: a.at[:, :, :, 100:].set(nan).at[:, 1:].set(nan)
-    spoilt = [dataclasses.replace(side, scale=spoil(side.scale)) for side in (key, value)]
-    run = jax.jit(functools.partial(decode_attention, implementation=implementation))
-    clean, dirty = run(q, key, value, lengths), run(q, *spoilt, lengths)
-    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-    # What is seen stays visible.
-    seen = dataclasses.replace(value, scale=value.scale.at[:, 0, 0, 7].set(nan))
-    numerator = np.asarray(run(q, key, seen, lengths)[0])
-    assert np.isnan(numerator[:, 0]).all() and np.isfinite(numerator[:, 1]).all()
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
-def test_what_is_stored_for_unseen_tokens_does_not_matter(implementation):
-    check_unseen(implementation)
-
-
-@needs_mosaic_gpu
-def test_what_is_stored_for_unseen_tokens_does_not_matter_on_a_gpu(monkeypatch):
-    strict = plgpu.InterpretGPUParams(detect_races=True)
-    kernel = functools.partial(mosaic_gpu.decode_attention, interpret=strict)
-    monkeypatch.setattr(mosaic_gpu, "decode_attention", kernel)
-    check_unseen("mosaic_gpu")
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
-def test_a_side_with_room_for_more(implementation):
-    q, key, value, lengths, _ = arguments(CASES["cubic4"], (100,), num_tiles=2)
-    roomy = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), value)
-    run = jax.jit(functools.partial(decode_attention, implementation=implementation))
-    jax.tree.map(
-        np.testing.assert_array_equal, run(q, key, value, lengths), run(q, key, roomy, lengths)
-    )
-
-
 def test_parts_merge():
     """Sequences cut in two, by lengths and first, give what the whole gives."""
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (384, 300))

@@ -76,8 +76,8 @@ def decode_attention(
 
     Returns:
       numerator f32[B, Hkv, G, head_dim] and denominator f32[B, Hkv, G], relative to exp(maximum),
-      and maximum f32[B, Hkv, G], -inf where no token is seen. The output is numerator /
-      denominator; parts over other tokens merge by their maxima.
+      and maximum f32[B, Hkv, G], of the scores or near it, -inf where no token is seen. The output
+      is numerator / denominator; parts over other tokens merge by their maxima.
 
     Raises:
       ValueError: shapes or dtypes do not fit.

@@ -40,6 +40,9 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_words import (
 # Unseen scores, and the first maximum: exp(UNSEEN - FLOOR) is 0, and nothing is infinite.
 UNSEEN, FLOOR = -1e30, -1e29
 LOG2_E = math.log2(math.e)
+# Weights, scaled as values are, become float16 for products, of about 2^LIFT at most: where one
+# token has nearly all of the weight and small values, as first ones have, others keep their bits.
+LIFT = 15
 
 
 class Queries(NamedTuple):
@@ -107,9 +110,9 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     float32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
     def per_token(array, slot, block, k):
-        """f32[64], of the tokens of field k."""
+        """int16[64], bits of float16, of the tokens of field k."""
         bits = array.at[slot, :, block, pl.ds(k * plan.field, plan.field)]
-        return float32(load_rows(bits, plan.interpret))
+        return load_rows(bits, plan.interpret)
 
     def shift_unit(slot, wave_queries, places):
         """Leaves what waves add to the scores of a unit."""
@@ -173,9 +176,10 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             if plan.key.shifted:
                 s = s + queries[0].shift
             if not plan.key.channels:
-                s = s * by_row(per_token(arrays[0], slot, b, k) * jnp.float32(levels.slope))
+                scale, *zero = (float32(per_token(array, slot, b, k)) for array in arrays)
+                s = s * by_row(scale * jnp.float32(levels.slope))
                 if plan.key.zero:
-                    s = s + total * by_row(per_token(arrays[1], slot, b, k))
+                    s = s + total * by_row(*zero)
             scores = s if scores is None else scores + s
         if plan.wave_rows:
             scores = scores + waves.of_field(smem.shift[0], k)
@@ -210,14 +214,26 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         field = n // side.pieces
         return side.levels.factor(words[field % len(words)], field, zero)
 
+    def heaviness(score, arrays):
+        """f32 square: the logarithm of the largest weight, scaled as values are, in 2^-10 of 2, and
+        2^23 + 15 * 2^10. `arrays` int16[64] for each block.
+
+        The bits of a float16 are 2^10 times its logarithm, less up to 0.09 * 2^10, and those 15;
+        below the exponent of 2^23 they are a number.
+        """
+        float_of = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+        logarithm = lambda a: float_of((a.astype(jnp.int32) & 0x7FFF) | 0x4B000000)
+        largest = functools.reduce(jnp.maximum, [logarithm(scale) for scale, *_ in arrays])
+        return score * jnp.float32(2**10 * LOG2_E) + by_row(largest)
+
     def weigh(p, seen, n, arrays, constant):
         """Leaves weights for field n of a part, scaled as values are, block by block; adds what
-        does not depend on the codes to the constants. `seen` bool[64], `arrays` f32[64] for each
+        does not depend on the codes to the constants. `seen` bool[64], `arrays` int16[64] for each
         block"""
         merged = []
         for b, (c, of_block) in enumerate(zip(constant, arrays, strict=True)):
             # What is stored for unseen tokens may be NaN.
-            scale, *zero = (jnp.where(seen, a, jnp.float32(0)) for a in of_block)
+            scale, *zero = (jnp.where(seen, float32(a), jnp.float32(0)) for a in of_block)
             columns = smem.weights.at[n, pl.ds(b * plan.group, plan.group)]
             store_columns(columns, (p * by_row(scale)).astype(jnp.float16), 32, plan)
             if needs_constant:
@@ -227,7 +243,8 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         return tuple(merged)
 
     def attend(slot, unit, part, carry):
-        """Merges the fields of one part of a unit's words."""
+        """Merges the fields of one part of a unit's words. What is carried is relative to
+        2^maximum."""
         if plan.scaled_by_part:
             channels.scale_queries(smem, slot, part, plan)
         numerators, denominator, constant, maximum = carry
@@ -260,18 +277,16 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             ]
             for n in range(plan.per_part)
         ]
-        top = jnp.maximum(
-            maximum, max_rows(functools.reduce(jnp.maximum, scores), smem.exchange.at[0])
-        )
-        old = jnp.exp(maximum - top)
+        heaviest = functools.reduce(jnp.maximum, map(heaviness, scores, of_tokens))
+        heaviest = max_rows(heaviest, smem.exchange.at[0]) * jnp.float32(2**-10)
+        top = jnp.maximum(maximum, heaviest - jnp.float32(2**13 + 15 + LIFT))
+        old = jnp.exp2(maximum - top)
         denominator = denominator * by_column(old)
         if needs_constant:
             constant = tuple(c * by_column(old) for c in constant)
-        in_twos = top * jnp.float32(LOG2_E)
         # All warps met for the maximum: none still reads the weights of the part before.
         for n, s in enumerate(scores):
-            # exp(s - top), of which a multiplication and the subtraction are one instruction.
-            p = jnp.exp2(s * jnp.float32(LOG2_E) - by_column(in_twos))
+            p = jnp.exp2(s * jnp.float32(LOG2_E) - by_column(top))
             denominator = denominator + p
             k = part * plan.per_part + n
             constant = weigh(p, seen(rows, k), n, of_tokens[n], constant)
@@ -342,4 +357,4 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         whole = operand.count == plan.head_dim
         store(numerator_gmem if whole else numerator_gmem.at[channel], numerator)
     store(denominator_gmem, denominator)
-    store(maximum_gmem, maximum)
+    store(maximum_gmem, maximum * jnp.float32(1 / LOG2_E))
