@@ -109,7 +109,7 @@ def _cases():
     yield Case(  # more query heads than a program has
         "plus2-g20", digits(2), value_codebook=EVEN, group=20, key_channels=True, waves=128,
     )  # fmt: skip
-    yield Case("waves-soft-cap", cubic(4), waves=64, soft_cap=5.0)
+    yield Case("waves-soft-cap", cubic(4), key_channels=True, waves=64, soft_cap=5.0)
     yield Case("channels2-minmax", codebooks.uniform(2), group=4, zero=True, key_channels=True)
     yield Case("channels3-d64", cubic(3), head_dim=64, heads=3, group=3, key_channels=True)
     yield Case("channels4-d256", cubic(4), head_dim=256, key_channels=True, soft_cap=5.0)

@@ -43,6 +43,8 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return f"levels that a polynomial of {MOST} operations gives; got {' and '.join(names)}"
+    if key.waves is not None and not key.per_channel:
+        return "scales of channels, where keys have waves"
     if value.per_channel:
         return "values with scales of tokens, not of channels"
     if key.groups > tiles.TOKENS // SHARING:
@@ -96,21 +98,23 @@ def decode_attention(
     # Each chunk is a head: those of a KV head read the same, which a GPU caches.
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.chunks * plan.group - group), (0, 0)))
     q = q.reshape(batch, heads * plan.chunks, plan.group, -1)
-    q, meeting_waves = jnp.split(q, [head_dim], axis=-1)
     if plan.key.channels:  # queries wait, in columns, for the scales of every tile
-        q = jnp.swapaxes(q, 2, 3).astype(jnp.float32) * jnp.float32(plan.key.levels.slope)
+        q, *cosine_and_sine = _columns(q, head_dim)
+        q = q * jnp.float32(plan.key.levels.slope)
+        # What meets waves follows. All in one array, which is one launch.
+        q = jnp.concatenate([q, *(waves.padded(a, 2, plan) for a in cosine_and_sine)], axis=2)
     q = q.astype(jnp.float16)
     # A free reshape: the words of a token in a column are a row.
     words = lambda a: a.reshape(a.shape[0] * a.shape[1], -1, plan.stored_width)
     of_tokens = lambda side: [] if side.per_channel else [side.scale, side.zero]
-    starts, *added = waves.operands(key.waves, meeting_waves, plan) if plan.wave_rows else [None]
+    starts, *places = waves.operands(key.waves, plan) if plan.wave_rows else [None]
     source = Source(
         words=(words(key.words), words(value.words)),
         token_scales=tuple([a for a in of_tokens(side) if a is not None] for side in (key, value)),
         channel_scales=[key.scale, key.zero][: plan.key.channel_arrays],
         starts=[starts] * (plan.wave_rows > 0),
     )
-    arrays = source, added
+    arrays = source, places
     shape = lambda *s: jax.ShapeDtypeStruct((*q.shape[:2], plan.splits, *s), jnp.float32)
     options = {} if interpret is None else dict(interpret=interpret)
     numerator, denominator, maximum = plgpu.kernel(
@@ -132,3 +136,11 @@ def decode_attention(
     maximum = jnp.where(denominator == 0, -jnp.inf, maximum)
     of_heads = lambda a: a.reshape(batch, heads, -1, *a.shape[3:])[:, :, :group]
     return tuple(map(of_heads, (jnp.swapaxes(numerator, 2, 3), denominator, maximum)))
+
+
+def _columns(q: jax.Array, head_dim: int) -> list[jax.Array]:
+    """f32[batch, programs, channels, group]: queries, and if there are waves what meets cosines and
+    sines."""
+    q = jnp.swapaxes(q, 2, 3).astype(jnp.float32)
+    width = q.shape[2]
+    return jnp.split(q, [head_dim, (head_dim + width) // 2] * (width > head_dim), axis=2)

@@ -58,11 +58,12 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
 
     Args:
       lengths, first: int32[B]
-      queries: float16, as `Memory.queries`, of every sequence, head and chunk.
-      refs: leaves of a `Source` and of the other operands of waves, outputs, and shared memory.
+      queries: float16, as `Memory.queries`, of every sequence, head and chunk; and in rows that
+        follow, what meets waves.
+      refs: leaves of a `Source` and of the other operand of waves, outputs, and shared memory.
       treedef: of the former.
     """
-    source, added = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
+    source, places = jax.tree.unflatten(treedef, refs[: treedef.num_leaves])
     *outputs, scratch = refs[treedef.num_leaves :]
     smem = Memory.of(scratch)
     split, head, batch = (jax.lax.axis_index(name) for name in ("split", "head", "batch"))
@@ -93,7 +94,10 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
             announce(source, batch, div(head, plan.chunks), first_tile(begin + step), plan)
 
     lanes = None if plan.key.channels else plan.query_lanes
-    copies.start(queries.at[batch, head], smem.queries, smem.queries_arrived, plan, lanes)
+    own_queries = queries.at[batch, head]
+    if plan.wave_rows:
+        own_queries = own_queries.at[pl.ds(0, plan.head_dim)]
+    copies.start(own_queries, smem.queries, smem.queries_arrived, plan, lanes)
     for slot in range(plan.stages):
         fetch_step(jnp.int32(slot), slot)
     if plan.bulk_copies:  # else they are in the first group
@@ -114,9 +118,10 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         bits = array.at[slot, :, block, pl.ds(k * plan.field, plan.field)]
         return load_rows(bits, plan.interpret)
 
-    def shift_unit(slot, wave_queries, places):
+    def shift_unit(slot, places):
         """Leaves what waves add to the scores of a unit."""
-        waves.turn(wave_queries.at[batch, head], smem.starts[0].at[slot], smem.turned[0], plan)
+        meeting_waves = queries.at[batch, head, pl.ds(plan.head_dim, 2 * plan.wave_rows)]
+        waves.turn(meeting_waves, smem.starts[0].at[slot], smem.turned[0], plan)
         copies.commit(plan)
         waves.leave(places, smem.turned[0], smem.shift[0], plan)
         copies.meet(plan)
@@ -324,7 +329,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         if plan.stages == 1 and not plan.interpret:
             announce_step(i + 1)  # which has no room before this one is done with
         if plan.wave_rows:
-            shift_unit(slot, *added)
+            shift_unit(slot, *places)
         if plan.key.channels and not plan.scaled_by_part:  # for all parts
             channels.scale_queries(smem, slot, 0, plan)
         # A loop, not copies: the compiler would compute all factors of a word at once, and they

@@ -27,31 +27,29 @@ from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_products import (
 HALVES = tiles.TOKENS // ROWS  # of a tile
 
 
-def operands(waves: Waves, q: jax.Array, plan: Plan) -> list[jax.Array]:
-    """Cosines and sines of where halves of tiles start f32[2 * tiles, 2, rows], of q [B, programs,
-    group, R] f32[B, programs, 2, rows, group], and of the places float16[64, 2 * rows]."""
-    pad = lambda a, axis: jnp.pad(
-        a, [(0, 0)] * axis + [(0, plan.wave_rows - a.shape[axis])] + [(0, 0)] * (a.ndim - axis - 1)
-    )
-    queries = jnp.swapaxes(q.astype(jnp.float32), 2, 3)
-    queries = jnp.stack(jnp.split(queries, 2, axis=2), axis=2)
+def padded(a: jax.Array, axis: int, plan: Plan) -> jax.Array:
+    """With as many rows along an axis as waves have."""
+    pad = [(0, 0)] * a.ndim
+    pad[axis] = 0, plan.wave_rows - a.shape[axis]
+    return jnp.pad(a, pad)
+
+
+def operands(waves: Waves, plan: Plan) -> list[jax.Array]:
+    """Cosines and sines of where halves of tiles start f32[2 * tiles, 2, rows], and of the places
+    float16[64, 2 * rows]."""
     halves = jax.tree.map(lambda a: a[None, ::ROWS], waves.places)  # [1, 2, 1, R / 2]
     starts = halves.moved(jax.tree.map(lambda a: a[:, None], waves.starts))
     starts = jnp.stack([starts.cos, starts.sin], axis=2)[:, :, :, 0]
     starts = starts.reshape(-1, *starts.shape[2:])
-    places = [pad(a[:ROWS, 0], 1) for a in (waves.places.cos, waves.places.sin)]
-    return [
-        pad(starts, 2),
-        pad(queries, 3),
-        jnp.concatenate(places, axis=1).astype(jnp.float16),
-    ]
+    places = [padded(a[:ROWS, 0], 1, plan) for a in (waves.places.cos, waves.places.sin)]
+    return [padded(starts, 2, plan), jnp.concatenate(places, axis=1).astype(jnp.float16)]
 
 
 def turn(queries, starts, turned, plan: Plan) -> None:
     """Leaves queries in `turned` float16[*Plan.turned_shape].
 
     Args:
-      queries: cosines and sines of a head, in global memory, f32[2, rows, group].
+      queries: what meets cosines and sines, of a head, in global memory, float16[2 * rows, group].
       starts: of a unit, in shared memory, f32[*Plan.starts_shape].
     """
     square = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -59,7 +57,10 @@ def turn(queries, starts, turned, plan: Plan) -> None:
     by_row = lambda x: jax.lax.broadcast_in_dim(x, (ROWS, plan.group), (0,))
     for c in range(0, plan.wave_rows, ROWS):
         rows = pl.ds(c, ROWS)
-        cosine, sine = (square(queries.at[part, rows]) for part in range(2))
+        cosine, sine = (
+            square(queries.at[pl.ds(part * plan.wave_rows + c, ROWS)]).astype(jnp.float32)
+            for part in range(2)
+        )
         # All before anything is left, which no load would overtake.
         angles = [[row(starts.at[n, part, rows]) for part in range(2)] for n in range(plan.halves)]
         for n, angle in enumerate(angles):
