@@ -277,16 +277,20 @@ def test_body_longer_than_a_tile(monkeypatch):
         np.testing.assert_allclose(out[0, 0], expected[-1], atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "spec",
-    ["nqkv", "nqkv:residual=16,centre=True,hadamard=True,sinks=4", "kivi", "nsnquant:bits=1"],
-)
-def test_no_decoded_copy_of_the_cache_exists(spec):
+    [
+        "none", "nqkv", "nqkv:residual=16,centre=True,hadamard=True,sinks=4", "kivi",
+        "nsnquant:bits=1",
+    ],
+)  # fmt: skip
+def test_no_decoded_copy_of_the_cache_exists(spec, dtype):
     """Temporary bytes of a decode step do not grow with max_len; the cache is updated in place."""
     q, k, v = make_qkv(1)
     temporary = []
     for max_len in (2048, 16384):
-        cache = make_cache(spec, max_len=max_len)
+        cache = make_cache(spec, max_len=max_len, dtype=dtype)
         analysis = (
             compiled_attend.lower(q, k, v, cache, None, True, None, 0).compile().memory_analysis()
         )
