@@ -22,15 +22,11 @@ class RotaryAngles:
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Rotates `x` [..., tokens, heads, head_dim]; `positions` are those it was made for."""
-        half = self.cos.shape[-1]
-        turned, rest = jnp.split(x, [2 * half], axis=-1)
-        # Pairs lie across, so that XLA neither cuts nor joins channels, which are launches on GPUs.
-        pairs = turned.astype(jnp.float32).reshape(*turned.shape[:-1], 2, half)
-        cos, sin = self.cos * self.factor, self.sin * self.factor
-        cos, sin = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
-        rotated = pairs * cos + jnp.flip(pairs, -2) * sin
-        rotated = rotated.astype(x.dtype).reshape(turned.shape)
-        return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+        cos, sin, half = self.cos * self.factor, self.sin * self.factor, self.cos.shape[-1]
+        first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+        first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate([r.astype(x.dtype) for r in rotated] + [rest], axis=-1)
 
     def moved(self, by: "RotaryAngles") -> "RotaryAngles":
         """Of the sums of both positions, by the addition theorems."""
