@@ -167,7 +167,8 @@ def init_side(
         exact=jnp.zeros((batch, num_sinks + window.capacity, num_kv_heads, head_dim), dtype),
         body=jax.tree.map(zeros, payload),
         state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), state),
-        quantizer=quantizer,
+        # What it has learned belongs to the scheme, and would be gone with a cache that is donated.
+        quantizer=jax.tree.map(jnp.copy, quantizer),
         window=window,
         num_sinks=num_sinks,
     )
@@ -370,7 +371,9 @@ def flush(waiting: Sequence[Waiting]) -> list[Side]:
         run = functools.partial(_encode, w.side, w.rotary, chunk)
         keys = None if w.keys is None else (w.keys, None)
         begin = first + i * chunk
-        return jax.vmap(run)(*carry, w.side.residual, None, keys, None, begin, last)
+        body, state = jax.vmap(run)(*carry, w.side.residual, None, keys, None, begin, last)
+        # Nor that a state is the same as before.
+        return body, jax.lax.optimization_barrier(state)
 
     # A loop for each, so that they share the memory that encoding takes.
     def encode_all(_, carry):

@@ -155,6 +155,40 @@ def planes(place: jax.Array, bits: int, head_dim: int) -> list[Plane]:
     return found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """Consecutive tokens of a sequence, of which those that are fresh are to be written, and the
+    tiles that have them; see `span`."""
+
+    first: jax.Array  # i32[], of the tokens
+    tile: jax.Array  # i32[], the first of the tiles
+    fresh: jax.Array  # bool[tiles, 128]
+
+    def spread(self, a: jax.Array, unit: int = 1) -> jax.Array:
+        """[tiles, 128 / unit, ...]: what `a` [size / unit, ...] has of each `unit` of the tokens,
+        in its place in the tiles; elsewhere 0."""
+        size, per_tile = a.shape[0], TOKENS // unit
+        room = len(self.fresh) * per_tile
+        # Not indexed by the token: on a CPU that takes several times as long.
+        padding = [(room, max(room - size, 0)), *[(0, 0)] * (a.ndim - 1)]
+        a = jax.lax.optimization_barrier(jnp.pad(a, padding))
+        ahead = (self.tile * TOKENS - self.first) // unit
+        a = jax.lax.dynamic_slice_in_dim(a, room + ahead, room)
+        return a.reshape(-1, per_tile, *a.shape[1:])
+
+
+def span(first: jax.Array, last: jax.Array, size: int, *, step: int, num_tiles: int) -> Span:
+    """Of the tokens first + [0, size), those below `last`, both i32[], are fresh.
+
+    `first` and `size` are multiples of `step`, a divisor of 128; the sequence has `num_tiles`.
+    """
+    count = min((size + 2 * TOKENS - 1 - step) // TOKENS, num_tiles)
+    tile = jnp.clip(first // TOKENS, 0, num_tiles - count)
+    token = (tile * TOKENS + jnp.arange(count * TOKENS)).reshape(count, TOKENS)
+    fresh = (token >= first) & (token < jnp.minimum(first + size, last))
+    return Span(first=first, tile=tile, fresh=fresh)
+
+
 @jax.custom_batching.custom_vmap
 def update(array: jax.Array, at: jax.Array, new: jax.Array, mask: jax.Array) -> jax.Array:
     """`array` with the bits of `new` under `mask`, from `at` i32[axes] on, in place.

@@ -173,7 +173,16 @@ def test_tiles_decode_to_what_blocks_do(codebook, axis, size, numbers):
 
 @pytest.mark.parametrize(
     "scheme, uses",
-    [(SCHEME, True), (CHANNELS, True), ("nqkv", True), ("kivi", True), ("squat", False)],
+    [
+        (SCHEME, True),
+        (CHANNELS, True),
+        ("nqkv", True),
+        ("kivi", True),
+        ("squat", True),
+        ("hqq", True),
+        ("nsnquant", True),
+        ("fp8", False),
+    ],
 )
 def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
     cache, new = prompted(scheme), tokens(1)
@@ -186,8 +195,8 @@ def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
 def test_a_kernel_that_cannot_serve_says_why():
     new = tokens(1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
-        nq.attend(*new, prompted("squat"), rotary=ROTARY, implementation="mosaic_tpu")
-    asking = prompted("squat").with_implementation("mosaic_tpu")
+        nq.attend(*new, prompted("fp8"), rotary=ROTARY, implementation="mosaic_tpu")
+    asking = prompted("fp8").with_implementation("mosaic_tpu")
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
         nq.attend(*new, asking, rotary=ROTARY)
     nq.attend(*new, asking, rotary=ROTARY, implementation="xla")  # for this call
@@ -200,7 +209,7 @@ def test_a_kernel_that_cannot_serve_says_why():
 def test_blocks_that_no_kernel_can_read_stay_as_they_are():
     block = functools.partial(nq.BlockQuantizer, nq.codebooks.normal_float(4))
     assert in_tiles(block(block_size=96), 128, 3, 64) == block(block_size=96)
-    assert in_tiles(block(block_size=64, axis="tokens"), 64, 3, 64).group == 64
+    assert in_tiles(block(block_size=64, axis="tokens"), 96, 3, 64).group == 64
     assert in_tiles(block(block_size=24), 128, 3, 24) == block(block_size=24)
     assert isinstance(in_tiles(block(block_size=32), 128, 3, 64), TiledQuantizer)
     channels = functools.partial(block, axis="tokens")

@@ -247,6 +247,17 @@ def test_bad_settings(spec, message):
         make_cache(spec, max_len=10)
 
 
+def test_a_token_that_fills_no_chunk_waits_for_no_elimination():
+    """XLA would do it for every token: it depends on the state alone, which a flush leaves."""
+    cache = make_cache("squat", max_len=64)
+    tokens = [a[:, :1] for a in make_qkv(tokens=1)]
+    text = jax.jit(nq.attend).lower(*tokens, cache).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    assert " while(" in entry
+    assert '"n":"32"' in text  # the elimination, a round for every channel
+    assert '"n":"32"' not in entry
+
+
 def test_append_without_queries_is_refused():
     _, k, v = make_qkv(4)
     layer = make_cache("squat", max_len=10).layers[0]

@@ -102,6 +102,10 @@ class Quantizer:
         """
         raise NotImplementedError
 
+    def round_trip(self, x: jax.Array, context: Context) -> jax.Array:
+        """What `x` decodes to, in float32; of tokens that are encoded together, `step` or more."""
+        return self.dequantize(self.quantize(x, context), context)
+
     def dequantize(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
         """Decodes one group: [group, heads, head_dim], keys ready for rotated queries."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import codebooks, packing
+from nqkv_jax.codebooks import Codebook
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.quantizers.block import (
     BlockPayload,
@@ -84,6 +85,10 @@ class HQQQuantizer(Quantizer):
         )
 
     @property
+    def codebook(self) -> Codebook:
+        return self._blocks.codebook
+
+    @property
     def group(self) -> int:
         return self._blocks.group
 
@@ -94,6 +99,11 @@ class HQQQuantizer(Quantizer):
         """Encodes `x` [group, heads, head_dim], any float dtype, in float32."""
         check_group("HQQQuantizer", x, self.group)
         self.check(*x.shape[1:])
+        codes, scale, zero = self.encode(x)
+        return BlockPayload(codes=packing.pack(codes, self.bits), scale=scale, zero=zero)
+
+    def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `BlockQuantizer.encode`."""
         grid = self._blocks
         blocks, axis = grid._to_blocks(x.astype(jnp.float32))
         low = jnp.min(blocks, axis=axis, keepdims=True)
@@ -104,11 +114,7 @@ class HQQQuantizer(Quantizer):
         shift = self._shift(divide_or_zero(blocks - low, step), step, axis)
         zero = store(low - rounded(shift * step), finite, self.scale_dtype)
         codes = grid.codebook.encode(divide_or_zero(blocks - zero.astype(jnp.float32), step))
-        return BlockPayload(
-            codes=packing.pack(codes.reshape(x.shape), self.bits),
-            scale=jnp.squeeze(scale, axis),
-            zero=jnp.squeeze(zero, axis),
-        )
+        return codes.reshape(x.shape), jnp.squeeze(scale, axis), jnp.squeeze(zero, axis)
 
     def _shift(self, y: jax.Array, step: jax.Array, axis: int) -> jax.Array:
         """z - z_0, for elements `y` in steps above the minimum of their block."""
@@ -131,3 +137,9 @@ class HQQQuantizer(Quantizer):
     def dequantize(self, payload: BlockPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         """Decodes in float32 and rounds once to `dtype`: [group, heads, head_dim]."""
         return self._blocks.dequantize(payload, context, dtype)
+
+    def decode(
+        self, codes: jax.Array, scale: jax.Array, zero: jax.Array, dtype=jnp.float32
+    ) -> jax.Array:
+        """The inverse of `encode`."""
+        return self._blocks.decode(codes, scale, zero, dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import sequential_vmap
 
+from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, Wrapper
 from nqkv_jax.quantizers.block import divide, pairwise_sum, rounded
 
@@ -66,8 +67,24 @@ class QueryAware(Wrapper):
         q = jnp.where(jnp.all(jnp.isfinite(q), axis=-1, keepdims=True), q, np.float32(0))
         return context.state + pairwise_sum(_times(q[..., :, None], q[..., None, :]), 1)[:, 0]
 
+    @property
+    def step(self) -> int:
+        return self.inner.step
+
     def quantize(self, x: jax.Array, context: Context) -> Payload:
         """Encodes `x` [group, heads, head_dim], any float dtype, in float32."""
+        return self.inner.quantize(self._moved(x, context), context)
+
+    def splice(
+        self, body: Payload, x: jax.Array, first: jax.Array, last: jax.Array, context: Context
+    ) -> Payload:
+        return self.inner.splice(body, self._moved(x, context), first, last, context)
+
+    def tiled_codes(self, body: Payload, context: Context) -> TiledCodes | VectorCodes | None:
+        return self.inner.tiled_codes(body, context)
+
+    def _moved(self, x: jax.Array, context: Context) -> jax.Array:
+        """What the inner quantizer is given of `x` [tokens, heads, head_dim]."""
         x, head_dim = x.astype(jnp.float32), x.shape[-1]
         coefficients = _elimination(self._weight(context.state))
         channels = np.arange(head_dim)[None, None]
@@ -83,13 +100,13 @@ class QueryAware(Wrapper):
             error = jax.lax.fori_loop(start, stop, aim, error)
             current = (channels >= start) & (channels < stop)
             moved = jnp.where(current, x + error, moved)
-            decoded = self.inner.dequantize(self.inner.quantize(moved, context), context)
+            decoded = self.inner.round_trip(moved, context)
             return moved, jnp.where(current, decoded - x, error)
 
         # Errors of encoded channels, and those aimed at for channels of the current block.
         carry = x, jnp.zeros_like(x)
         moved, _ = jax.lax.fori_loop(0, -(-head_dim // self.block), encode_block, carry)
-        return self.inner.quantize(moved, context)
+        return moved
 
     def dequantize(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
         return self.inner.dequantize(payload, context, dtype)

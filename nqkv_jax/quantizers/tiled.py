@@ -1,4 +1,4 @@
-"""Blocks of 128 tokens in the layout that fused kernels read, filled at once or token by token."""
+"""Blocks in tiles of 128 tokens, the layout that fused kernels read, filled little by little."""
 
 import dataclasses
 import functools
@@ -11,7 +11,9 @@ from nqkv_jax.pallas_kernels import append_token, triton_backend
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer, check_group
+from nqkv_jax.quantizers.hqq import HQQQuantizer
 from nqkv_jax.quantizers.nsn import NSNQuantizer
+from nqkv_jax.quantizers.squat import QueryAware
 from nqkv_jax.quantizers.tiled_vectors import TiledNSN
 from nqkv_jax.quantizers.transforms import Transformed
 from nqkv_jax.tiles import TOKENS
@@ -35,7 +37,7 @@ class TiledPayload:
 class TiledQuantizer(Quantizer):
     """Encodes 128 tokens with `inner`: each by itself, or in groups with a block per channel."""
 
-    inner: BlockQuantizer = dataclasses.field(metadata={"static": True})
+    inner: BlockQuantizer | HQQQuantizer = dataclasses.field(metadata={"static": True})
 
     @property
     def group(self) -> int:
@@ -43,7 +45,7 @@ class TiledQuantizer(Quantizer):
 
     @property
     def step(self) -> int:
-        return TOKENS if self._per_channel else 1
+        return self.inner.group
 
     def check(self, heads: int, head_dim: int) -> None:
         self.inner.check(heads, head_dim)
@@ -51,9 +53,8 @@ class TiledQuantizer(Quantizer):
 
     def quantize(self, x: jax.Array, context: Context) -> TiledPayload:
         check_group("TiledQuantizer", x, self.group)
-        encode = jax.vmap(self.inner.encode) if self._per_channel else self.inner.encode
-        codes, scale, zero = encode(self._apart(x))
-        words = tiles.pack(codes.reshape(x.shape), self.inner.codebook.bits)
+        codes, scale, zero = self._encode(x)
+        words = tiles.pack(codes, self.inner.codebook.bits)
         zero = None if zero is None else self._store(zero)
         return TiledPayload(words=words, scale=self._store(scale), zero=zero)
 
@@ -62,30 +63,20 @@ class TiledQuantizer(Quantizer):
     ) -> TiledPayload:
         if x.shape[0] == 1:
             return self._append_token(body, x, first, first < last, context.implementation)
-        bits, size = self.inner.codebook.bits, x.shape[0]
-        codes, scale, zero = self.inner.encode(x)
-        # In all tiles that have some of the tokens.
-        num_tiles, start = body.words.shape[0], jnp.zeros_like(first)
-        count = min((size + TOKENS - 2) // TOKENS + 1, num_tiles)
-        begin, room = jnp.clip(first // TOKENS, 0, num_tiles - count), count * TOKENS
-        token = (begin * TOKENS + jnp.arange(room)).reshape(count, TOKENS)
-        fresh = (token >= first) & (token < jnp.minimum(first + size, last))
+        bits, step = self.inner.codebook.bits, self.step
+        codes, scale, zero = self._encode(x)
+        num_tiles = body.words.shape[0]
+        span = tiles.span(first, last, x.shape[0], step=step, num_tiles=num_tiles)
         pack = jax.vmap(lambda codes: tiles.pack(codes, bits))
-
-        def in_place(a):
-            """[count, 128, ...], of tokens [size, ...]."""
-            # Not indexed by the token: on a CPU that takes several times as long.
-            padding = [(room, max(room - size, 0)), *[(0, 0)] * (a.ndim - 1)]
-            a = jax.lax.optimization_barrier(jnp.pad(a, padding))
-            a = jax.lax.dynamic_slice_in_dim(a, room + begin * TOKENS - first, room)
-            return a.reshape(count, TOKENS, *a.shape[1:])
-
-        mask = jnp.where(fresh, 2**bits - 1, 0).astype(jnp.uint8)[..., None, None]
-        mask = pack(jnp.broadcast_to(mask, (count, TOKENS, 1, x.shape[2])))  # of all heads
-        at = jnp.stack([begin, start, start, start])
-        words = tiles.update(body.words, at, pack(in_place(codes)), mask)
-        stored = lambda a: jnp.swapaxes(in_place(self._store(a).T), 1, 2)
-        put = functools.partial(_put, tile=begin, place=start, fresh=fresh[:, None])
+        mask = jnp.where(span.fresh, 2**bits - 1, 0).astype(jnp.uint8)[..., None, None]
+        mask = pack(jnp.broadcast_to(mask, (*span.fresh.shape, 1, x.shape[2])))  # of all heads
+        at = jnp.stack([span.tile, *[jnp.zeros_like(first)] * 3])
+        words = tiles.update(body.words, at, pack(span.spread(codes)), mask)
+        fresh = span.fresh[:, None]
+        if self._per_channel:  # [tiles, heads * groups, 1]
+            fresh = jnp.tile(span.fresh[:, ::step, None], (1, x.shape[1], 1))
+        put = functools.partial(_put, tile=span.tile, place=jnp.zeros_like(first), fresh=fresh)
+        stored = lambda a: jax.vmap(self._store)(span.spread(a, step))
         zero = None if zero is None else put(body.zero, stored(zero))
         return TiledPayload(words=words, scale=put(body.scale, stored(scale)), zero=zero)
 
@@ -121,15 +112,17 @@ class TiledQuantizer(Quantizer):
             return by_xla(*arguments)
         return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
 
+    def round_trip(self, x: jax.Array, context: Context) -> jax.Array:
+        codes, scale, zero = self._encode(x)
+        return self._decode(codes, scale, zero)
+
     def dequantize(self, payload: TiledPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         bits = self.inner.codebook.bits
         head_dim = payload.words.shape[1] * 16 // bits
         codes = tiles.unpack(payload.words, bits, head_dim)
         load = functools.partial(self._load, heads=codes.shape[1])
         zero = None if payload.zero is None else load(payload.zero)
-        decode = functools.partial(self.inner.decode, dtype=dtype)
-        decode = jax.vmap(decode) if self._per_channel else decode
-        return decode(self._apart(codes), load(payload.scale), zero).reshape(codes.shape)
+        return self._decode(codes, load(payload.scale), zero, dtype)
 
     def tiled_codes(self, body: Payload, context: Context) -> TiledCodes:
         return TiledCodes(
@@ -143,6 +136,7 @@ class TiledQuantizer(Quantizer):
         codebook = self.inner.codebook
         return (
             triton_backend.missing() is None
+            and isinstance(self.inner, BlockQuantizer)
             and not self._per_channel
             and self.inner.scale != "rms"
             and (codebook.bits <= 4 or codebook.is_even)
@@ -153,8 +147,22 @@ class TiledQuantizer(Quantizer):
     def _per_channel(self) -> bool:
         return self.inner.axis == "tokens"
 
+    def _encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Like `BlockQuantizer.encode`, of several groups of tokens: scales of channels are
+        [groups, heads, head_dim]."""
+        encode = jax.vmap(self.inner.encode) if self._per_channel else self.inner.encode
+        codes, scale, zero = encode(self._apart(x))
+        return codes.reshape(x.shape), scale, zero
+
+    def _decode(self, codes, scale, zero, dtype=jnp.float32) -> jax.Array:
+        """The inverse of `_encode`."""
+        decode = functools.partial(self.inner.decode, dtype=dtype)
+        decode = jax.vmap(decode) if self._per_channel else decode
+        return decode(self._apart(codes), scale, zero).reshape(codes.shape)
+
     def _apart(self, x: jax.Array) -> jax.Array:
-        """Of tokens [128, ...], those that are encoded together along an axis of their own."""
+        """Of tokens [..., heads, head_dim], those that are encoded together along an axis of their
+        own."""
         return x.reshape(-1, self.inner.group, *x.shape[1:]) if self._per_channel else x
 
     def _store(self, scale: jax.Array) -> jax.Array:
@@ -188,13 +196,13 @@ def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Qu
 
     Tiles take the same bits and decode to the same values, and kernels can read them.
     """
-    if isinstance(quantizer, Transformed):
+    if isinstance(quantizer, Transformed | QueryAware):
         inner = in_tiles(quantizer.inner, tokens, heads, head_dim)
         return dataclasses.replace(quantizer, inner=inner)
-    if isinstance(quantizer, NSNQuantizer) and not tokens % TOKENS:
+    if isinstance(quantizer, NSNQuantizer):
         fits = TOKENS % quantizer.window == 0 and head_dim >= 2 * LENGTH
-        return TiledNSN(quantizer) if fits else quantizer
-    if type(quantizer) is not BlockQuantizer:
+        return TiledNSN(quantizer) if fits and not tokens % quantizer.window else quantizer
+    if not isinstance(quantizer, BlockQuantizer | HQQQuantizer):
         return quantizer
     whole = quantizer.block_size % head_dim == 0 or head_dim % quantizer.block_size == 0
     if quantizer.axis == "tokens":

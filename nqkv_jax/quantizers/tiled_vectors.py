@@ -1,4 +1,4 @@
-"""Windows of vector codes, 128 tokens at a time, in the layout that fused kernels read."""
+"""Windows of vector codes in tiles of 128 tokens, the layout that fused kernels read."""
 
 import dataclasses
 
@@ -38,6 +38,10 @@ class TiledNSN(Quantizer):
         return tiles.TOKENS
 
     @property
+    def step(self) -> int:
+        return self.inner.window
+
+    @property
     def _windows(self) -> int:
         return tiles.TOKENS // self.inner.window
 
@@ -46,14 +50,29 @@ class TiledNSN(Quantizer):
 
     def quantize(self, x: jax.Array, context: Context) -> TiledNSNPayload:
         check_group("TiledNSN", x, self.group)
+        return self._in_line(self._map(self.inner.quantize, self._split(x), context))
+
+    def splice(
+        self, body: TiledNSNPayload, x: jax.Array, first: jax.Array, last: jax.Array,
+        context: Context,
+    ) -> TiledNSNPayload:  # fmt: skip
+        step = self.step
+        span = tiles.span(first, last, x.shape[0], step=step, num_tiles=body.words.shape[0])
         payload = self._map(self.inner.quantize, self._split(x), context)
-        in_line = lambda a: None if a is None else jnp.concatenate(list(a), axis=-1)
-        return TiledNSNPayload(
-            words=vectors.pack(in_line(payload.codes), in_line(payload.signs)),
-            scale=jax.lax.bitcast_convert_type(in_line(payload.scale), jnp.int16),
-            norms=payload.norms,
-            mean=payload.mean,
-        )
+        payload = jax.tree.map(lambda a: span.spread(a, step), payload)
+
+        def put(old, new, fresh):  # [tiles, 128] or [tiles, windows], the axes of `new` that has
+            mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
+            at = jnp.stack([span.tile, *[jnp.zeros_like(first)] * (old.ndim - 1)])
+            return tiles.update(old, at, new, mask)
+
+        new = jax.vmap(self._in_line)(payload)
+        windows = span.fresh[:, ::step]
+        of_windows = lambda a: jnp.expand_dims(windows, range(2, a.ndim))
+        of_tokens = lambda a: jnp.expand_dims(span.fresh, range(1, a.ndim - 1))
+        fresh = jax.tree.map(of_windows, new)
+        fresh = dataclasses.replace(fresh, words=of_tokens(new.words), scale=of_tokens(new.scale))
+        return jax.tree.map(put, body, new, fresh)
 
     def dequantize(self, payload: TiledNSNPayload, context: Context, dtype=jnp.float32):
         decode = lambda payload, context: self.inner.dequantize(payload, context, dtype)
@@ -108,8 +127,18 @@ class TiledNSN(Quantizer):
             mean=payload.mean,
         )
 
+    def _in_line(self, payload: NSNPayload) -> TiledNSNPayload:
+        """Of the windows of a tile, leaves [windows, ...]."""
+        in_line = lambda a: None if a is None else jnp.concatenate(list(a), axis=-1)
+        return TiledNSNPayload(
+            words=vectors.pack(in_line(payload.codes), in_line(payload.signs)),
+            scale=jax.lax.bitcast_convert_type(in_line(payload.scale), jnp.int16),
+            norms=payload.norms,
+            mean=payload.mean,
+        )
+
     def _split(self, x: jax.Array) -> jax.Array:
-        return x.reshape(self._windows, self.inner.window, *x.shape[1:])
+        return x.reshape(-1, self.inner.window, *x.shape[1:])
 
     def _join(self, x: jax.Array) -> jax.Array:
         return x.reshape(tiles.TOKENS, *x.shape[2:])

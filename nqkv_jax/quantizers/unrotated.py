@@ -34,4 +34,6 @@ class Unrotated(Wrapper):
         if context.rotary is None:
             return self.inner.dequantize(payload, context, dtype)
         x = self.inner.dequantize(payload, context, jnp.float32)
+        # XLA:CPU would decode each channel twice: for itself, and for the other of its pair.
+        x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
         return context.rotary(x, context.positions).astype(dtype)
