@@ -14,7 +14,6 @@ from nqkv_jax.models.config import ModelConfig, check_tokens
 from nqkv_jax.models.sampling import GREEDY, Sampling
 from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.schemes.base import Scheme
-from nqkv_jax.side import Side
 
 _SMALLEST_BUCKET = 16
 
@@ -42,23 +41,12 @@ class Request:
         return self.config.vocab_size
 
     def new_cache(self) -> KVCache:
-        """An empty cache whose arrays belong to nobody else."""
+        """An empty cache."""
         cache = self.scheme.init(
             num_layers=self.config.num_layers, batch=len(self.prompts), max_len=self.max_len,
             num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
             dtype=self.cache_dtype,
         )  # fmt: skip
-
-        # The cache is donated. What a calibrated quantizer has learned belongs to the scheme, and
-        # would be gone for the next generation.
-        def own(side: Side) -> Side:
-            return dataclasses.replace(side, quantizer=jax.tree.map(jnp.copy, side.quantizer))
-
-        layers = tuple(
-            dataclasses.replace(layer, key=own(layer.key), value=own(layer.value))
-            for layer in cache.layers
-        )
-        cache = dataclasses.replace(cache, layers=layers)
         return cache.with_implementation(self.implementation)
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -109,6 +109,7 @@ def attend(
     if num_new is not None:
         num_new = jnp.asarray(num_new)
     _check(q, k, v, cache, layer, rotary, num_new, window, implementation)
+    q, k, v = map(jnp.asarray, (q, k, v))
     usual = None
     if implementation is not None and isinstance(cache, KVCache):
         usual = cache.layers[layer].implementation

@@ -88,13 +88,18 @@ class LayerCache:
         *,
         defer_flush: bool = False,
     ) -> "LayerCache":
-        """Appends `num_new` i32[B] of the tokens k, v [B, S, Hkv, D].
+        """Appends `num_new` i32[B] of the S tokens k, v [B, S, Hkv, D], in the dtype of the cache.
 
         Tokens past `max_len` are counted, not stored. `queries` [B, S, Hkv, G, D] are those of the
         same tokens, rotated if the cached keys are, not scaled; needed if `wants_queries`. With
         `defer_flush`, see `KVCache.defer_flush`.
         """
         self.check_flushed()
+        if k.dtype != self.dtype or v.dtype != self.dtype:
+            raise ValueError(
+                f"cache: expected keys and values in its dtype, {self.dtype.name}; got "
+                f"{k.dtype.name} and {v.dtype.name}. `attend` rounds them"
+            )
         if self.wants_queries and queries is None:
             raise ValueError(
                 "cache: this scheme encodes keys by the queries that they will meet; append needs "

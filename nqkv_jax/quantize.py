@@ -54,6 +54,11 @@ def quantize(tree: Any, quantizer: Quantizer) -> Any:
             "quantize: expected a quantizer such as BlockQuantizer(codebooks.normal_float(4), "
             f"block_size=256); got {quantizer!r}. Schemes are for caches"
         )
+    if quantizer.wants_queries or quantizer.wants_keys:
+        raise ValueError(
+            f"quantize: {type(quantizer).__name__} encodes by the queries or keys of the same "
+            "tokens, which only a cache brings (`attend`). Take another quantizer"
+        )
     return jax.tree.map(lambda x: _quantize_array(x, quantizer), tree)
 
 
@@ -71,11 +76,20 @@ def stored_bits(tree: Any) -> float:
 
     A `QuantizedArray` counts its codes, scales, zeros and all other payload, and its state, but not
     arrays of a calibrated quantizer, which sequences share. A plain array counts its itemsize.
+
+    Raises: ValueError for leaves that are no numbers to keep, such as those of a cache, which
+      counts its own (`cache.stored_bits`).
     """
     stored = elements = 0
     for leaf in jax.tree.leaves(tree, is_leaf=_is_quantized):
-        elements += math.prod(leaf.shape)
-        arrays = (leaf.payload, leaf.state) if _is_quantized(leaf) else leaf
+        if not _is_quantized(leaf) and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                "stored_bits: every leaf must be floats or what `quantize` returned; got "
+                f"{jnp.result_type(leaf).name}{list(jnp.shape(leaf))}. Of a cache, see "
+                "cache.stored_bits and cache.nbytes"
+            )
+        elements += math.prod(jnp.shape(leaf))
+        arrays = (leaf.payload, leaf.state) if _is_quantized(leaf) else jnp.asarray(leaf)
         stored += sum(8 * a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
     if not elements:
         raise ValueError("stored_bits: the tree has no elements")

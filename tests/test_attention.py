@@ -366,6 +366,12 @@ def test_output_has_the_dtype_of_the_queries():
     assert out.dtype == jnp.bfloat16
 
 
+def test_numpy_arrays_are_taken_as_jax_takes_them():
+    q, k, v = (np.asarray(a, np.float64) for a in make_qkv(tokens=1))
+    out, _ = nq.attend(q, k, v, make_cache("nqkv", max_len=8))
+    assert out.dtype == jnp.float32
+
+
 def test_low_precision_models_keep_their_dtype():
     q, k, v = (a.astype(jnp.bfloat16) for a in make_qkv(9))
     out, cache = attend(q, k, v, make_cache("nqkv:sinks=2", max_len=16, dtype=jnp.bfloat16))

@@ -51,6 +51,26 @@ def test_every_registered_scheme_is_covered():
     assert {s.partition(":")[0] for s in SCHEMES} == set(nq.schemes.names())
 
 
+def test_keys_in_another_dtype_are_refused():
+    cache = make_cache("none", max_len=8, dtype=jnp.bfloat16)
+    _, k, v = make_qkv(3)
+    with pytest.raises(ValueError, match="its dtype, bfloat16; got float32 and float32"):
+        cache.append(0, k, v, jnp.array([3, 3]), None)
+
+
+def test_a_donated_cache_leaves_the_scheme_its_arrays():
+    """Here one quantizer on both sides."""
+    levels = jnp.linspace(-1, 1, 16, dtype=jnp.float32)
+    quantizer = nq.quantizers.DenseSparseTokens(levels=levels, outliers=0)
+    scheme = nq.schemes.LayerScheme(key=quantizer, value=quantizer)
+    shape = nq.schemes.LayerShape(num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM)
+    layer = scheme.init(shape, batch=BATCH, max_len=8, dtype=jnp.float32)
+    _, k, v = make_qkv(3)
+    append(nq.KVCache(layers=(layer,), scheme="own"), k, v, jnp.array([3, 3]), False)
+    assert not levels.is_deleted()
+    scheme.init(shape, batch=BATCH, max_len=8, dtype=jnp.float32)
+
+
 @pytest.mark.parametrize("spec", SCHEMES)
 def test_append_one_by_one_equals_bulk_bit_for_bit(spec):
     _, k, v = make_qkv(109)

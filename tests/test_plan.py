@@ -132,8 +132,9 @@ def test_format_size():
     (dict(memory=10**6, batches=[-1]), r"must be positive; got \[-1\]"),
     (dict(memory=10**6, names=["nqvk"]), "unknown scheme 'nqvk'"),
     (dict(memory=10**6, names=["nqkv:block_size=48"]), "48"),
+    (dict(memory=10**6, dtype=jnp.int8), "expected dtype to be one of float16, bfloat16, float32"),
 ])  # fmt: skip
 def test_wrong_settings(options, message):
     names = options.pop("names", ["none"])
     with pytest.raises(ValueError, match=message):
-        plan(SMALL, names, dtype=jnp.bfloat16, **options)
+        plan(SMALL, names, **dict(dtype=jnp.bfloat16) | options)

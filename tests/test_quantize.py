@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import nqkv_jax as nq
 from nqkv_jax import codebooks
 from nqkv_jax.quantize import QuantizedArray, dequantize, quantize, stored_bits
 from nqkv_jax.quantizers import (
     BlockQuantizer,
     Centre,
     Context,
+    DigitQuantizer,
     Float8Quantizer,
     FullPrecision,
     Transformed,
@@ -119,8 +121,14 @@ def test_stored_bits_of_mixed_trees():
     x = jnp.zeros((64, 2, 32), jnp.bfloat16)
     assert stored_bits(x) == 16
     assert stored_bits([quantize(x, NF4), x]) == (4.25 + 16) / 2
+    assert stored_bits([x, 1.0]) == pytest.approx(16, rel=1e-2)
     with pytest.raises(ValueError, match="no elements"):
         stored_bits({})
+    cache = nq.schemes.get("int4").init(
+        num_layers=1, batch=1, max_len=8, num_kv_heads=2, head_dim=64
+    )
+    with pytest.raises(ValueError, match=r"got uint8\[1, 8, .*see cache\.stored_bits"):
+        stored_bits(cache)
 
 
 def test_the_form_of_the_readme():
@@ -139,6 +147,7 @@ def test_the_form_of_the_readme():
         (jnp.zeros((70, 2, 32)), KIVI, r"group of 32; got 70 .* Keep the last 6 tokens apart"),
         (jnp.zeros((0, 2, 32)), NF4, "positive multiple"),
         (jnp.zeros((8, 3, 32)), NF4, "= 96: one of"),
+        (jnp.zeros((128, 2, 32)), DigitQuantizer(2), "DigitQuantizer encodes by the queries"),
     ],
 )
 def test_errors(x, quantizer, message):

@@ -189,19 +189,22 @@ def test_other_settings_are_refused(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_other_weights_and_files_are_refused(tmp_path):
+@pytest.mark.parametrize("folder", ["~", ""])
+def test_other_weights_and_files_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path, calibration = tmp_path / "run.jsonl", tmp_path / "some.json"
+    named = f"{folder or tmp_path}/some.json"
     measure = lambda lm: perplexity(lm, TOKENS, scheme="int4", window=32, resume=path)
     measure(LM)
     other = LM.params | dict(head=LM.params["head"] + 1)
     with pytest.raises(ValueError, match="differ: weights: "):
         measure(LongLM(other))
-    scheme = types.SimpleNamespace(options=(("calibration", str(calibration)), ("bits", 3)))
+    scheme = types.SimpleNamespace(options=(("calibration", named), ("bits", 3)))
     calibration.write_text("{}")
     first = record.describe(LM, scheme, "bfloat16")["files"]
     calibration.write_text("[]")
     second = record.describe(LM, scheme, "bfloat16")["files"]
-    assert list(first) == list(second) == [str(calibration)] and first != second
+    assert list(first) == list(second) == [named] and first != second
 
 
 def test_file_that_cannot_be_written(tmp_path):

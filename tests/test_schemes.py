@@ -83,7 +83,9 @@ def test_schemes_with_other_layers_are_not_equal():
         ("nqkv:bits", "expected option=value; got 'bits'"),
         ("nqkv:bits=4,bits=3", "option bits is given twice"),
         (5, "expected a name such as .*; got 5"),
-        ("nqkv:residual=-1", "nqkv: residual is how many tokens .* at least 2; got -1"),
+        ("nqkv:residual=-1", "option residual must not be negative; got -1"),
+        ("nqkv:sinks=-1", "option sinks must not be negative; got -1"),
+        ("kvquant:outliers=-0.5", "option outliers must not be negative; got -0.5"),
         ("int4:residual=1", "int4: residual is how many tokens .* at least 2; got 1"),
         ("kivi:group_size=1,residual=1", "kivi: expected group_size >= 2"),
         ("nqkv:bits=four", "option bits takes a value like 4; got 'four'"),
@@ -103,13 +105,25 @@ def test_bad_specs_say_what_exists(spec, message):
         nq.schemes.get(spec)
 
 
+@pytest.mark.parametrize("path", ["a,b.json", "2024", " a.json"])
+def test_a_path_that_no_name_can_hold_is_refused(path):
+    """A saved cache is loaded by the scheme's name."""
+    with pytest.raises(ValueError, match=r"allocation=.* cannot be written in a scheme's name"):
+        nq.schemes.get("kvq", allocation=path)
+
+
+def test_paths_are_options(tmp_path):
+    scheme = nq.schemes.get("kvquant", calibration=tmp_path / "some.safetensors")
+    assert str(scheme) == f"kvquant:calibration={tmp_path}/some.safetensors"
+    assert nq.schemes.get(str(scheme)) == scheme
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [
         ("nqkv:block_size=100", r"block_size must divide .* = 192: one of .*64, 96, 192"),
         ("kivi:group_size=48,residual=48", "group_size to divide head_dim=64; got 48"),
         ("nqkv:block_size=0", "block_size must be positive; got 0"),
-        ("nqkv:sinks=-1", "sinks >= 0"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_allocated(spec, message):

@@ -199,7 +199,7 @@ def _fit_layer(recorded: Sequence[np.ndarray], layer: int, setting: Mapping) -> 
 
 
 def quantizers(arrays: Mapping[str, np.ndarray], layer: int) -> tuple[CommVQKeys, CommVQValues]:
-    """Those of a layer; the arrays are copied, as those of a cache may be donated."""
+    """Those of a layer."""
     at = lambda name: jnp.array(arrays[name][layer])
     encoder = {name.partition(".")[2]: at(name) for name in arrays if name.startswith("encoder.")}
     value = CommVQValues(

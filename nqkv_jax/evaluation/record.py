@@ -28,12 +28,16 @@ def describe(lm: LanguageModel, scheme: Scheme, cache_dtype: Any, **setting: Any
 
     Args: setting: what the kind of measurement adds: sizes, seeds, the hash of a text.
     """
-    paths = [v for _, v in scheme.options if isinstance(v, str) and pathlib.Path(v).is_file()]
+    named = {v: pathlib.Path(v).expanduser() for _, v in scheme.options if isinstance(v, str)}
     return dict(
         model=lm.name, weights=fingerprint(lm.params), dtype=jnp.dtype(lm.dtype).name,
         scheme=str(scheme),
         # A calibration can be made anew under the same name.
-        files={path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() for path in paths},
+        files={
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in named.items()
+            if path.is_file()
+        },
         cache_dtype=jnp.dtype(cache_dtype).name, **setting,
         versions={"nqkv-jax": importlib.metadata.version("nqkv-jax"), "jax": jax.__version__},
     )  # fmt: skip
@@ -71,7 +75,7 @@ class Record:
     ):
         self.entries: list[dict[str, Any]] = []
         self._kind, self._unit, self._count = f"nqkv {kind} 2", unit, count
-        self._path = None if path is None else pathlib.Path(path)
+        self._path = None if path is None else pathlib.Path(path).expanduser()
         if self._path is None:
             return
         # As it will be read again: JSON knows neither tuples nor keys that are numbers.

@@ -97,6 +97,8 @@ class LayerScheme:
 
     def init(self, shape: LayerShape, *, batch: int, max_len: int, dtype) -> LayerCache:
         """An empty cache of this layer."""
+        if getattr(dtype, "__name__", str(dtype)) not in DTYPES:
+            raise ValueError(f"cache: expected dtype to be one of {', '.join(DTYPES)}; got {dtype}")
         self.check(shape)
         own = [body_capacity(w, self.sinks, max_len) for w in (self.key_window, self.value_window)]
         heads, head_dim = shape.num_kv_heads, shape.head_dim
@@ -201,10 +203,6 @@ class Scheme:
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
                 raise ValueError(f"{self}: expected {name} >= 1, a whole number; got {size!r}")
-        if getattr(dtype, "__name__", str(dtype)) not in DTYPES:
-            raise ValueError(
-                f"{self}: expected dtype to be one of {', '.join(DTYPES)}; got {dtype}"
-            )
         shapes = (
             LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=i, num_layers=num_layers)
             for i in range(num_layers)
@@ -301,7 +299,8 @@ def get(spec: "str | Scheme", **options) -> Scheme:
                 f"scheme {name!r} has no option {key!r}; it has: "
                 f"{', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}"
             )
-        _check_type(name, key, value, known[key])
+        given[key] = value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        _check_value(name, key, value, known[key])
     changed = tuple((k, given[k]) for k in known if k in given and given[k] != known[k])
     return _build(name, _REGISTRY[name], changed, tuple(_version(value) for _, value in changed))
 
@@ -323,7 +322,7 @@ def _build(
     return Scheme(name, options, function(**dict(options)), summary)
 
 
-def _check_type(name: str, key: str, value: object, default: object) -> None:
+def _check_value(name: str, key: str, value: object, default: object) -> None:
     expected = (
         (int, type(None))
         if default is None
@@ -336,6 +335,14 @@ def _check_type(name: str, key: str, value: object, default: object) -> None:
     ):
         kind = "a whole number" if default is None else f"a value like {default!r}"
         raise ValueError(f"scheme {name!r}: option {key} takes {kind}; got {value!r}")
+    if isinstance(value, int | float) and value < 0:
+        raise ValueError(f"scheme {name!r}: option {key} must not be negative; got {value!r}")
+    # A cache that is saved names its scheme by the string form.
+    if isinstance(value, str) and ("," in value or _parse(value.strip()) != value):
+        raise ValueError(
+            f"scheme {name!r}: option {key}={value!r} cannot be written in a scheme's name, which "
+            "has commas between options. Take a path with a letter in front, and without commas"
+        )
 
 
 def one_of(name: str, value, choices):
@@ -347,7 +354,7 @@ def one_of(name: str, value, choices):
 
 def block_window(name: str, residual: int) -> Window:
     """The window of `residual` tokens that are encoded together; 0 for none."""
-    if residual < 0 or residual == 1:
+    if residual == 1:
         raise ValueError(
             f"{name}: residual is how many tokens wait in full precision to be encoded together: 0 "
             f"for none, or at least 2; got {residual}"

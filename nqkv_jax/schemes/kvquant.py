@@ -77,7 +77,6 @@ def kvquant(
         arrays, made = load()
         _check(made, shape, outliers)
         slots = slots_per_side(outliers, shape.hidden)
-        # Fresh arrays: those of a cache may be donated.
         channel = lambda name: jnp.array(arrays[f"key.{name}.{variant}"][shape.layer])
         key = DenseSparseChannels(
             zero=channel("zero"),
