@@ -344,6 +344,6 @@ def test_lists_of_all_schemes_say_what_is_missing(capsys, monkeypatch):
     assert main(["plan", "--model", "opt-125m", "--memory", "1GiB"]) == 0
     assert "left out: kvquant: kvquant: needs a calib" in capsys.readouterr().out
     assert main(["schemes"]) == 0
-    assert "not for this shape as it is: kvquant: needs a calib" in capsys.readouterr().out
+    assert "no bits: kvquant: needs a calib" in capsys.readouterr().out
     assert main(["plan", "--model", "opt-125m", "--memory", "1GiB", "--scheme", "kvquant"]) == 2
     assert "error: kvquant: needs a calibration" in capsys.readouterr().err

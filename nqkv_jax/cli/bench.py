@@ -169,5 +169,5 @@ def _show(machine, variants, found, lengths, ratios, scheme, columns) -> None:
         print(
             f"{scheme} is slower than {other} at {at} tokens."
             if where
-            else f"{scheme} is nowhere slower than {other} here."
+            else f"{scheme} is never slower than {other} here."
         )

@@ -8,7 +8,7 @@ WEIGHTS = ("scaled_fisher", "fisher", "none")
 def add(commands) -> None:
     group = commands.add_parser(
         "calibrate",
-        help="make the calibration that a scheme needs",
+        help="calibrate a scheme to a model",
         description="make the calibration that a scheme needs",
         epilog="example:\n  nqkv calibrate kvquant --help",
     )
@@ -34,7 +34,7 @@ def add_kvquant(subcommands) -> None:
         name, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
     )
     whole("--samples", 16, "windows, spread over the text")
-    whole("--seqlen", 2048, "tokens of a window")
+    whole("--seqlen", 2048, "tokens per window")
     whole("--sinks", 1, "first tokens of a window that are left out")
     parser.add_argument(
         "--outliers", type=float, default=0.01, metavar="SHARE",

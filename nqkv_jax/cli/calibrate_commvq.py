@@ -16,7 +16,7 @@ def add(subcommands) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - for stdin")
     parser.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     parser.add_argument(
-        "--bits", type=int, choices=(1, 2), default=2, help="per number (default: 2)"
+        "--bits", type=int, choices=(1, 2), default=2, help="bits per number (default: 2)"
     )
     parser.add_argument(
         "--levels", type=int, metavar="N",
@@ -31,15 +31,15 @@ def add(subcommands) -> None:
         )
 
     number("--samples", int, 16, "windows, spread over the text")
-    number("--seqlen", int, 512, "tokens of a window")
-    number("--key-steps", int, 5, "of expectation maximisation per level; the paper: 100")
-    number("--temperature", float, 1e-3, "of its first weights, for tokens of length 1")
-    number("--value-steps", int, 300, "of training; the paper: 100,000 and more")
-    number("--batch", int, 512, "tokens of a training step; the paper: 8,192")
+    number("--seqlen", int, 512, "tokens per window")
+    number("--key-steps", int, 5, "expectation maximisation steps per level; the paper: 100")
+    number("--temperature", float, 1e-3, "its first temperature, for tokens of length 1")
+    number("--value-steps", int, 300, "training steps; the paper: 100,000 and more")
+    number("--batch", int, 512, "tokens per training step; the paper: 8,192")
     number("--learning-rate", float, 3e-4, "the paper: 1e-3")
     number("--weight-decay", float, 0.1, "as in the paper")
     number("--attention", float, 0.0, "weight of the attention output's error; the paper: 1")
-    number("--seed", int, 0, "of all that is drawn")
+    number("--seed", int, 0, "for all that is drawn")
     parser.set_defaults(run=run)
 
 

@@ -19,7 +19,7 @@ def add(subcommands) -> None:
     parser.add_argument("--text", metavar="FILE", help="UTF-8; - for stdin")
     parser.add_argument(
         "--budget", type=float, required=True, metavar="BITS",
-        help="per number on average, without scales and zero points",
+        help="average bits per number, without scales and zero points",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="FILE", help="a JSON file")
     parser.add_argument("--score", choices=SCORES, default=SCORES[0], help=f"default: {SCORES[0]}")
@@ -32,7 +32,7 @@ def add(subcommands) -> None:
         "--backend", choices=("quanto", "hqq", "nqkv"), default="quanto", help="default: quanto"
     )
     parser.add_argument(
-        "--group-size", type=int, default=64, metavar="N", help="channels a scale (default: 64)"
+        "--group-size", type=int, default=64, metavar="N", help="channels per scale (default: 64)"
     )
     parser.add_argument(
         "--ladder", type=int, nargs="+", metavar="BITS",
@@ -40,7 +40,7 @@ def add(subcommands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-tokens", type=int, metavar="TOKENS",
-        help="use so much of the text (default: 1024; sensitivity: 256)",
+        help="tokens of the text to use (default: 1024; sensitivity: 256)",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

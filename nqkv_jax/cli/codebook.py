@@ -5,7 +5,7 @@ from nqkv_jax.cli import options, terminal
 
 def add(commands) -> None:
     parser = options.subparser(
-        commands, "codebook", "make codebooks of vectors for normal numbers (nsnquant)",
+        commands, "codebook", "make vector codebooks for normal data (nsnquant)",
         "nqkv codebook --out vector_codebooks.safetensors",
         "256 words of 8 numbers, for 1 bit per number and for magnitudes at 2 bits, by k-means\n"
         "and gradients on random samples. The file that comes with the package was made with the\n"
@@ -15,12 +15,12 @@ def add(commands) -> None:
     number = lambda name, kind, default, metavar, text: parser.add_argument(
         name, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})"
     )
-    number("--seed", int, 42, "N", "of all samples")
-    number("--samples", int, 2**18, "N", "vectors of k-means")
+    number("--seed", int, 42, "N", "for all samples")
+    number("--samples", int, 2**18, "N", "vectors for k-means")
     number("--iterations", int, 50, "N", "rounds of k-means")
-    number("--steps", int, 2000, "N", "of Adam, after k-means")
+    number("--steps", int, 2000, "N", "Adam steps, after k-means")
     number("--batch", int, 2048, "N", "tokens of 128 numbers in a step")
-    number("--learning-rate", float, 1e-2, "X", "of Adam, in the beginning")
+    number("--learning-rate", float, 1e-2, "X", "initial learning rate of Adam")
     options.add_progress(parser)
     parser.set_defaults(run=run)
 

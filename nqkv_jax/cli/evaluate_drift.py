@@ -7,7 +7,7 @@ from nqkv_jax.cli import measures, options
 
 def add(subcommands) -> None:
     parser = measures.add(
-        subcommands, "drift", "tokens until a greedy generation leaves that of full precision",
+        subcommands, "drift", "tokens until greedy generation departs from that of full precision",
         "nqkv eval drift --model smollm2-135m --text README.md --scheme int8 nqkv --prompts 4 "
         "--length 128",
         "Prompts are spread over the text. KL(full precision || scheme) is taken along the\n"
@@ -16,8 +16,8 @@ def add(subcommands) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - for stdin")
     whole = functools.partial(parser.add_argument, type=int)
     whole("--prompts", default=8, metavar="N", help="default: 8")
-    whole("--prompt", default=128, metavar="TOKENS", help="of a prompt (default: 128)")
-    whole("--length", default=256, metavar="TOKENS", help="of a continuation (default: 256)")
+    whole("--prompt", default=128, metavar="TOKENS", help="per prompt (default: 128)")
+    whole("--length", default=256, metavar="TOKENS", help="per continuation (default: 256)")
     whole("--buckets", default=4, metavar="N", help="ranges of positions (default: 4)")
     parser.set_defaults(run=run)
 

@@ -20,17 +20,17 @@ def add(subcommands) -> None:
             subcommands, task, f"greedy generation finds {summary}",
             f"nqkv eval {task} --model smollm2-135m --scheme none nqkv --length 256 512 --depths 5 "
             f"--samples 2 --plot {task}.png",
-            "Texts are made here, the same for every scheme. They are read in chunks, which see\n"
-            "earlier ones through the cache. A text counts if all its answers are found.",
+            "Texts are generated, the same for every scheme, and read in chunks that see earlier\n"
+            "ones through the cache. A text counts if all its answers are found.",
         )  # fmt: skip
         whole = functools.partial(parser.add_argument, type=int, metavar="N")
         parser.add_argument(
             "--length", type=int, nargs="+", default=[512], metavar="TOKENS",
-            help="of the texts (default: 512)",
+            help="length of the texts (default: 512)",
         )  # fmt: skip
         whole("--depths", default=1, help="ranges of depth, a row each (default: 1)")
         whole("--samples", default=8, help="texts per length and range of depth (default: 8)")
-        whole("--seed", default=0, help="of the texts (default: 0)")
+        whole("--seed", default=0, help="for the texts (default: 0)")
         whole("--prefill-chunk", default=128, help="tokens read at a time (default: 128)")
         parser.add_argument(
             "--plot", metavar="FILE", help="draw a PNG, PDF or SVG too, with the data beside it"

@@ -7,28 +7,28 @@ from nqkv_jax.cli import options, terminal
 
 def add(commands) -> None:
     parser = options.subparser(
-        commands, "generate", "continue a prompt, token by token as they come",
+        commands, "generate", "continue a prompt, and stream the tokens",
         'nqkv generate --model smollm2-135m --prompt "The capital of France is" --scheme nqkv',
-        "The text goes to stdout as it is made, a summary to stderr.",
+        "Text streams to stdout; a summary goes to stderr.",
     )  # fmt: skip
     options.add_model(parser)
     options.add_cache_dtype(parser)
     options.add_implementation(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="to be continued")
-    source.add_argument("--chat", metavar="TEXT", help="to be answered, in the model's chat format")
-    source.add_argument("--file", metavar="FILE", help="of the prompt, UTF-8; - for stdin")
-    parser.add_argument("--scheme", default="nqkv", help="of the cache (default: nqkv)")
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    source.add_argument("--chat", metavar="TEXT", help="message to answer, in the chat format")
+    source.add_argument("--file", metavar="FILE", help="prompt in UTF-8; - for stdin")
+    parser.add_argument("--scheme", default="nqkv", help="cache scheme (default: nqkv)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--max-len", type=int, metavar="N",
-        help="tokens that the cache has room for (default: what prompt and new tokens need)",
+        help="room in the cache (default: what the prompt and the new tokens need)",
     )  # fmt: skip
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="0 takes the likeliest token every time (default)",
+        help="0 always takes the likeliest token (default)",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
     parser.add_argument(
@@ -48,9 +48,9 @@ def add(commands) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="more than 1 avoids tokens that came before",
+        help="above 1: tokens that came before become less likely",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="for sampling (default: 0)")
     parser.add_argument(
         "--num-samples",
         type=int,
@@ -134,6 +134,8 @@ def summary(result) -> str:
     from nqkv_jax.plan import format_size
 
     bits = f"{result.stored_bits:.4g} bits per encoded element"
+    if not result.stored_bits:
+        bits = "all of it still in full precision"
     return (
         f"[{result.scheme}: {sum(map(len, result.tokens))} tokens, "
         f"{result.tokens_per_second:.1f} tokens/s (+ {result.prefill_seconds:.1f} s for the "

@@ -11,10 +11,9 @@ def add(commands) -> None:
         "nqkv leaderboard --model smollm2-135m --schemes none int8 nqkv --text README.md "
         "--max-tokens 1024 --out leaderboard",
         "KL divergence, perplexity and agreement, pass keys, counted bits and tokens/s, as\n"
-        "Markdown, JSON, HTML and a figure. What was measured once is kept in the folder: a run\n"
-        "that was interrupted goes on, and another measures only what has changed. All schemes,\n"
-        "with a calibration text and --workers 2, take about two hours for smollm2-135m on two\n"
-        "cores.",
+        "Markdown, JSON, HTML and a figure. Results are kept in the folder: an interrupted run\n"
+        "resumes, and a new one measures only what has changed. All schemes, with a calibration\n"
+        "text and --workers 2, take about two hours for smollm2-135m on two cores.",
     )  # fmt: skip
     options.add_model(parser)
     parser.add_argument(
@@ -28,23 +27,22 @@ def add(commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--calibration-text", metavar="FILE",
-        help="calibrate kvquant, kvq and commvq on it first; without, rows that need that are left "
-        "out",
+        help="calibrate kvquant, kvq and commvq on it first; without it their rows are left out",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", help="of tables and records")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for tables and records")
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N",
-        help="processes, each with a model of its own, that calibrate and measure quality side by "
-        "side; speed is measured after them, in one (default: 1; a core each is well used)",
+        help="processes, each with its own model, that calibrate and measure quality in parallel; "
+        "speed is measured afterwards, in one (default: 1; each can use a core)",
     )  # fmt: skip
     numbers = (
-        ("--max-tokens", 4096, "TOKENS", "of the text"),
+        ("--max-tokens", 4096, "TOKENS", "of the text that are used"),
         ("--window", 1024, "TOKENS", "read at once"),
-        ("--passkey-length", 512, "TOKENS", "of the texts with a pass key"),
-        ("--passkey-samples", 8, "N", "such texts"),
-        ("--repeats", 5, "N", "of every timing"),
+        ("--passkey-length", 512, "TOKENS", "length of texts with a pass key"),
+        ("--passkey-samples", 8, "N", "texts with a pass key"),
+        ("--repeats", 5, "N", "per timing"),
         ("--calibration-samples", 16, "N", "windows that kvquant and commvq are calibrated on"),
-        ("--calibration-window", 1024, "TOKENS", "of each"),
+        ("--calibration-window", 1024, "TOKENS", "per window"),
     )
     for name, default, unit, text in numbers:
         parser.add_argument(

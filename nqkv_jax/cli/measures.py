@@ -21,8 +21,8 @@ def add(measures, name: str, summary: str, example: str, notes: str) -> argparse
     )  # fmt: skip
     parser.add_argument(
         "--resume", metavar="FILE",
-        help="keep what is finished there, and go on from what it holds; with several schemes one "
-        "file each, with the scheme in its name",
+        help="save finished parts there, and resume from it; with several schemes one file each, "
+        "with the scheme in its name",
     )  # fmt: skip
     return parser
 
@@ -31,13 +31,15 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - for stdin")
     parser.add_argument(
         "--window", type=int, default=1024, metavar="TOKENS",
-        help="the model reads so many at once (default: 1024)",
+        help="tokens that the model reads at once (default: 1024)",
     )  # fmt: skip
     parser.add_argument(
         "--stride", type=int, metavar="TOKENS",
         help="from one window to the next (default: the window)",
     )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, metavar="TOKENS", help="use so much of the text")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="TOKENS", help="of the text that are used"
+    )
 
 
 def measure(args: argparse.Namespace, one: Callable[..., Any]) -> tuple[Any, list[Any]]:

@@ -29,7 +29,7 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of weights and activations (default: float32 on a CPU, else bfloat16)",
+        help="weights and activations (default: float32 on a CPU, else bfloat16)",
     )
     add_progress(parser)
 
@@ -39,7 +39,7 @@ def add_cache_dtype(parser: argparse.ArgumentParser, default: str | None = None)
         "--cache-dtype",
         choices=DTYPES,
         default=default,
-        help=f"of what a cache keeps in full precision (default: {default or 'that of the model'})",
+        help=f"what a cache keeps in full precision (default: {default or 'as the model'})",
     )
 
 
@@ -49,7 +49,7 @@ def add_implementation(parser: argparse.ArgumentParser) -> None:
         choices=IMPLEMENTATIONS,
         default="auto",
         help="what decodes with the cache: auto (default), XLA alone, or the kernel of that name; "
-        "mosaic_gpu is for NVIDIA GPUs since Ampere and many schemes, triton for any and nsnquant",
+        "mosaic_gpu: most schemes, NVIDIA GPUs from Ampere on; triton: nsnquant, any NVIDIA GPU",
     )
 
 
@@ -58,7 +58,7 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
         "--progress",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="progress bars on stderr (default: if that is a terminal)",
+        help="progress bars on stderr (default: if it is a terminal)",
     )
 
 

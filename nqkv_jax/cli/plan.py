@@ -5,7 +5,7 @@ from nqkv_jax.cli import options, terminal
 
 def add(commands) -> None:
     parser = options.subparser(
-        commands, "plan", "the largest batch and context that fit into a memory, for every scheme",
+        commands, "plan", "the largest batch and context that fit into memory, for every scheme",
         "nqkv plan --model facebook/opt-6.7b --memory 80GiB --context 2048",
         "Bytes are counted from the arrays that would be allocated. Works offline for presets,\n"
         "local folders and .gguf files; of a hub repository only config.json is fetched.",
@@ -20,7 +20,7 @@ def add(commands) -> None:
         "--memory",
         required=True,
         metavar="SIZE",
-        help="of the device: 80GiB (2^30 bytes each), 80GB or 80G (10^9 each)",
+        help="memory of the device: 80GiB (2^30 bytes each), 80GB or 80G (10^9 each)",
     )
     parser.add_argument(
         "--context",
@@ -42,12 +42,12 @@ def add(commands) -> None:
         "--weights-dtype",
         choices=options.DTYPES,
         default="bfloat16",
-        help="of the parameters (default: bfloat16)",
+        help="dtype of the parameters (default: bfloat16)",
     )
     parser.add_argument(
         "--weights",
         metavar="SIZE",
-        help="what the parameters take, where they are stored in another way",
+        help="bytes of the parameters, if they are stored differently",
     )
     parser.add_argument(
         "--reserve",
@@ -124,7 +124,7 @@ def run(args) -> None:
         )
     print(terminal.table(header, rows))
     for name, problem in problems.items():
-        print(f"\nleft out: {name}: {problem}")
+        print(f"\nleft out: {problem if problem.startswith(name) else f'{name}: {problem}'}")
     if any(n > limit for row in result.rows for n in row.largest_context.values()):
         print(f"\n* fits into memory; the model was trained for {limit:,} positions.")
     beyond = [n for n in first.largest_batch if n > limit]

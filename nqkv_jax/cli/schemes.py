@@ -8,13 +8,13 @@ def add(commands) -> None:
         commands, "schemes", "list the schemes, their options and stored bits",
         "nqkv schemes --heads 8 --head-dim 128",
         "A scheme is written as name:option=value,option=value, for example\n"
-        "nqkv:bits=3,block_size=64. Stored bits are per element of the encoded part, scales and\n"
-        "all else that is stored counted, and can depend on the shape of the cache. Effective\n"
+        "nqkv:bits=3,block_size=64. Stored bits are per element of the encoded part, including\n"
+        "scales and all else that is stored; they can depend on the shape of the cache. Effective\n"
         "bits add sinks and residual: all of a cache's bytes, over a context of that length.",
     )  # fmt: skip
     parser.add_argument("schemes", nargs="*", metavar="SCHEME", help="only these (default: all)")
     parser.add_argument("--heads", type=int, default=32, help="KV heads (default: 32)")
-    parser.add_argument("--head-dim", type=int, default=128, help="channels a head (default: 128)")
+    parser.add_argument("--head-dim", type=int, default=128, help="channels of each (default: 128)")
     parser.add_argument(
         "--context",
         type=int,
@@ -51,9 +51,6 @@ def run(args) -> None:
             entry["stored_bits"] = caches.stored_bits
             entry["effective_bits"] = caches(batch=1, max_len=args.context).effective_bits
         except ValueError as error:
-            # Of those that were asked for that is an error; in the list of all it is a fact.
-            if args.schemes:
-                raise
             entry["problem"] = str(error)
         found.append(entry)
     if args.json:
@@ -75,4 +72,4 @@ def run(args) -> None:
         listed = ",".join(f"{k}={v}" for k, v in entry["options"].items())
         print(f"  {entry['name'].partition(':')[0]}{':' if listed else ''}{listed}")
         if entry["problem"]:
-            print(f"    not for this shape as it is: {entry['problem']}")
+            print(f"    no bits: {entry['problem']}")
