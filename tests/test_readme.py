@@ -1,10 +1,12 @@
 """The README's Python runs, at sizes that a test can afford."""
 
+import functools
 import importlib.metadata
 import json
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,23 +28,17 @@ def block(text: str) -> str:
 
 
 def test_quantize_a_pytree():
-    kv = {"k": jnp.ones((2, 8, 32, 128)), "v": jnp.ones((2, 8, 32, 128), jnp.bfloat16)}
-    names = dict(kv=kv)
+    names = dict(nq=nq, jnp=jnp)
     exec(block("nq.quantize(kv"), names)
     assert names["kv2"]["v"].dtype == jnp.bfloat16 and names["kv2"]["k"].shape == (2, 8, 32, 128)
     assert nq.stored_bits(names["codes"]) == 4.0625
 
 
 def test_cache_in_a_model_of_your_own():
-    code = block("scheme.init(")
-    small = code.replace(
-        "num_layers=32, batch=8, max_len=4096", "num_layers=1, batch=8, max_len=16"
-    )
-    assert small != code
-    x = jnp.ones((8, 3, 32, 128))
-    names = dict(nq=nq, jnp=jnp, q=x, k=x, v=x, num_new=jnp.arange(8) % 4)
-    exec(small, names)
-    np.testing.assert_array_equal(names["cache"].lengths, np.arange(8) % 4)
+    names = {}
+    exec(block("scheme.init("), names)
+    assert names["out"].shape == (8, 3, 32, 128)
+    np.testing.assert_array_equal(names["cache"].lengths, names["num_new"])
 
 
 def test_generate():
@@ -73,6 +69,32 @@ def test_a_cache_as_a_file(tmp_path, monkeypatch):
     names = dict(nq=nq, cache=nq.schemes.get("nqkv").init(**sizes))
     exec(block("nq.save_cache("), names)
     assert names["cache"].max_len == 8 and (tmp_path / "prompt.safetensors").exists()
+
+
+def test_kernels_serve_what_the_table_of_schemes_says():
+    rows = re.findall(r"^\| ((?:`[a-z0-9-]+` ?)+)\|[^|]+\|([ TN]*)\|", README, re.MULTILINE)
+    said = {name: marks.split() for cell, marks in rows for name in re.findall("`(.+?)`", cell)}
+    assert set(said) == set(schemes.names())
+    q = jax.ShapeDtypeStruct((1, 1, 32, 128), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.float32)
+    for name, marks in said.items():
+        if name in ("kvquant", "commvq"):
+            assert not marks  # without a calibration there is nothing to try
+            continue
+        cache = nq.schemes.get(name).abstract(
+            num_layers=1, batch=1, max_len=2048, num_kv_heads=8, head_dim=128
+        )
+        for mark, kernel in (("T", "mosaic_tpu"), ("N", "mosaic_gpu")):
+            if kernel == "mosaic_gpu" and jax.__version_info__ < (0, 11):
+                continue
+            if (kernel, name) == ("mosaic_gpu", "nsnquant"):
+                kernel = "triton"
+            attend = functools.partial(nq.attend, implementation=kernel)
+            if mark in marks:
+                assert jax.eval_shape(attend, q, kv, kv, cache)[0].shape == q.shape
+            else:
+                with pytest.raises(NotImplementedError, match="needs keys and values in tiles"):
+                    jax.eval_shape(attend, q, kv, kv, cache)
 
 
 def table(text: str) -> dict[str, dict[str, str]]:

@@ -38,7 +38,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'figures need matplotlib, which is not installed: pip install "nqkv-jax[plots]"'
+            "figures need matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
