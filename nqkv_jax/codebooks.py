@@ -38,7 +38,7 @@ class Codebook:
 
     Attributes:
       bits: bits per code, 1..8.
-      levels: the 2^bits levels, increasing.
+      levels: the 2^bits levels, increasing; any sequence of numbers, kept as a tuple of floats.
       coefficients: if given, level = sum_k coefficients[k] * t^k with t = code - (2^bits - 1) / 2.
         Such levels are computed rather than looked up, which is cheaper.
       name: for messages and tables.
@@ -60,7 +60,11 @@ class Codebook:
             raise ValueError(
                 f"Codebook {self.name!r}: levels must be finite and increasing; got {self.levels}"
             )
+        # An array could be neither compared nor hashed.
+        object.__setattr__(self, "levels", tuple(levels.tolist()))
         if self.coefficients is not None:
+            coefficients = np.asarray(self.coefficients, np.float64)
+            object.__setattr__(self, "coefficients", tuple(coefficients.tolist()))
             computed = np.polynomial.polynomial.polyval(self._centred, self.coefficients)
             if not np.allclose(computed, levels, rtol=0, atol=1e-6 * np.abs(levels).max()):
                 raise ValueError(

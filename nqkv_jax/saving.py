@@ -13,22 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.flax
+import safetensors.numpy
 
 from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
+from nqkv_jax.calibration import artifact
 
 _KEY = "nqkv_cache"  # of the metadata
 _VERSION = 5  # of the names and shapes of arrays, and of what is in them
+_SIZES = ("num_layers", "batch", "max_len", "num_kv_heads", "head_dim")
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
-    """Writes `cache`, as it is, to one safetensors file; an existing one is replaced.
+    """Writes `cache`, as it is, to one safetensors file; an existing one is replaced in one step.
+
+    Until it is written, the host holds all its bytes.
 
     Raises:
       ValueError: a flush was put off (`KVCache.defer_flush`), and has not come since; or it is no
         cache with arrays.
-      OSError: it cannot be written to `path`.
+      OSError: it cannot be written to `path`, or what is there is no regular file.
     """
     if not isinstance(cache, KVCache) or not all(
         isinstance(a, jax.Array | np.ndarray) for a in jax.tree.leaves(cache)
@@ -51,34 +55,27 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "a file, not a folder" if path.is_dir() else "a file in a folder that exists"
         raise OSError(f"save_cache: expected {what}; got {path}")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    safetensors.flax.save_file(_arrays(cache), temporary, {_KEY: json.dumps(about)})
-    os.replace(temporary, path)
+    # safetensors writes the memory of an array, whatever its strides say.
+    arrays = {name: np.asarray(a, order="C") for name, a in _arrays(cache).items()}
+    artifact.write(path, safetensors.numpy.save(arrays, {_KEY: json.dumps(about)}))
 
 
 def load_cache(path: str | os.PathLike) -> KVCache:
     """The cache that `save_cache` wrote, with what a new one has of `with_implementation` and
     `defer_flush`.
 
-    Raises: ValueError: there is no such file, it holds something else, or the scheme now stores
-      other arrays (the message names the first).
+    Raises: ValueError: there is no such file, it holds something else, its scheme cannot be had
+      (for want of the calibration, say), or now stores other arrays (the message names the first).
     """
     path = pathlib.Path(path).expanduser()
     try:
         with safetensors.safe_open(path, framework="flax") as file:
-            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            about = (file.metadata() or {}).get(_KEY)
+            # Another file may hold much, or what NumPy has no dtype for.
+            arrays = {} if about is None else {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"load_cache: {path} cannot be read as safetensors: {error}") from error
-    if not isinstance(about, dict) or "version" not in about:
-        raise ValueError(f"load_cache: {path} must be a file of save_cache; it is another")
-    if (version := about.pop("version")) != _VERSION:
-        raise ValueError(
-            f"load_cache: expected version {_VERSION} of the format; {path} has {version}. Read "
-            "the prompt again, and save it anew"
-        )
-    scheme = schemes.get(about.pop("scheme"))
-    like = scheme.abstract(**about | dict(dtype=jnp.dtype(about["dtype"])))
+    scheme, like = _described(about, path)
     expected = _arrays(like)
     for name in sorted(expected.keys() | arrays.keys()):
         stored, wanted = arrays.get(name), expected.get(name)
@@ -89,6 +86,33 @@ def load_cache(path: str | os.PathLike) -> KVCache:
                 f"{shape(stored)}. It was written with another version, or calibration"
             )
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
+
+
+def _described(about: str | None, path: pathlib.Path) -> tuple[schemes.Scheme, KVCache]:
+    """The scheme, and the cache as shapes, that the metadata of a file tell of."""
+    try:
+        about = json.loads(about or "null")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"load_cache: {path} is damaged: its metadata are no JSON: {error}"
+        ) from error
+    if not isinstance(about, dict) or "version" not in about:
+        raise ValueError(f"load_cache: {path} must be a file of save_cache; it is another")
+    if about["version"] != _VERSION:
+        raise ValueError(
+            f"load_cache: expected version {_VERSION} of the format; {path} has "
+            f"{about['version']}. Read the prompt again, and save it anew"
+        )
+    if missing := [name for name in ("scheme", "dtype", *_SIZES) if name not in about]:
+        raise ValueError(f"load_cache: {path} is damaged: its metadata lack {', '.join(missing)}")
+    try:
+        scheme = schemes.get(about["scheme"])
+        sizes = {name: about[name] for name in _SIZES}
+        return scheme, scheme.abstract(**sizes, dtype=jnp.dtype(about["dtype"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"load_cache: {path} must tell of a cache that can be made here; {error}"
+        ) from error
 
 
 def _arrays(cache: KVCache) -> dict[str, jax.Array]:

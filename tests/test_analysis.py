@@ -293,6 +293,13 @@ def test_words_on_magnitudes_follow_the_numbers():
     assert "an outlier token" in " ".join(report.describe_magnitudes(of(flat, 1 / sink)))
 
 
+@pytest.mark.parametrize(
+    "values, rank", [([2.0, 2.0, 0.0], 2), ([2.0, 1.0], 1.25), ([0.0, 0.0], 0)]
+)
+def test_stable_ranks(values, rank):
+    assert Spectrum(values=np.array(values, np.float32)).stable_rank == pytest.approx(rank)
+
+
 def test_words_on_spectra_follow_the_numbers():
     one = lambda *norms: LayerSpectra(
         **dict(zip(("key_weight", "value_weight", "keys", "values"),

@@ -329,8 +329,30 @@ def test_files_of_something_else_are_refused(calibrated, tmp_path):
     path.write_text("no")
     with pytest.raises(ValueError, match="made by `nqkv calibrate other`; it is no safetensors"):
         artifact.load(path, "other 1")
+    with pytest.raises(OSError, match="expected a regular file to replace, or none yet; got"):
+        artifact.save(tmp_path, "other 1", {}, {})
+    assert list(tmp_path.parent.glob(f"{tmp_path.name}*")) == [tmp_path]
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         artifact.load(tmp_path / "none", "other 1")
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ("{", r"its header is no JSON \(Expecting"),
+        ("[1]", r"its header is no JSON object, but \[1\]"),
+        ("{}", "it has no 'kind'. Calibrate again"),
+        ('{"kind": "kvquant 1"}', "it has no 'num_kv_heads'"),
+        ('{"kind": "kvquant 1", "num_kv_heads": 2, "head_dim": 32, "num_layers": 1, "outliers": 0}',
+         r"it has no 'key.zero.full'"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused(header, message, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"x": np.arange(3)}, path, {"nqkv_calibration": header})
+    scheme = nq.schemes.get(f"kvquant:outliers=0,calibration={path}")
+    with pytest.raises(ValueError, match=f"^kvquant: .*a.safetensors must be .*; {message}"):
+        scheme.abstract(num_layers=1, batch=1, max_len=16, num_kv_heads=2, head_dim=32)
 
 
 @pytest.mark.parametrize(

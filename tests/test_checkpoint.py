@@ -163,6 +163,13 @@ def test_path_that_does_not_exist(name):
         open_checkpoint(name)
 
 
+def test_no_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder_with(tmp_path, model=tensors()))
+    with pytest.raises(ValueError, match=r"'owner/name' or an embedded model .*; it is empty"):
+        open_checkpoint("")
+    assert_same(open_checkpoint("."), tensors())
+
+
 def test_path_objects_never_mean_the_hub():
     with pytest.raises(CheckpointNotFoundError, match="existing folder"):
         open_checkpoint(pathlib.Path("owner/name"))

@@ -207,10 +207,21 @@ def test_wrong_items(tmp_path, line, message):
     assert read_items(path, limit=1) == [ITEMS[0]]
 
 
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """A byte order mark, line ends of Unicode in texts, and blank lines, as files do have them."""
+    first = dict(context="a\u2028b\x85c\u2029", continuation="d")
+    lines = [json.dumps(first, ensure_ascii=False), "", json.dumps(ITEMS[0]), " ", "no", ""]
+    path = tmp_path / "task.jsonl"
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert read_items(path, limit=2) == [first, ITEMS[0]]
+    with pytest.raises(ValueError, match="line 5 must be a JSON object"):
+        read_items(path)
+
+
 def test_wrong_files(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_items(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="at least one item; it is empty"):
         read_items(tmp_path / "empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes("é".encode("latin-1"))

@@ -1,5 +1,6 @@
 """The command line in process, on a checkpoint of a few thousand parameters."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -65,6 +66,11 @@ def test_help_has_an_example(capsys, command, needs):
     assert "example:\n  nqkv " in out and needs in out
 
 
+def test_version(capsys):
+    versions = [importlib.metadata.version(name) for name in ("nqkv-jax", "jax")]
+    assert run(capsys, "--version") == "nqkv-jax {} (jax {})\n".format(*versions)
+
+
 def test_importing_the_commands_imports_no_jax():
     # `import nqkv_jax` itself may; the commands must not add to it.
     code = (
@@ -95,11 +101,13 @@ def test_schemes(capsys):
     )
     assert [s["stored_bits"] for s in found["schemes"]] == [3.25, 16]
     assert found["schemes"][0]["options"]["bits"] == 3
-    # What does not fit the shape is said in the list of all, and an error if asked for.
+    # What does not fit the shape, or wants a calibration, has options, too.
     odd = json.loads(run(capsys, "schemes", "--json", "--heads", "2", "--head-dim", "20"))
     kivi = next(s for s in odd["schemes"] if s["name"] == "kivi")
     assert kivi["stored_bits"] is None and "head_dim=20" in kivi["problem"]
-    assert "head_dim=20" in fails(capsys, "schemes", "kivi", "--heads", "2", "--head-dim", "20")
+    out = run(capsys, "schemes", "kivi", "kvquant", "--heads", "2", "--head-dim", "20")
+    assert "no bits: kivi: expected group_size to divide head_dim=20" in out
+    assert "outliers=0.01" in out and "no bits: kvquant: needs a calibration" in out
 
 
 def test_plan(capsys, tiny):

@@ -49,6 +49,15 @@ def test_laws(book):
     np.testing.assert_array_equal(ends, [0, 2**book.bits - 1] * 2)
 
 
+def test_levels_of_any_sequence_are_a_tuple_of_floats():
+    book = codebooks.uniform(2)
+    for sequence in (np.array, list, lambda numbers: jnp.asarray(numbers, jnp.float32)):
+        levels, coefficients = sequence(book.levels), sequence(book.coefficients)
+        same = codebooks.Codebook(bits=2, levels=levels, coefficients=coefficients, name="u2")
+        assert same == book and hash(same) == hash(book)
+        assert {type(x) for x in same.levels + same.coefficients} == {float}
+
+
 FIELDS = ("bits", "levels", "coefficients", "name")
 
 

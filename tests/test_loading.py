@@ -170,6 +170,14 @@ def test_wrong_dtype(dtype):
         from_pretrained("no/such/model/yet", dtype=dtype)
 
 
+@pytest.mark.parametrize("device", ["cpu", 0, [], jax.sharding.PartitionSpec()])
+def test_wrong_device(device):
+    with pytest.raises(
+        ValueError, match=r"must be a jax\.Device .*, a sharding, a function .*; got"
+    ):
+        from_pretrained("no/such/model/yet", device=device)
+
+
 def test_device(tmp_path, llama):
     llama.save_pretrained(tmp_path)
     device = jax.devices()[0]
@@ -177,7 +185,8 @@ def test_device(tmp_path, llama):
     for where in (device, sharding, lambda path, shape: sharding):
         lm = from_pretrained(tmp_path, dtype="float32", device=where, progress=False)
         assert all(leaf.sharding.device_set == {device} for leaf in jax.tree.leaves(lm.model))
-    assert from_pretrained(tmp_path, device=device, progress=False).dtype == jnp.float32
+    for where, dtype in ((device, jnp.float32), (lambda path, shape: device, jnp.bfloat16)):
+        assert from_pretrained(tmp_path, device=where, progress=False).dtype == dtype
 
 
 def test_gguf(tmp_path, llama):

@@ -70,6 +70,7 @@ def test_common_properties():
     assert families.presets["mistral-7b"].sliding_window == 4096
     assert families.config_from_hf(TINY | dict(eos_token_id=[5, 6])).eos_token_ids == (5, 6)
     assert families.config_from_hf(TINY | dict(eos_token_id=None)).eos_token_ids == ()
+    assert families.config_from_hf(TINY | dict(num_key_value_heads=None)).num_kv_heads == 4
     assert hash(config) == hash(dataclasses.replace(config))  # static under jit
 
 
@@ -92,6 +93,8 @@ def test_windows_of_layers():
         (dict(model_type="gpt2"), ValueError, "llama, mistral, opt, qwen2, qwen3; got 'gpt2'"),
         (dict(model_type=None), ValueError, "got None"),
         (dict(num_key_value_heads=3), ValueError, "multiple of num_kv_heads=3; got 4"),
+        (dict(num_key_value_heads=0), ValueError, "num_kv_heads must be a positive integer; got 0"),
+        (dict(num_attention_heads=0), ValueError, "num_attention_heads must be .* got 0"),
         (dict(hidden_size=-8), ValueError, "hidden_size must be a positive integer; got -8"),
         (dict(head_dim=3), ValueError, "head_dim must be even"),
         (dict(hidden_act="relu"), ValueError, "must be one of silu, swish; got 'relu'"),
@@ -127,6 +130,8 @@ def test_opt_refuses_what_it_does_not_have():
         OptConfig.from_hf(TINY_OPT | dict(activation_function="silu"))
     with pytest.raises(ValueError, match=r"must be num_heads \* head_dim = 3 \* 2; got 8"):
         OptConfig.from_hf(TINY_OPT | dict(num_attention_heads=3))
+    with pytest.raises(ValueError, match="num_attention_heads must be a positive integer; got 0"):
+        OptConfig.from_hf(TINY_OPT | dict(num_attention_heads=0))
     with pytest.raises(ValueError, match="model_type must be one of opt; got 'llama'"):
         OptConfig.from_hf(TINY)
     with pytest.raises(ValueError, match="windows must have one entry for each of 30 layers"):

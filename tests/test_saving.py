@@ -1,5 +1,9 @@
 """Caches as files: all arrays come back, and decoding goes on; other files."""
 
+import json
+import os
+import stat
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,13 @@ def test_every_array_comes_back(spec, tmp_path):
     loaded = nq.load_cache(tmp_path / "cache")
     chex.assert_trees_all_equal(loaded, cache)
     assert jax.tree.structure(loaded) == jax.tree.structure(cache)
+
+
+def test_arrays_of_any_strides_come_back(tmp_path):
+    fill = lambda a: np.arange(a.size).reshape(a.shape[::-1]).astype(a.dtype).T
+    cache = jax.tree.map(fill, make_cache("nqkv", max_len=16))
+    nq.save_cache(cache, tmp_path / "cache")
+    chex.assert_trees_all_equal(nq.load_cache(tmp_path / "cache"), cache)
 
 
 @pytest.mark.parametrize("spec", ["nqkv-plus:fused=False,group_size=16,recent=8"])
@@ -64,12 +75,79 @@ def test_other_files_are_refused(content, message, tmp_path):
         nq.load_cache(path)
 
 
+ABOUT = dict(
+    version=5, scheme="nqkv", num_layers=1, batch=2, max_len=16, num_kv_heads=2, head_dim=32,
+    dtype="float32",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("{", "is damaged: its metadata are no JSON: Expecting property name"),
+        ("[5]", "must be a file of save_cache; it is another"),
+        ({"version": 5}, "metadata lack scheme, dtype, num_layers, batch, max_len, num_kv_heads"),
+        (ABOUT | {"scheme": None}, r"can be made here; .* expected a name .*; got None"),
+        (ABOUT | {"scheme": "gone"}, "can be made here; unknown scheme 'gone'"),
+        (ABOUT | {"scheme": "kvquant:calibration=gone"}, "the calibration gone cannot be read"),
+        (ABOUT | {"dtype": "float"}, "expected dtype to be one of float16,"),
+        (ABOUT | {"dtype": "f99"}, "can be made here; data type 'f99' not understood"),
+        (ABOUT | {"max_len": "16"}, "expected max_len >= 1, a whole number; got '16'"),
+        (ABOUT | {"max_len": 2**70}, "can be made here; "),
+        (ABOUT, "nqkv stores a as nothing"),  # the rest is as it should be
+    ],
+)
+def test_damaged_metadata_are_refused(about, message, tmp_path):
+    about = about if isinstance(about, str) else json.dumps(about)
+    path = tmp_path / "cache"
+    path.write_bytes(safetensors.numpy.save({"a": np.zeros(3)}, {"nqkv_cache": about}))
+    with pytest.raises(ValueError, match=f"^load_cache: .*{message}") as caught:
+        nq.load_cache(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_of_dtypes_that_numpy_lacks_are_refused(tmp_path):
+    header = json.dumps({"a": dict(dtype="F8_E8M0", shape=[8], data_offsets=[0, 8])}).encode()
+    path = tmp_path / "scales"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match="scales must be a file of save_cache; it is another"):
+        nq.load_cache(path)
+
+
+def test_files_are_replaced_as_any_program_writes_them(tmp_path, monkeypatch):
+    path, before = tmp_path / "cache", os.umask(0o027)
+    try:
+        nq.save_cache(make_cache("nqkv", max_len=16), path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    content = path.read_bytes()
+
+    def replace(source, target):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="no space"):
+        nq.save_cache(make_cache("int4", max_len=16), path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == content
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=r"expected a regular file to replace, .*; got .*pipe"):
+        nq.save_cache(make_cache("nqkv", max_len=16), path)
+    assert list(tmp_path.iterdir()) == [path] and path.is_fifo()
+
+
 def test_where_and_what_cannot_be_written(tmp_path):
     cache = make_cache("nqkv", max_len=16)
     with pytest.raises(OSError, match=r"expected a file, not a folder; got "):
         nq.save_cache(cache, tmp_path)
     with pytest.raises(OSError, match=r"expected a file in a folder that exists; got .*no/cache"):
         nq.save_cache(cache, tmp_path / "no" / "cache")
+    with pytest.raises(OSError, match="name too long"):  # that of the temporary file
+        nq.save_cache(cache, tmp_path / ("c" * 255))
     with pytest.raises(ValueError, match="expected a KVCache with arrays; got None"):
         nq.save_cache(None, tmp_path / "cache")
     with pytest.raises(ValueError, match="expected a KVCache with arrays; got KVCache"):

@@ -52,12 +52,19 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
         or a repository of the Hugging Face hub ("facebook/opt-125m").
 
     Raises:
+      ValueError: if the name is empty.
       CheckpointNotFoundError: if there is none of that name, or no weights in it.
       CheckpointFileError: if one of its files is truncated, corrupt, or asks to run code.
       ImportError: if it is a .gguf file and the package `gguf` is missing.
       NotImplementedError: if it is a .gguf file of an architecture that is not supported.
     """
     name = os.fspath(name_or_path)
+    # As a path it would be the working directory, which is asked for by ".".
+    if not name:
+        raise ValueError(
+            "the model's name must be a folder, a weights file, a hub repository 'owner/name' or "
+            f"an embedded model ({', '.join(embedded.NAMES)}); it is empty"
+        )
     if name in embedded.NAMES:
         return open_gguf(embedded.find(name))
     path = pathlib.Path(name).expanduser()
@@ -76,8 +83,7 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
 def _means_a_path(name: str) -> bool:
     """Whether a name that is not on disk can only have been meant as a path."""
     return (
-        not name
-        or name.startswith((".", "/", "~"))
+        name.startswith((".", "/", "~"))
         or name.endswith(("/", ".json", ".gguf", *_FORMATS))
         or name.count("/") > 1
         or "\\" in name

@@ -42,8 +42,11 @@ class Spectrum:
 
     @property
     def stable_rank(self) -> float:
-        """(frobenius / spectral)^2: how many directions there are, weighted by their size."""
-        return (self.frobenius / self.spectral) ** 2
+        """(frobenius / spectral)^2: how many directions there are, weighted by their size.
+
+        0 for a matrix of zeros, as its rank; of any other matrix it is between 1 and the rank.
+        """
+        return (self.frobenius / self.spectral) ** 2 if self.spectral else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

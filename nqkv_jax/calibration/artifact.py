@@ -5,6 +5,7 @@ calibration, the version of its layout and whatever else its maker wants to know
 depend on nothing but the contents.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -32,22 +33,40 @@ def save(
       kind: and version of the layout, such as "kvquant 1": `load` asks for the same.
       arrays: by name.
       metadata: what JSON can hold.
+
+    Raises: OSError: it cannot be written to `path`.
     """
     path = pathlib.Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     # One entry only: safetensors writes several in any order.
     header = {_KEY: json.dumps(dict(kind=kind, **metadata), sort_keys=True)}
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    content = safetensors.numpy.save(arrays, header)
+    write(path, safetensors.numpy.save(arrays, header))
+
+
+def write(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file, or replaces one, in one step: half of it is never there.
+
+    Raises: OSError: it cannot be written, or what `path` names is no regular file.
+    """
+    # Root could put a file in the place of a device, which all other programs then miss.
+    if path.exists() and not path.is_file():
+        raise OSError(f"expected a regular file to replace, or none yet; got {path}")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C, too
+        with contextlib.suppress(OSError):  # it may not be there
+            temporary.unlink()
+        raise
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the metadata of a calibration.
 
-    The file is read once and again only if it changes; treat what comes as read-only.
+    The file is read once and again only if it changes; treat what comes as read-only. To look up
+    what it lacks is a ValueError that names the file.
 
     Raises: ValueError: there is no such file, or it holds something else.
     """
@@ -82,6 +101,17 @@ def load_partial(
     return arrays, header
 
 
+class _Contents(dict):
+    """What a file holds, by name. Makers and schemes know what it must hold: they look it up."""
+
+    def __init__(self, expected: str, contents: Mapping):
+        super().__init__(contents)
+        self._expected = expected
+
+    def __missing__(self, name: str):
+        raise ValueError(f"{self._expected}; it has no {name!r}. Calibrate again")
+
+
 @functools.lru_cache(maxsize=8)
 def _load(path: pathlib.Path, kind: str, mtime: int, size: int):
     name = kind.split()[0]
@@ -93,11 +123,16 @@ def _load(path: pathlib.Path, kind: str, mtime: int, size: int):
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             if header is None:
                 raise ValueError(f"{expected}; it is a safetensors file of something else")
+            if not isinstance(header, dict):
+                raise ValueError(f"{expected}; its header is no JSON object, but {header!r:.80}")
+            header = _Contents(expected, header)
             if header["kind"] != kind:
                 raise ValueError(f"{expected}, of kind {kind!r}; got {header['kind']!r}")
-            return {key: file.get_tensor(key) for key in file.keys()}, header
+            return _Contents(expected, {key: file.get_tensor(key) for key in file.keys()}), header
     except safetensors.SafetensorError as error:
         raise ValueError(f"{expected}; it is no safetensors file ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{expected}; its header is no JSON ({error})") from error
 
 
 def fingerprint(params: Any) -> str:

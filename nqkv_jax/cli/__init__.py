@@ -42,6 +42,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+class _Version(argparse.Action):
+    """Prints what is installed; looks it up only then."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib import metadata
+
+        # Of the packages: `jax.__version__` would import all of it.
+        print(f"nqkv-jax {metadata.version('nqkv-jax')} (jax {metadata.version('jax')})")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     top = _Parser(
@@ -49,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         description="KV-cache quantization for JAX: generate, measure and plan with any scheme.",
         epilog="example:\n  nqkv demo\n\nEvery command has --help with an example, and --json.",
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     top.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -95,20 +95,26 @@ class LastWordResult:
 
 
 def read_items(path: str | os.PathLike, limit: int | None = None) -> list[dict]:
-    """The first `limit` items of a file of JSON lines, or all.
+    """The first `limit` items of a file of JSON lines, or all. Blank lines are no items.
 
     Raises: ValueError: the file cannot be read, or a line is no item.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: texts in JSON may have U+2028, U+0085 and others of its line ends as
+        # they are. A byte order mark, as Windows writes it, is no part of the first line.
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ValueError(f"the task {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the task {path} must be UTF-8; byte {error.start} is not") from error
     items = []
-    for number, line in enumerate(lines[:limit], start=1):
+    for number, line in enumerate(lines, start=1):
+        if len(items) == limit:
+            break
+        if not line.strip():
+            continue
         try:
             item = json.loads(line)
         except ValueError as error:
