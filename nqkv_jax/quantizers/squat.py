@@ -25,7 +25,8 @@ class QueryAware(Wrapper):
 
     The state is the sum of q q^T, f32[heads, head_dim, head_dim], over all query heads that share
     the key and all tokens so far: those up to the token that makes a chunk due decide how it is
-    encoded. Queries that are not finite count for nothing.
+    encoded. Queries that are not finite count for nothing. A key with NaN or an infinity leaves
+    NaN in that channel and in the blocks after it, of its head and group.
 
     Attributes:
       inner: encodes channels independently of each other, with scales of at most 16 bits (so that
