@@ -263,6 +263,12 @@ def _check(q, k, v, cache, layer, rotary, num_new, window, implementation) -> No
         raise ValueError(
             f"attend: expected floating-point q, k, v; got {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    if jax.sharding.AxisType.Explicit in jax.typeof(q).sharding.mesh.axis_types:
+        raise ValueError(
+            "attend: expected arrays on a mesh with axes of type Auto, which the compiler "
+            "partitions; got Explicit ones. Make it with jax.make_mesh(shape, names, "
+            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
     if not isinstance(rotary, Rotary | None):
         raise ValueError(f"attend: expected rotary to be a Rotary or None; got {rotary!r}")
     if rotary is not None and 2 * rotary.inverse_frequencies.shape[-1] > head_dim:

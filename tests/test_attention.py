@@ -372,6 +372,14 @@ def test_numpy_arrays_are_taken_as_jax_takes_them():
     assert out.dtype == jnp.float32
 
 
+def test_meshes_that_the_compiler_does_not_partition_are_refused():
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    tokens = jax.device_put(make_qkv(tokens=1), there)
+    with pytest.raises(ValueError, match="axes of type Auto"):
+        nq.attend(*tokens, make_cache("nqkv", max_len=8))
+
+
 def test_low_precision_models_keep_their_dtype():
     q, k, v = (a.astype(jnp.bfloat16) for a in make_qkv(9))
     out, cache = attend(q, k, v, make_cache("nqkv:sinks=2", max_len=16, dtype=jnp.bfloat16))
