@@ -342,7 +342,7 @@ def test_lists_of_all_schemes_say_what_is_missing(capsys, monkeypatch):
     assert [row["scheme"] for row in found["rows"]] == ["none"]
     assert "nqkv calibrate kvquant" in found["left_out"]["kvquant"]
     assert main(["plan", "--model", "opt-125m", "--memory", "1GiB"]) == 0
-    assert "left out: kvquant: kvquant: needs a calib" in capsys.readouterr().out
+    assert "left out: kvquant: needs a calib" in capsys.readouterr().out
     assert main(["schemes"]) == 0
     assert "no bits: kvquant: needs a calib" in capsys.readouterr().out
     assert main(["plan", "--model", "opt-125m", "--memory", "1GiB", "--scheme", "kvquant"]) == 2

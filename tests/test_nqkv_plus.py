@@ -140,7 +140,10 @@ def test_stored_bits():
             ),
             "multiple of 16, above 128 one of 128; got 24. fused=False has no tiles",
         ),
-        (lambda: nq.schemes.get("nqkv-plus:recent=-1"), r"got recent=-1, group_size=128"),
+        (
+            lambda: nq.schemes.get("nqkv-plus:recent=-1"),
+            "option recent must not be negative; got -1",
+        ),
         (
             lambda: nq.schemes.get("nqkv-plus:fused=False,group_size=0"),
             r"group_size >= 1 tokens; got recent=64, group_size=0",

@@ -242,7 +242,7 @@ def test_stored_bits(spec, head_dim, key, value):
         ("ott:bits=5", "ott: bits: expected one of 1, 2, 3, 4, 8; got 5"),
         ("ott:group_size=1", "group_size >= 2"),
         ("ott:outliers=128", "outliers between 0 and group_size - 1"),
-        ("ott:buffer=-1", "buffer=-1"),
+        ("ott:buffer=-1", "option buffer must not be negative; got -1"),
     ],
 )
 def test_bad_settings(spec, message):
@@ -253,4 +253,8 @@ def test_bad_settings(spec, message):
 def test_values_alone_are_refused():
     quantizer = OutlierTokens(inner=minmax(2, DIM), outliers=1, buffer=0, of_values=True)
     with pytest.raises(ValueError, match=r"context\.keys must be the keys of the same tokens"):
+        quantizer.observe(
+            jnp.zeros((4, HEADS, DIM)), nq.Context(state=quantizer.init_state(HEADS, DIM))
+        )
+    with pytest.raises(ValueError, match="OutlierTokens encodes by the queries or keys"):
         nq.quantize(jnp.zeros((4, HEADS, DIM)), quantizer)

@@ -235,7 +235,7 @@ def test_parallel_perplexity_equals_decode_loop(spec):
     "spec, message",
     [
         ("squat:residual=48", "positive multiple of it.*residual=48, group_size=32"),
-        ("squat:strength=-1.0", "0 <= strength < inf; got block=16, strength=-1.0"),
+        ("squat:strength=-1.0", "option strength must not be negative; got -1.0"),
         ("squat:block=0", "block >= 1"),
         ("squat:subspace=0", "subspace >= 1"),
         ("squat:keys=before", "expected one of rotated, unrotated"),
