@@ -187,5 +187,5 @@ def test_one_side_alone_is_not_filled_little_by_little():
     layer = scheme.init(
         LayerShape(num_kv_heads=2, head_dim=64), batch=1, max_len=2048, dtype=jnp.float32
     )
-    assert layer.value.quantizer is values
+    assert layer.value.quantizer == values
     assert in_tiles(values, 1, 2, 64) == TiledQuantizer(values)
