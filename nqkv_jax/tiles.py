@@ -226,6 +226,12 @@ def _update_batch(size, batched, *arguments):
     return jax.lax.platform_dependent(*arguments, **gpus, default=in_turn), True
 
 
+def put(array: jax.Array, at: jax.Array, new: jax.Array, fresh: jax.Array) -> jax.Array:
+    """Like `update`, of whole elements: those of `new` that are `fresh` bool[...]."""
+    mask = jnp.where(fresh, -1, 0).astype(f"int{8 * array.dtype.itemsize}")
+    return update(array, at, new, mask)
+
+
 def _words(codes: jax.Array, bits: int) -> jax.Array:
     return packing.pack(codes, bits, jnp.uint16, axis=1)
 

@@ -75,10 +75,10 @@ class TiledQuantizer(Quantizer):
         fresh = span.fresh[:, None]
         if self._per_channel:  # [tiles, heads * groups, 1]
             fresh = jnp.tile(span.fresh[:, ::step, None], (1, x.shape[1], 1))
-        put = functools.partial(_put, tile=span.tile, place=jnp.zeros_like(first), fresh=fresh)
         stored = lambda a: jax.vmap(self._store)(span.spread(a, step))
-        zero = None if zero is None else put(body.zero, stored(zero))
-        return TiledPayload(words=words, scale=put(body.scale, stored(scale)), zero=zero)
+        put = lambda old, a: tiles.put(old, at[:3], stored(a), fresh)
+        zero = None if zero is None else put(body.zero, zero)
+        return TiledPayload(words=words, scale=put(body.scale, scale), zero=zero)
 
     def _append_token(
         self, body: TiledPayload, x: jax.Array, token: jax.Array, keep: jax.Array,
@@ -91,10 +91,10 @@ class TiledQuantizer(Quantizer):
             # In the words of its row, and not of a tile.
             words = tiles.write_token(body.words, codes[0], token, self.inner.codebook.bits, keep)
             tile, place = divmod(token, TOKENS)
-            put = functools.partial(_put, tile=tile, place=place, fresh=keep[None, None, None])
-            stored = lambda a: self._store(a)[None]
-            zero = None if zero is None else put(body.zero, stored(zero))
-            return TiledPayload(words=words, scale=put(body.scale, stored(scale)), zero=zero)
+            at = jnp.stack([tile, jnp.zeros_like(tile), place])
+            put = lambda old, a: tiles.put(old, at, self._store(a)[None], keep[None, None, None])
+            zero = None if zero is None else put(body.zero, zero)
+            return TiledPayload(words=words, scale=put(body.scale, scale), zero=zero)
 
         def by_kernel(body, x, token, keep):
             words, scale, zero = append_token.append_token(
@@ -180,15 +180,6 @@ class TiledQuantizer(Quantizer):
         if self._per_channel:
             return jnp.swapaxes(scale.reshape(heads, -1, scale.shape[1]), 0, 1)
         return scale.T
-
-
-def _put(
-    old: jax.Array, new: jax.Array, *, tile: jax.Array, place: jax.Array, fresh: jax.Array
-) -> jax.Array:
-    """Scales `old` [tiles, blocks, 128], with those of `new`, from a tile and a place on, that are
-    `fresh`."""
-    mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
-    return tiles.update(old, jnp.stack([tile, jnp.zeros_like(tile), place]), new, mask)
 
 
 def in_tiles(quantizer: Quantizer, tokens: int, heads: int, head_dim: int) -> Quantizer:

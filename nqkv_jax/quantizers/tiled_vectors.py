@@ -61,10 +61,9 @@ class TiledNSN(Quantizer):
         payload = self._map(self.inner.quantize, self._split(x), context)
         payload = jax.tree.map(lambda a: span.spread(a, step), payload)
 
-        def put(old, new, fresh):  # [tiles, 128] or [tiles, windows], the axes of `new` that has
-            mask = jnp.where(fresh, -1, 0).astype(f"int{8 * old.dtype.itemsize}")
+        def put(old, new, fresh):
             at = jnp.stack([span.tile, *[jnp.zeros_like(first)] * (old.ndim - 1)])
-            return tiles.update(old, at, new, mask)
+            return tiles.put(old, at, new, fresh)
 
         new = jax.vmap(self._in_line)(payload)
         windows = span.fresh[:, ::step]
