@@ -19,7 +19,6 @@ from nqkv_jax.decoded import DecodedView
 from nqkv_jax.quantize import QuantizedArray, dequantize, quantize, stored_bits
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.quantizers.float8 import Float8Quantizer
 from nqkv_jax.quantizers.full_precision import FullPrecision
 from nqkv_jax.quantizers.transforms import Centre, Hadamard, Rotation, Standardise, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
@@ -32,7 +31,6 @@ __all__ = [
     "Centre",
     "Context",
     "DecodedView",
-    "Float8Quantizer",
     "FullPrecision",
     "Hadamard",
     "KVCache",

@@ -10,13 +10,16 @@ Everything here is NumPy and SciPy in float64, done once per codebook.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import optimize, special
 
+from nqkv_jax.float8 import Float8 as Float8
 from nqkv_jax.lloyd import companded_start, histogram_moments, lloyd
+from nqkv_jax.rounding import nearest_integer
 
 # Dettmers et al. (2023), QLoRA, appendix E, as stored by bitsandbytes: made with a float32
 # linspace, so that the construction below reproduces 10 of the 16 values only up to the last bits.
@@ -48,6 +51,7 @@ class Codebook:
     levels: tuple[float, ...]
     coefficients: tuple[float, ...] | None = None
     name: str = "custom"
+    of_absmax: ClassVar[float] = 1.0  # what the largest magnitude of a block becomes
 
     def __post_init__(self):
         levels = np.asarray(self.levels, np.float64)
@@ -84,6 +88,11 @@ class Codebook:
         return self._step_and_offset is not None
 
     @property
+    def is_searched(self) -> bool:
+        """Whether codes are found by a search through a table, which kernels do not have."""
+        return self.bits > 4 and not self.is_even
+
+    @property
     def is_uniform(self) -> bool:
         """Whether the levels are the codes themselves, 0 .. 2^bits - 1."""
         return self._step_and_offset == (1.0, 0)
@@ -103,7 +112,7 @@ class Codebook:
             steps = jnp.clip(steps, np.float32(-offset), np.float32(top - offset))
             codes = nearest_integer(steps) + np.int32(offset)
             return (codes & np.int32(top)).astype(jnp.uint8)  # of NaN too
-        if self.bits > 4:
+        if self.is_searched:
             thresholds = jnp.asarray(self.thresholds)
             return jnp.searchsorted(thresholds, y, side="left").astype(jnp.uint8)
         # Counting comparisons has no branches or gathers, and fuses with whatever makes `y`.
@@ -171,16 +180,6 @@ class Codebook:
         if abs(offset - round(offset)) >= 1e-9 or abs(offset) >= 2**20:  # see `nearest_integer`
             return None
         return step, round(offset)
-
-
-def nearest_integer(x: jax.Array) -> jax.Array:
-    """i32 of f32 `x` below 2^21, half to even; of NaN any.
-
-    The sum is where floats are the integers, whose lowest bits are those of the result.
-    """
-    origin = np.float32(1.5 * 2**23)
-    bits = jax.lax.bitcast_convert_type(x + origin, jnp.int32)
-    return bits - origin.view(np.int32)
 
 
 def uniform(bits: int) -> Codebook:

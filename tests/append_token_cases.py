@@ -57,6 +57,8 @@ CASES = {
         _case("cubic4-signed", codebooks.cubic_normal(4, 128, signed=True), 128, "signed_absmax"),
         _case("cubic2-bfloat16", codebooks.cubic_normal(2, 128), 128, scale_dtype="bfloat16"),
         _case("integer8", _integer(8), 128, scale_dtype="float32"),
+        _case("float8", codebooks.Float8(), 128),
+        _case("float8-e5m2-d64", codebooks.Float8("e5m2"), 64, head_dim=64, dtype=jnp.float32),
         _case("integer4-signed-d112", _integer(4, signed=True), 112, "signed_absmax", head_dim=112),
         _case("uniform4-minmax", _uniform(4), 128, "minmax", dtype=jnp.float16),
         _case("uniform2-minmax-parts", _uniform(2), 32, "minmax"),

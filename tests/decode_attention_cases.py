@@ -77,6 +77,12 @@ def _cases():
     yield Case("cubic4-d64", cubic(4), head_dim=64, heads=3, group=3)
     yield Case("uniform2-d64", codebooks.uniform(2), head_dim=64, group=4, zero=True)
     yield Case("cubic3-d64-parts", cubic(3), head_dim=64, block=0.5)
+    yield Case("float8", codebooks.Float8(), group=4)
+    yield Case("float8-e5m2-d64", codebooks.Float8("e5m2"), head_dim=64, heads=3, group=3)
+    yield Case("float8-parts-g16", codebooks.Float8(), group=16, block=0.5)
+    yield Case("float8-d256", codebooks.Float8(), head_dim=256, group=4, block=2.0)
+    yield Case("float8-keys-values4", codebooks.Float8(), value_codebook=cubic(4), group=4)
+    yield Case("float8-channels-d64", codebooks.Float8(), head_dim=64, key_channels=True)
     yield Case("integer8-d64", codebooks.integer(8), head_dim=64)
     yield Case("cubic4-d256", cubic(4), head_dim=256, group=4)
     yield Case("uniform4-d256", codebooks.uniform(4), head_dim=256, group=4, zero=True)
@@ -137,10 +143,12 @@ def codes(
     case: Case, codebook, batch: int, num_tiles: int, rng, per_channel: bool = False
 ) -> TiledCodes:
     shape = (batch, num_tiles, tiles.TOKENS, case.heads, case.head_dim)
-    values = jnp.asarray(rng.integers(0, 2**codebook.bits, shape), jnp.uint8)
+    levels = np.asarray(codebook.levels)
+    finite = np.flatnonzero(np.isfinite(levels))
+    values = jnp.asarray(rng.choice(finite, shape), jnp.uint8)
     words = jax.vmap(jax.vmap(lambda c: tiles.pack(c, codebook.bits)))(values)
     blocks = round(case.heads / case.block)
-    spread = max(codebook.levels) - min(codebook.levels)
+    spread = np.ptp(levels[finite])
     per_token = lambda a: jnp.asarray(a.astype(np.float16).view(np.int16))
     size = (batch, num_tiles, blocks, tiles.TOKENS)
     if per_channel:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nqkv_jax import codebooks
-from nqkv_jax.quantizers import BlockQuantizer, Context, Float8Quantizer, FullPrecision
+from nqkv_jax.quantizers import BlockQuantizer, Context, FullPrecision
 
 NF4 = codebooks.normal_float(4)
 EMPTY = Context()
@@ -33,8 +33,8 @@ QUANTIZERS = {
     "kivi-key": minmax(2, 32, axis="tokens"),
     "int8": block(codebooks.integer(8), 64),
     "q4_0": block(codebooks.integer(4, True), 32, scale="signed_absmax", scale_dtype=jnp.bfloat16),
-    "fp8": Float8Quantizer(),
-    "fp8-e5m2": Float8Quantizer("e5m2", block_size=128, scale_dtype=jnp.float32),
+    "fp8": block(codebooks.Float8(), 64),
+    "fp8-e5m2": block(codebooks.Float8("e5m2"), 128, scale_dtype=jnp.float32),
     "none": FullPrecision(),
 }
 every = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
-from nqkv_jax import codebooks
+from nqkv_jax import codebooks, rounding
 
 ALL = [
     *(codebooks.uniform(b) for b in (1, 2, 3, 4, 8)),
@@ -187,7 +187,7 @@ def test_levels_far_from_zero():
 def test_the_nearest_integer(x):
     x = np.float32(x)
     for value in (x, np.floor(x) + np.float32(0.5)):
-        assert int(codebooks.nearest_integer(jnp.float32(value))) == np.round(value)
+        assert int(rounding.nearest_integer(jnp.float32(value))) == np.round(value)
 
 
 def test_integer_codes():

@@ -17,10 +17,7 @@ from nqkv_jax import codebooks, partial, tiles
 from nqkv_jax.pallas_kernels.decode_attention import (
     decode_attention,
     mosaic_gpu,
-    mosaic_gpu_levels,
-    mosaic_gpu_words,
     mosaic_tpu_plan,
-    mosaic_tpu_rounding,
     triton_vectors,
     xla,
     xla_vectors,
@@ -69,6 +66,7 @@ QUICK = (
     "keys2-values4-d64",
     "channels3-d64",
     "plus2-d64",
+    "float8-e5m2-d64",
     "vector1-d64",
     "vector2-d64-window",
 )
@@ -83,53 +81,16 @@ def test_mosaic_tpu_in_the_strict_interpreter(name):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     "name",
-    ["cubic4-signed", *(pytest.param(n, marks=SLOW) for n in ("cubic4-d64", "lloyd2", "plus4"))],
+    [
+        "cubic4-signed",
+        "integer8-d64",
+        *(pytest.param(n, marks=SLOW) for n in ("cubic4-d64", "lloyd2", "plus4", "kivi8")),
+    ],
 )
 def test_mosaic_tpu_with_bfloat16_units(name, monkeypatch):
-    """Cubics are computed in bfloat16 then, from v6e on."""
+    """Cubics are computed in bfloat16 then, from v6e on, and integers of 8 bits."""
     monkeypatch.setattr(mosaic_tpu_plan, "_has_bfloat16_units", lambda: True)
     check(CASES[name], jnp.bfloat16, BFLOAT16, implementation="mosaic_tpu")
-
-
-@pytest.mark.parametrize("in_bfloat16", [False, True])
-@pytest.mark.parametrize(
-    "codebook, tolerance",
-    [
-        (codebooks.cubic_normal(4, 128), 7e-4),
-        (codebooks.cubic_normal(4, 128, signed=True), 1.1e-3),
-        (codebooks.cubic_normal(3, 128), 1e-4),
-        (codebooks.lloyd_max_normal(2), 2e-5),
-    ],
-    ids=lambda value: getattr(value, "name", ""),
-)
-def test_cubics_that_bfloat16_holds(codebook, tolerance, in_bfloat16):
-    """Up to a factor; rounding each level would leave up to 2^-9 of it."""
-    levels = np.asarray(codebook.levels)
-    slope, numbers = mosaic_tpu_rounding.rounded(codebook, in_bfloat16)
-    dtype = jnp.bfloat16 if in_bfloat16 else np.float32
-    t = (np.arange(levels.size) - (levels.size - 1) / 2).astype(dtype)
-    one, two, three = np.asarray(numbers).astype(dtype)
-    factors = t * (t * (t * three + two) + one) if two else t * (t * t * three + one)
-    factors = factors.astype(jnp.bfloat16).astype(np.float64)
-    np.testing.assert_allclose(
-        slope * factors + codebook.coefficients[0], levels, rtol=0, atol=tolerance * levels.max()
-    )
-
-
-@pytest.mark.parametrize(
-    "codebook, tolerance",
-    [
-        (codebooks.normal_float(4), 8e-4),
-        (codebooks.normal_float(2), 1e-5),
-        (codebooks.lloyd_max_normal(4), 3e-4),
-    ],
-    ids=lambda value: getattr(value, "name", ""),
-)
-def test_tables_that_bfloat16_holds(codebook, tolerance):
-    slope, factors = mosaic_tpu_rounding.rounded(codebook, False)
-    found = slope * np.asarray(factors).astype(jnp.bfloat16).astype(np.float64)
-    largest = max(codebook.levels)
-    np.testing.assert_allclose(found, codebook.levels, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -155,11 +116,12 @@ GPU_SLOW = [
     "lloyd4", "block4-signed", "stepped4", "cubic4-d96", "plus4-d80", "uniform2-minmax-d96",
     "keys8-values4", "keys3-values4-d64", "keys2-values4-d64", "keys4-values2-minmax-parts",
     "kivi2", "kivi3", "kivi4", "kivi2-d96", "kivi8", "kivi-keys2-values4-d64", "cubic4-parts-of-32",
-    "channels2-minmax", "cubic3-d256", "plus2-g20",
+    "channels2-minmax", "cubic3-d256", "plus2-g20", "float8-parts-g16", "float8-d256",
+    "float8-keys-values4",
 ]  # fmt: skip
 GPU_QUICK = [
     "cubic4", "uniform2-d64", "cubic3", "window", "plus2-d64", "keys4-values2", "cubic4-d80",
-    "kivi4-d64",
+    "kivi4-d64", "float8", "float8-e5m2-d64",
 ]  # fmt: skip
 
 
@@ -205,71 +167,10 @@ def test_triton_in_the_interpreter(name, monkeypatch):
     check(CASES[name], jnp.bfloat16, 2e-3, num_tiles=9, implementation="triton")
 
 
-COMPUTED = (
-    codebooks.cubic_normal(4, 128), codebooks.cubic_normal(4, 128, signed=True),
-    codebooks.lloyd_max_normal(2), codebooks.integer(8), codebooks.uniform(2),
-    codebooks.normal_float(4), codebooks.normal_float(2), codebooks.centred_integers(2),
-    codebooks.cubic_normal(3, 128), codebooks.uniform(3), codebooks.centred_integers(3),
-    codebooks.lloyd_max_normal(3), codebooks.lloyd_max_normal(4), codebooks.block_normal(4, 64),
-    codebooks.block_normal(4, 256), codebooks.block_normal(4, 256, signed=True),
-    codebooks.block_normal(3, 128, signed=True), codebooks.normal_float(3),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("codebook", COMPUTED, ids=lambda c: c.name)
-def test_levels_that_the_gpu_kernel_computes(codebook):
-    """Of every code, in every field of a word, as good as products in float16."""
-    bits, levels = codebook.bits, mosaic_gpu_levels.Levels(codebook)
-    assert levels.computed
-    low_bits = 2 if bits == 3 else bits
-    # Words turn in pairs: those beside must not be seen.
-    codes = np.random.default_rng(0).integers(0, 2**bits, (16 // low_bits, 1000))
-    codes[:, : 2**bits] = np.arange(2**bits)
-    word = lambda parts, size: jnp.asarray(
-        sum(c << size * k for k, c in enumerate(parts)).astype(np.uint16).view(np.int16)
-    )
-    rotate = functools.partial(mosaic_gpu_words.rotate_pairs, interpret=True)
-    words, per_part = word(codes % 2**low_bits, low_bits), 8 // low_bits
-    high_bits = [tiles.high_bit(k) for k in range(8)]
-    for k, expected in enumerate(np.asarray(codebook.levels)[codes]):
-        part, field = divmod(k, per_part)
-        moved = [rotate(words, part * per_part * low_bits - levels.first)]
-        if bits == 3:
-            high = word((codes >> 2)[np.argsort(high_bits)], 1)
-            high = rotate(high, high_bits[part * per_part] - levels.first - low_bits)
-            moved = levels.merge(*moved, high, jnp.int16(0))
-        found = levels.factor(moved[field % len(moved)], field, jnp.int16(0))
-        assert found.dtype == jnp.float16
-        found = np.asarray(found, np.float64)
-        found = found * levels.unit(field) - levels.centre if levels.even else found
-        found = (found + levels.ratio) * levels.slope
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
-
-
-def test_levels_of_every_smooth_codebook_are_computed():
-    for bits in (2, 3, 4):
-        found = [codebooks.normal_float(bits), codebooks.lloyd_max_normal(bits)]
-        found += [
-            make(bits, size, signed=signed)
-            for make in (codebooks.block_normal, codebooks.cubic_normal)
-            for size in (32, 64, 128, 256)
-            for signed in (False, True)
-        ]
-        missing = [c.name for c in found if not mosaic_gpu_levels.Levels(c).computed]
-        assert not missing, missing
-
-
-def test_levels_that_the_gpu_kernel_would_have_to_look_up():
-    levels = np.sort(np.random.default_rng(0).uniform(-1, 1, 16))
-    uneven = codebooks.Codebook(bits=4, levels=tuple(levels.tolist()), name="uneven")
-    for codebook in (codebooks.stepped_normal(4, 64), uneven):
-        assert not mosaic_gpu_levels.Levels(codebook).computed
-
-
 @needs_mosaic_gpu
 def test_what_the_gpu_kernel_needs():
     q, key, value, lengths, _ = arguments(CASES["stepped4-d64"], (10,))
-    message = "levels that a polynomial of 9 operations gives; got stepped4@64"
+    message = "8-bit floats, or levels that a polynomial of 9 operations gives; got stepped4@64"
     with pytest.raises(NotImplementedError, match=message):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     for name, change, got in (
@@ -294,6 +195,10 @@ def test_what_the_gpu_kernel_needs():
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="values with scales of tokens, not of channels"):
         decode_attention(q, key, key, lengths, implementation="mosaic_gpu")
+    floats = dataclasses.replace(CASES["float8"], key_channels=True)
+    q, key, value, lengths, _ = arguments(floats, (10,))
+    with pytest.raises(NotImplementedError, match="scales of tokens, where keys are 8-bit floats"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     narrow = dataclasses.replace(CASES["cubic4"], head_dim=48)
     q, key, value, lengths, _ = arguments(narrow, (10,))
     with pytest.raises(NotImplementedError, match="needs head_dim 64 to 256; got 48"):

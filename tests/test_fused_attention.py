@@ -20,6 +20,7 @@ from nqkv_jax.rotary import Rotary
 HEADS, GROUP, DIM = 3, 2, 64
 SCHEME = "nqkv:residual=128,codebook=cubic,centre=True,hadamard=True,sinks=4"
 CHANNELS = "nqkv-plus:bits=2"  # keys with a scale for every channel of a tile, some of two digits
+NO_TILES = "turboquant:variant=prod"
 ROTARY = Rotary(inverse_frequencies=jnp.asarray(100.0 ** -(np.arange(DIM // 2) / (DIM // 2))))
 
 # What turning means has to mind: a factor, and channels that are not rotated.
@@ -54,6 +55,7 @@ def prompted(scheme, rotary="rope"):
         ("nqkv-plus:keys=rotated", None, "rope"),
         ("nqkv", 200, "rope"),
         ("kivi", None, "rope"),
+        ("fp8", None, "rope"),
     ],
 )
 def test_kernel_and_steps_agree(scheme, window, rotary):
@@ -181,7 +183,8 @@ def test_tiles_decode_to_what_blocks_do(codebook, axis, size, numbers):
         ("squat", True),
         ("hqq", True),
         ("nsnquant", True),
-        ("fp8", False),
+        ("fp8", True),
+        (NO_TILES, False),
     ],
 )
 def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
@@ -195,8 +198,8 @@ def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
 def test_a_kernel_that_cannot_serve_says_why():
     new = tokens(1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
-        nq.attend(*new, prompted("fp8"), rotary=ROTARY, implementation="mosaic_tpu")
-    asking = prompted("fp8").with_implementation("mosaic_tpu")
+        nq.attend(*new, prompted(NO_TILES), rotary=ROTARY, implementation="mosaic_tpu")
+    asking = prompted(NO_TILES).with_implementation("mosaic_tpu")
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
         nq.attend(*new, asking, rotary=ROTARY)
     nq.attend(*new, asking, rotary=ROTARY, implementation="xla")  # for this call

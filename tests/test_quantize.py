@@ -14,15 +14,15 @@ from nqkv_jax.quantizers import (
     Centre,
     Context,
     DigitQuantizer,
-    Float8Quantizer,
     FullPrecision,
     Transformed,
 )
 
 NF4 = BlockQuantizer(codebooks.normal_float(4), block_size=64)
 KIVI = BlockQuantizer(codebooks.uniform(2), block_size=32, axis="tokens", scale="minmax")
+FP8 = BlockQuantizer(codebooks.Float8(), block_size=32)
 CENTRED = Transformed(NF4, (Centre(),))
-QUANTIZERS = {"nf4": NF4, "kivi": KIVI, "centred": CENTRED, "fp8": Float8Quantizer(),
+QUANTIZERS = {"nf4": NF4, "kivi": KIVI, "centred": CENTRED, "fp8": FP8,
               "none": FullPrecision()}  # fmt: skip
 every = pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
 
@@ -105,7 +105,7 @@ def test_traces_once():
         (NF4, 4 + 16 / 64),
         (KIVI, 2 + 32 / 32),
         (BlockQuantizer(codebooks.normal_float(3), block_size=64), 3 + 16 / 64),
-        (Float8Quantizer(), 8 + 16 / 32),
+        (FP8, 8 + 16 / 32),
         (FullPrecision(), 32),
         (CENTRED, 4 + 16 / 64 + (32 + 8 / 64) / 64),  # + one mean per channel and a flag, 64 tokens
     ],

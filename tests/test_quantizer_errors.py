@@ -6,7 +6,6 @@ import pytest
 from quantizer_cases import EMPTY, NF4, block, minmax
 
 from nqkv_jax import codebooks
-from nqkv_jax.quantizers import Float8Quantizer
 
 
 def slow(block_size):
@@ -119,10 +118,10 @@ def test_signed_extreme_gains_nothing_with_nf4():
 @pytest.mark.parametrize(
     ("quantizer", "expected"),
     [
-        (Float8Quantizer("e4m3", block_size=128), 6.6e-4),
+        (block(codebooks.Float8("e4m3"), 128), 6.6e-4),
         # 2.8e-3 is published for one scale for all; with one per block it depends on where in an
         # octave the largest element falls.
-        (Float8Quantizer("e5m2", block_size=128), 2.64e-3),
+        (block(codebooks.Float8("e5m2"), 128), 2.64e-3),
         (block(codebooks.integer(8), 128), 4.2e-5),
         (block(codebooks.integer(8), 64), 3.5e-5),
         (minmax(8, 128), 3.4e-5),

@@ -95,6 +95,7 @@ def formats() -> list[Format]:
         Format(codebook=codebooks.uniform(2), zero=True, shared=32),
         Format(codebook=codebooks.cubic_normal(3, 128)),
         Format(codebook=codebooks.integer(8)),
+        Format(codebook=codebooks.Float8()),
     ]
 
 

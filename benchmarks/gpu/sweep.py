@@ -38,7 +38,7 @@ def attend(q, cache, form: Format, shape: Shape, attention: Callable):
     key, value = sides(cache, form)
     lengths = jnp.full(shape.batch, shape.context, jnp.int32)
     grouped = q.reshape(shape.batch, shape.num_kv_heads, shape.group, shape.head_dim)
-    scale = jnp.asarray(shape.head_dim**-0.5 / max(key.codebook.levels), q.dtype)
+    scale = jnp.asarray(shape.head_dim**-0.5 / np.nanmax(key.codebook.levels), q.dtype)
     grouped = grouped * scale
     if key.waves is not None:
         grouped = jnp.concatenate([grouped, grouped], axis=-1)  # what meets them

@@ -10,8 +10,6 @@ from nqkv_jax.quantizers.dense_sparse import DenseSparseChannels as DenseSparseC
 from nqkv_jax.quantizers.dense_sparse import DenseSparsePayload as DenseSparsePayload
 from nqkv_jax.quantizers.dense_sparse import DenseSparseTokens as DenseSparseTokens
 from nqkv_jax.quantizers.digits import DigitQuantizer as DigitQuantizer
-from nqkv_jax.quantizers.float8 import Float8Payload as Float8Payload
-from nqkv_jax.quantizers.float8 import Float8Quantizer as Float8Quantizer
 from nqkv_jax.quantizers.full_precision import FullPrecision as FullPrecision
 from nqkv_jax.quantizers.hqq import HQQQuantizer as HQQQuantizer
 from nqkv_jax.quantizers.nsn import NSNKeys as NSNKeys

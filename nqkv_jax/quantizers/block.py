@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import packing
-from nqkv_jax.codebooks import Codebook, nearest_integer
+from nqkv_jax.codebooks import Codebook, Float8
 from nqkv_jax.quantizers.base import Context, Quantizer
+from nqkv_jax.rounding import round_to
 
 SCALES = ("absmax", "signed_absmax", "rms", "minmax")
 MOST_SELECTED = 8  # blocks of a head: of 16, selecting takes as long as indexing
@@ -43,6 +44,8 @@ class BlockQuantizer(Quantizer):
         rms            s = sqrt(mean(x^2))                 z = 0
         minmax         s = (max - min) / (2^bits - 1)      z = min
 
+    (For `Float8`, whose largest number is not 1, the first two are divided by that.)
+
     The published min-max recipe takes the scale from the exact minimum, but the grid begins at the
     stored one: where blocks lie far from zero (an offset of 100 widths or more), use
     scale_dtype=float32.
@@ -66,7 +69,7 @@ class BlockQuantizer(Quantizer):
     Raises: ValueError for settings that do not go together.
     """
 
-    codebook: Codebook = dataclasses.field(metadata={"static": True})
+    codebook: Codebook | Float8 = dataclasses.field(metadata={"static": True})
     _: dataclasses.KW_ONLY
     block_size: int = dataclasses.field(metadata={"static": True})
     axis: str = dataclasses.field(default="hidden", metadata={"static": True})
@@ -124,7 +127,7 @@ class BlockQuantizer(Quantizer):
         """Of f32 blocks that lie along `axis`: codes u8, and scales and zeros with `axis` 1 long.
 
         The operations are those that kernels have too (`pallas_kernels.append_token`), except for
-        scale="rms", and more than 16 levels that are not even.
+        scale="rms", and codebooks whose levels are searched.
         """
         low = jnp.min(blocks, axis=axis, keepdims=True)
         high = jnp.max(blocks, axis=axis, keepdims=True)
@@ -138,6 +141,8 @@ class BlockQuantizer(Quantizer):
             scale = jnp.maximum(high, -low)
             if self.scale == "rms":
                 scale = rms(blocks, scale, axis)
+        if self.scale in ("absmax", "signed_absmax") and self.codebook.of_absmax != 1:
+            scale = divide(scale, np.float32(self.codebook.of_absmax))
 
         # Not by the extremes: those of a kernel leave NaN out.
         finite = jnp.isfinite(blocks).astype(jnp.int32)
@@ -218,34 +223,11 @@ def store(scale: jax.Array, finite: jax.Array, dtype: np.dtype) -> jax.Array:
     """`scale` rounded to `dtype`: saturated where `finite`, else NaN; zero is never negative."""
     top = np.float32(jnp.finfo(dtype).max)
     finite = finite & (scale == scale)  # before the bits of a NaN are rounded
-    scale = _round_to(jnp.clip(scale, -top, top), dtype)
+    scale = round_to(jnp.clip(scale, -top, top), dtype)
     # Which zero a minimum over zeros of both signs returns is open: the stored bits must not be.
     scale = jnp.where(scale == 0, np.float32(0), scale)
     # The clip would hide an infinity behind a large finite number.
     return jnp.where(finite, scale, np.float32(np.nan)).astype(dtype)
-
-
-def _round_to(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """f32 `x`, in the range of `dtype`, rounded to a value of `dtype`.
-
-    XLA may drop a cast to fewer bits and back (xla_allow_excess_precision), and then the encoder
-    would divide by a scale that the decoder does not have. An explicit rounding stays.
-    """
-    info = jnp.finfo(dtype)
-    drop = 23 - info.nmant
-    if not drop:
-        return x
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    # Half of what is dropped, or one less where that would round an even number up.
-    half = ((bits >> np.int32(drop)) & np.int32(1)) + np.int32(2 ** (drop - 1) - 1)
-    bits = (bits + half) & np.int32(-(2**drop))
-    nearest = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    if info.nexp == 8:
-        return nearest
-    # Subnormals are on a fixed grid; powers of two multiply exactly.
-    grid = np.float32(2.0 ** (info.minexp - info.nmant))
-    subnormal = nearest_integer(x * (1 / grid)).astype(jnp.float32) * grid
-    return jnp.where(jnp.abs(x) < np.float32(2.0**info.minexp), subnormal, nearest)
 
 
 def rounded(x: jax.Array) -> jax.Array:

@@ -133,13 +133,12 @@ class TiledQuantizer(Quantizer):
     @property
     def kernel_appends(self) -> bool:
         """Whether `append_token` can encode a token: see `BlockQuantizer.encode_blocks`."""
-        codebook = self.inner.codebook
         return (
             triton_backend.missing() is None
             and isinstance(self.inner, BlockQuantizer)
             and not self._per_channel
             and self.inner.scale != "rms"
-            and (codebook.bits <= 4 or codebook.is_even)
+            and not self.inner.codebook.is_searched
             and self.inner.block_size <= append_token.MOST
         )
 

@@ -4,18 +4,22 @@ Source: Micikevicius et al. (2022), FP8 formats for deep learning. Engines that 
 of 1.0 lose small activations to underflow; the scale here always comes from the data.
 """
 
-from nqkv_jax.quantizers.float8 import Float8Quantizer
+from nqkv_jax.codebooks import Float8
+from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.schemes.base import DTYPES, LayerScheme, block_window, one_of, register
 
 
 @register("fp8")
 def fp8(*, format: str = "e4m3", sinks: int = 0, residual: int = 0, scale_dtype: str = "float16"):
     """8-bit floats (e4m3 or e5m2), one scale per token and head."""
-    quantizer = Float8Quantizer(
-        one_of("fp8: format", format, ("e4m3", "e5m2")),
-        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
-    )
+    codebook = Float8(one_of("fp8: format", format, ("e4m3", "e5m2")))
+    dtype = one_of("scale_dtype", scale_dtype, DTYPES)
     window = block_window("fp8", residual)
-    return lambda shape: LayerScheme(
-        key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
-    )
+
+    def layer(shape):
+        quantizer = BlockQuantizer(codebook, block_size=shape.head_dim, scale_dtype=dtype)
+        return LayerScheme(
+            key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
+        )
+
+    return layer

@@ -42,7 +42,13 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
         return f"head_dim 64 to 256; got {key.head_dim}"
     if any(not Levels(side.codebook).computed for side in (key, value)):
         names = key.codebook.name, value.codebook.name
-        return f"levels that a polynomial of {MOST} operations gives; got {' and '.join(names)}"
+        return (
+            f"8-bit floats, or levels that a polynomial of {MOST} operations gives; got "
+            f"{' and '.join(names)}"
+        )
+    if key.per_channel and Levels(key.codebook).floats:
+        # Queries meet them in float16, and the numbers of float8 are large.
+        return "scales of tokens, where keys are 8-bit floats"
     if key.waves is not None and not key.per_channel:
         return "scales of channels, where keys have waves"
     if value.per_channel:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nqkv_jax.codebooks import Codebook
+from nqkv_jax.codebooks import Codebook, Float8
 
 FIT = 1e-3  # error of levels that are approximated, of the largest, in float16
 MOST = 9  # operations of an approximation, on two codes at once
@@ -43,7 +43,7 @@ class Approximation:
 
 
 @functools.lru_cache
-def approximation(codebook: Codebook) -> Approximation | None:
+def approximation(codebook: Codebook | Float8) -> Approximation | None:
     """The one with the fewest operations that has the levels within `FIT`, or None.
 
     Selecting from a table of 16 takes 15 operations on each code, and more registers than there
@@ -73,18 +73,24 @@ def approximation(codebook: Codebook) -> Approximation | None:
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """level = slope * factor + offset, with factors of 4 at most.
+    """level = slope * factor + offset, with factors of 4 at most (of 8-bit floats, any).
 
     With t = (code - middle) / 2^(b-1), the factor of a + c t + d t^3 is t (t^2 + c / d): one
     operation less than t + d / c t^3. Other polynomials have theirs in the latter form, and
-    codebooks that are none have an `approximation`.
+    codebooks that are none have an `approximation`. 8-bit floats are float16 with fewer bits.
     """
 
-    codebook: Codebook
+    codebook: Codebook | Float8
+
+    @property
+    def floats(self) -> bool:
+        return isinstance(self.codebook, Float8)
 
     @property
     def computed(self) -> bool:
-        return self.codebook.coefficients is not None or approximation(self.codebook) is not None
+        if self.floats or self.codebook.coefficients is not None:
+            return True
+        return approximation(self.codebook) is not None
 
     @property
     def low_bits(self) -> int:
@@ -105,6 +111,8 @@ class Levels:
 
     @property
     def slope(self) -> float:
+        if self.floats:
+            return self.codebook.float16_unit
         if self.polynomial is None:
             return 1.0
         _, slope, square, cube = self.polynomial
@@ -134,6 +142,8 @@ class Levels:
     def first(self) -> int:
         """The bit at which a part begins in words as `factor` takes them: the fields of a byte then
         end within the mantissa, third bits too, and numbers that are centred have halves."""
+        if self.floats:
+            return self.codebook.dropped_bits
         if self.even:
             return 0
         return 1 if self.codebook.bits == 3 else 2
@@ -161,13 +171,26 @@ class Levels:
         # One operation on three numbers: a selection by bits.
         return tuple(high ^ ((high ^ low) & (jnp.int16(mask) | zero)) for mask in masks)
 
+    def widen(self, words: jax.Array, signs: jax.Array, zero: jax.Array) -> jax.Array:
+        """Of 8-bit floats, the bits of float16 factors.
+
+        Args:
+          words: int16, with a float from bit `first` on.
+          signs: with its sign as the highest bit.
+          zero: see `factor`.
+        """
+        magnitudes = words & (jnp.int16(0x7F << self.first) | zero)
+        return magnitudes | (signs & (jnp.int16(-0x8000) | zero))
+
     def factor(self, words: jax.Array, field: int, zero: jax.Array) -> jax.Array:
         """float16 factors of one field of the part of int16 words that begins at bit `first`, or of
-        what `merge` found for it; if levels are even, codes, by `unit`.
+        what `merge` or `widen` found for it; if levels are even, codes, by `unit`.
 
         `zero` int16[] is a 0 that the compiler does not know of: masks it knows, the assembler
         puts into a register again for every use.
         """
+        if self.floats:
+            return jax.lax.bitcast_convert_type(words, jnp.float16)
         at = self.place(field)
         number = words & (jnp.int16((2**self.codebook.bits - 1) << at) | zero)
         if not self.even:

@@ -207,6 +207,8 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
         how = dict(token_axis=token_axis, lanes=plan.lanes(side), interpret=plan.interpret)
         low = load_words(smem.words[s].at[slot, piece, column, :, :, own], **how)
         low = rotate(low, part * (plan.per_part * plan.narrow_bits) - levels.first)
+        if levels.floats:
+            return (levels.widen(low, rotate(low, levels.first - 8), zero),)
         if not side.high:
             return (low,)
         (high,) = smem.high[s]

@@ -101,7 +101,8 @@ def _expand(q: jax.Array, plan: Plan) -> jax.Array:
     """[B, Hkv, fold * blocks * group, lanes] from q [B, Hkv, G, D]."""
     head_dim, fold, blocks = plan.head_dim, plan.fold, plan.key.blocks
     q = jnp.pad(q, ((0, 0), (0, 0), (0, plan.group - q.shape[2]), (0, 0)))
-    q = q.astype(plan.key.levels.dtype)
+    levels = plan.key.levels
+    q = q.astype(levels.dtype) * jnp.asarray(levels.gain, levels.dtype)
     block = np.arange(head_dim) // (head_dim // blocks) == np.arange(blocks)[:, None]
     own = np.eye(fold, dtype=bool)[:, None, None, :, None] & block[:, None, None, :]
     q = jnp.where(own[None, None], q[:, :, None, None, :, None], jnp.zeros((), q.dtype))
@@ -306,6 +307,7 @@ def _scores(q, head, words, scales, plan: Plan) -> list[jax.Array]:
     """f32[rows, 128] of each unit."""
     side = plan.key
     total = jnp.sum(q.astype(jnp.float32), axis=-1, keepdims=True)
+    total = total * jnp.float32(1 / side.levels.gain)
     constant = total * jnp.float32(side.levels.offset / side.levels.slope)
     out, pair = [], _paired(q.shape[0], plan)
     for unit in range(0, plan.units, pair):
@@ -375,4 +377,5 @@ def _mix(weights, head, words, scales, plan: Plan) -> jax.Array:
             right.append(_unit_factors(words, side, head, n, plan))
         out = out + mix(jnp.concatenate(left, axis=1), jnp.concatenate(right, axis=0), 0)
     constant = total * jnp.float32(side.levels.offset / side.levels.slope) + zeros
+    out = out * jnp.float32(side.levels.gain)
     return out + jnp.sum(constant, axis=-1, keepdims=True)

@@ -1,10 +1,14 @@
 """From words to factors of a matrix product, in the registers of a TPU.
 
     affine  two codes at a time become bfloat16 numbers 128 + code by an OR into the mantissa,
-            exactly. What is constant in them is taken back from the sums.
+            exactly. What is constant in them is taken back from the sums. Of 8 bits, of which the
+            mantissa has seven, only where there are bfloat16 units, for a subtraction.
     cubic   likewise, then multiplications in bfloat16. Chips without bfloat16 units (before v6e)
             go by way of float32.
     stepped bit operations on the eight codes of a register lane at once (`stepped_normal`).
+    float8  two at a time they are bfloat16 with fewer bits and another bias: tiny numbers, so that
+            queries and sums are multiplied by `GAIN`. There are no subnormal ones on a TPU: what is
+            below 2^-15 of a block's largest is 0.
     table   a gather along the 128 lanes of a register that repeats the table; of four levels, three
             selections.
 
@@ -19,13 +23,16 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from nqkv_jax import tiles
-from nqkv_jax.codebooks import STEPS, Codebook
+from nqkv_jax.codebooks import STEPS, Codebook, Float8
+from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_tpu_rounding import cubic, rounded
+
+GAIN = 2.0**60
 
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """level = slope * factor + offset.
+    """level = slope * gain * factor + offset.
 
     Attributes:
       paired: the 16-bit halves of 32-bit registers are decoded together, and rows come out in their
@@ -33,17 +40,24 @@ class Levels:
         move the scores and weights that belong to them.
     """
 
-    codebook: Codebook
+    codebook: Codebook | Float8
     dtype: jnp.dtype  # of the factors
     paired: bool
 
     @classmethod
-    def can_pair(cls, codebook: Codebook, dtype, bfloat16_units: bool) -> bool:
-        if dtype != jnp.bfloat16 or codebook.bits > 4:
+    def can_pair(cls, codes: TiledCodes, dtype, bfloat16_units: bool) -> bool:
+        codebook = codes.codebook
+        if isinstance(codebook, Float8):
+            # Scales of channels meet queries, not sums: what is tiny would not be made up for.
+            return dtype == jnp.bfloat16 and not codes.per_channel
+        if dtype != jnp.bfloat16:
             return False
         if codebook.coefficients is None:
             return _is_stepped(codebook)
-        return len(codebook.coefficients) == 2 or bfloat16_units
+        affine = len(codebook.coefficients) == 2
+        if codebook.bits == 8:
+            return affine and bfloat16_units
+        return affine or bfloat16_units
 
     @property
     def _bits(self) -> int:
@@ -61,9 +75,21 @@ class Levels:
     def slope(self) -> float:
         if self._is_affine:
             return self._polynomial[1]
+        if self._is_float:
+            return 2.0 ** (127 - self.codebook.bias) / GAIN if self.paired else 1.0
         if self._polynomial is None and self.paired:
             return self.codebook.levels[8]
         return self._scaled[0]
+
+    @property
+    def gain(self) -> float:
+        """What keys' queries and values' sums are multiplied by, beside the slope, which scales
+        are: both at once could overflow."""
+        return GAIN if self._is_float and self.paired else 1.0
+
+    @property
+    def _is_float(self) -> bool:
+        return isinstance(self.codebook, Float8)
 
     @property
     def _is_affine(self) -> bool:
@@ -81,11 +107,13 @@ class Levels:
     @property
     def offset(self) -> float:
         if self._polynomial is None:
-            return -(128 + STEPPED_ZERO) * self.slope if self.paired else 0.0
+            stepped = self.paired and not self._is_float
+            return -(128 + STEPPED_ZERO) * self.slope if stepped else 0.0
         constant, slope = self._polynomial[:2]
         if not self._is_affine:
             return constant
-        return constant - slope * (self._middle + (128 if self.paired else 0))
+        added = 0 if not self.paired else -128 if self._bits == 8 else 128
+        return constant - slope * (self._middle + added)
 
     def factors(self, words: jax.Array, head_dim: int) -> jax.Array:
         """dtype[128 / fold, lanes] of one tile of one head, int16[rows, 128]."""
@@ -131,8 +159,12 @@ class Levels:
         return 4 * (2 if self._bits == 3 else self._bits) // fold
 
     def _paired(self, low: jax.Array, high: jax.Array | None) -> jax.Array:
+        if self._is_float:
+            return _widened(low, self.codebook)
         if self._polynomial is None:
             return _stepped(low)
+        if self._bits == 8:
+            return _signed(low)
         low_bits = self._bits - (high is not None)
         affine = self._is_affine
         # A bfloat16 has 7 bits of mantissa: 128 + code has the code in its lowest bits, and
@@ -164,6 +196,8 @@ class Levels:
 
     def _level(self, code: jax.Array) -> jax.Array:
         """f32 factors of i32 codes."""
+        if self._is_float:
+            return float32(code, self.codebook)
         if self._polynomial is None:
             factors = self._scaled[1]
             if len(factors) > tiles.LANES:
@@ -202,6 +236,40 @@ def select(code: jax.Array, levels) -> jax.Array:
         on = (code & jnp.int32(1 << bit)) != 0
         values = [jnp.where(on, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]
+
+
+def _signed(words: jax.Array) -> jax.Array:
+    """bfloat16[4 rows, 128], code - 128 of all codes of 8 bits in i32[rows, 128]."""
+    out = []
+    for k in (0, 8):
+        codes = _shift(words, k)
+        number = _halves(codes, 0x7F) | _both((127 + 7) << 7)  # 128 + lower bits
+        less = _both((127 + 8) << 7) - _halves(codes, 0x80)  # 256, or with the highest bit 128
+        number, less = (pltpu.bitcast(x, jnp.bfloat16) for x in (number, less))
+        out.append(number - less)
+    return jnp.concatenate(out, axis=0)
+
+
+def _widened(words: jax.Array, codebook: Float8) -> jax.Array:
+    """bfloat16[4 rows, 128], numbers over 2^(127 - bias) of all bytes in i32[rows, 128]."""
+    out, by = [], 7 - codebook.mantissa_bits
+    for k in (0, 8):
+        magnitude = _halves(_shift(words, k - by), 0x7F << by)
+        out.append(magnitude | _halves(_shift(words, k - 8), 0x8000))
+    return jnp.concatenate([pltpu.bitcast(x, jnp.bfloat16) for x in out], axis=0)
+
+
+def float32(code: jax.Array, codebook: Float8) -> jax.Array:
+    """f32 numbers, exactly, of their bytes i32[...]."""
+    magnitude = code & jnp.int32(0x7F)
+    bits = magnitude << jnp.int32(23 - codebook.mantissa_bits)
+    bits = bits + jnp.int32((127 - codebook.bias) << 23)
+    number = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    smallest_normal = 1 << codebook.mantissa_bits
+    unit = 2.0 ** (1 - codebook.bias) / smallest_normal
+    subnormal = magnitude.astype(jnp.float32) * jnp.float32(unit)
+    number = jnp.where(magnitude < smallest_normal, subnormal, number)
+    return jnp.where(code < 128, number, -number)
 
 
 # What `_stepped` counts from: 2 * 7.5 for the codes, and 8 so that nothing is negative.

@@ -84,7 +84,7 @@ def make_plan(q: jax.Array, key: TiledCodes, value: TiledCodes, soft_cap: float 
     dtype = jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
     units = _has_bfloat16_units()
     sides = [
-        Side(_shapes(s), Levels(s.codebook, dtype, Levels.can_pair(s.codebook, dtype, units)))
+        Side(_shapes(s), Levels(s.codebook, dtype, Levels.can_pair(s, dtype, units)))
         for s in (key, value)
     ]
     fold = max(1, tiles.LANES // key.head_dim)
