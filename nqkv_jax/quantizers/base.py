@@ -168,3 +168,16 @@ class Wrapper(Quantizer):
 
     def check(self, heads: int, head_dim: int) -> None:
         self.inner.check(heads, head_dim)
+
+
+def decoded_once(x: jax.Array) -> jax.Array:
+    """`x` that a quantizer decoded: on CPUs an array, where XLA would decode an element again for
+    each that reads it."""
+
+    def on_cpu(x):
+        if jax.__version_info__ >= (0, 11):
+            return jax.lax.optimization_barrier(x)
+        # Before, what follows a barrier was fused with what precedes it; but not with a scatter.
+        return x.at[(0,) * x.ndim].multiply(jnp.ones((), x.dtype), mode="promise_in_bounds")
+
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)

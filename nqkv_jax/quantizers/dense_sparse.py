@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import packing
-from nqkv_jax.quantizers.base import Context, Quantizer
+from nqkv_jax.quantizers.base import Context, Quantizer, decoded_once
 from nqkv_jax.quantizers.block import (
     check_group,
     divide,
@@ -247,7 +247,9 @@ def _decode(payload: DenseSparsePayload, quantizer, scale, zero) -> jax.Array:
     bits, words = _bits(quantizer.levels), payload.codes.shape[-1]
     codes = packing.unpack(payload.codes, bits, words * 8 // bits)
     x = _dense(codes.ravel(), _decoder(quantizer), scale, zero)
-    if payload.channels is not None:
+    if payload.channels is None:
+        x = decoded_once(x)  # a scatter is one anyway
+    else:
         channels, residuals = payload.channels.astype(jnp.int32), payload.residuals
         x = x.at[channels].add(residuals.astype(jnp.float32), mode="promise_in_bounds")
     return x.reshape(codes.shape)

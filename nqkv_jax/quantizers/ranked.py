@@ -230,7 +230,7 @@ class RankedQuantizer(Ranking):
             at += size
         by_slot = jnp.concatenate(parts, axis=1)  # [heads, D, group]
         state = self.state(context)
-        x = jnp.take_along_axis(by_slot, state.layout[..., None], axis=1)
+        x = jnp.take_along_axis(by_slot, state.layout[..., None], axis=1, mode="promise_in_bounds")
         x = x + state.mean[..., None]
         return jnp.moveaxis(x, -1, 0).astype(dtype)
 

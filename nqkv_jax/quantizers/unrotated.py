@@ -5,7 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State, Wrapper
+from nqkv_jax.quantizers.base import (
+    Context,
+    Payload,
+    Quantizer,
+    State,
+    Wrapper,
+    decoded_once,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +41,5 @@ class Unrotated(Wrapper):
         if context.rotary is None:
             return self.inner.dequantize(payload, context, dtype)
         x = self.inner.dequantize(payload, context, jnp.float32)
-        # XLA:CPU would decode each channel twice: for itself, and for the other of its pair.
-        x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+        x = decoded_once(x)  # a channel is read for itself, and for the other of its pair
         return context.rotary(x, context.positions).astype(dtype)
