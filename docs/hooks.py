@@ -89,12 +89,13 @@ def _page(module: types.ModuleType, names: list[str]) -> str:
     title, _, rest = inspect.getdoc(module).partition("\n")
     parts = [f"# {_markdown(title).strip()}", "", _markdown(rest)]
     for name in names:
-        options = schemes.defaults(name)
+        options, choices = schemes.defaults(name), schemes.choices(name)
         parts += [f"## `{name}`", "", _markdown(schemes.get(name).summary)]
         parts += [f"Stored bits: {_bits(name)}.", ""]
         if options:
-            parts += ["| option | default |", "| --- | --- |"]
-            parts += [f"| `{key}` | `{value!r}` |" for key, value in options.items()]
+            parts += ["| option | default | one of |", "| --- | --- | --- |"]
+            valid = {key: ", ".join(f"`{v!r}`" for v in choices.get(key, ())) for key in options}
+            parts += [f"| `{k}` | `{default!r}` | {valid[k]} |" for k, default in options.items()]
             parts += [""]
     parts += [f"In the code: `nqkv_jax/schemes/{module.__name__.rpartition('.')[2]}.py`."]
     return "\n".join(parts) + "\n"

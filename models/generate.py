@@ -189,6 +189,7 @@ class _Run:
     """One generation in progress: the state on the device, and what came of it so far."""
 
     def __init__(self, lm: LanguageModel, request: Request):
+        request.scheme.check_model(lm)
         self._request, self._scheme = request, request.scheme
         self._model = (nnx.graphdef(lm.model), lm.params)
         self._seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -165,6 +166,7 @@ def from_pretrained(
     dtype: Any = None,
     device: Any = None,
     progress: bool = True,
+    check: Callable[[LanguageModel], None] | None = None,
 ) -> LanguageModel:
     """Loads a pretrained model.
 
@@ -180,6 +182,8 @@ def from_pretrained(
       device: where parameters go: a device, a sharding, or a function from (path, shape) of a
         parameter to either. None: JAX's default device.
       progress: shows a bar on stderr if that is a terminal.
+      check: is called with the model before its weights are read, its parameters being shapes. What
+        it raises is raised: what does not fit a model should be said before minutes of reading.
 
     Raises:
       CheckpointNotFoundError: if there is no such checkpoint here or on the hub, or no network.
@@ -194,7 +198,10 @@ def from_pretrained(
     checkpoint = open_checkpoint(name_or_path)
     # Cheap things first: what fails here should not fail after minutes of reading weights.
     config = families.config_from_hf(checkpoint.config)
-    tokenizer = _tokenizer(checkpoint)
+    about = dict(config=config, tokenizer=_tokenizer(checkpoint), name=os.fspath(name_or_path),
+                 dtype=dtype)  # fmt: skip
+    if check is not None:
+        check(LanguageModel(model=families.abstract(config, dtype=dtype), **about))
     filler = families.filler(config, dtype=dtype, device=device)
     heads = _TiedHead(checkpoint, config)
     with tqdm.tqdm(
@@ -212,13 +219,7 @@ def from_pretrained(
             del array  # before the next one is read
     model = filler.finish()
     heads.check()
-    return LanguageModel(
-        model=model,
-        config=config,
-        tokenizer=tokenizer,
-        name=os.fspath(name_or_path),
-        dtype=dtype,
-    )
+    return LanguageModel(model=model, **about)
 
 
 class _TiedHead:

@@ -1,7 +1,7 @@
 """What is asked of a generation, checked on the host before anything runs."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from nqkv_jax.models.config import ModelConfig, check_tokens
 from nqkv_jax.models.sampling import GREEDY, Sampling
 from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.schemes.base import Scheme
+from nqkv_jax.words import counted
 
 _SMALLEST_BUCKET = 16
 
@@ -98,6 +99,10 @@ def prepare(
     _whole("seed", seed, 0, 2**32 - 1)
     if max_len is not None:
         _whole("max_len", max_len, 1)
+    if not isinstance(add_special_tokens, bool):
+        raise ValueError(
+            f"generate: add_special_tokens must be True or False; got {add_special_tokens!r}"
+        )
     if not isinstance(sampling, Sampling):
         raise ValueError(f"generate: sampling must be a Sampling(...); got {sampling!r}")
     if implementation not in decode_attention.IMPLEMENTATIONS:
@@ -109,7 +114,7 @@ def prepare(
     stop = _stop_strings(lm, stop)
     ids = _encode(lm, prompts, add_special_tokens)
     longest, limit = max(map(len, ids)), lm.config.max_positions
-    total = f"longest prompt: {longest} tokens, plus max_new_tokens={max_new_tokens}"
+    total = f"longest prompt: {counted(longest, 'token')}, plus max_new_tokens={max_new_tokens}"
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"generate: prompt and new tokens must fit into the {limit} positions of {lm.name}; "
@@ -124,7 +129,6 @@ def prepare(
             f"generate: prompt and new tokens must fit into max_len={max_len}; got "
             f"{longest + max_new_tokens} ({total}). Raise max_len, or leave it out"
         )
-    scheme.check_model(lm)
     request = Request(
         config=lm.config,
         prompts=[prompt for prompt in ids for _ in range(num_samples)],
@@ -166,14 +170,16 @@ def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
 def _encode(lm: Any, prompts: Any, add_special_tokens: bool) -> list[list[int]]:
     if isinstance(prompts, str):
         prompts = [prompts]
-    if not np.iterable(prompts) or not len(prompts):
+    expected = "generate: prompts must be a text, texts or lists of token ids"
+    if not np.iterable(prompts) or isinstance(prompts, bytes | Mapping | Set):
+        raise ValueError(f"{expected}; got {prompts!r}")
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError(f"{expected}; got none")
+    if not any(map(np.iterable, prompts)):
         raise ValueError(
-            f"generate: prompts must be a text, texts or lists of token ids; got {prompts!r}"
-        )
-    if all(np.ndim(p) == 0 and not isinstance(p, str) for p in prompts):
-        raise ValueError(
-            "generate: prompts must be a text, texts or lists of token ids; got "
-            f"{type(prompts[0]).__name__} at the top level. For one list of ids: [ids]"
+            f"{expected}; got {type(prompts[0]).__name__} at the top level. For one list of ids: "
+            "[ids]"
         )
     texts = [p for p in prompts if isinstance(p, str)]
     if texts and lm.tokenizer is None:
@@ -184,26 +190,30 @@ def _encode(lm: Any, prompts: Any, add_special_tokens: bool) -> list[list[int]]:
 
 
 def _check_ids(config: ModelConfig, i: int, ids: Any, prompt: Any) -> list[int]:
-    if np.size(ids) == 0:
+    try:
+        found = np.asarray(ids)
+    except ValueError:  # rows of several lengths
+        found = np.empty(())
+    if found.ndim != 1:
+        raise ValueError(f"generate: prompt {i} must be a list of token ids; got {prompt!r}")
+    if not found.size:
         raise ValueError(
             f"generate: a prompt must have at least one token; prompt {i} has none: {prompt!r}. "
             "For a model with a BOS token, [bos_id] is an empty prompt"
         )
-    if np.ndim(ids) != 1:
-        raise ValueError(f"generate: prompt {i} must be a list of token ids; got {prompt!r}")
     try:
-        return check_tokens(config, ids).tolist()
+        return check_tokens(config, found).tolist()
     except ValueError as error:
         raise ValueError(f"generate: prompt {i}: {error}") from error
 
 
 def _stop_strings(lm: Any, stop: Any) -> tuple[str, ...]:
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) and s for s in stop):
+    found = (stop,) if isinstance(stop, str) or not np.iterable(stop) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in found):
         raise ValueError(f"generate: stop must be strings that are not empty; got {stop!r}")
-    if stop and lm.tokenizer is None:
+    if found and lm.tokenizer is None:
         raise ValueError(f"generate: {lm.name} has no tokenizer for stop strings; use stop_ids")
-    return stop
+    return found
 
 
 def _stop_ids(lm: Any, stop_ids: Any) -> frozenset[int]:

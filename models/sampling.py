@@ -6,6 +6,9 @@ logits, then temperature, top-k, top-p and min-p, then a draw from what is left.
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +39,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        self._check("temperature", self.temperature >= 0, "a finite number >= 0 (0 is greedy)")
-        if self.top_k is not None:
-            whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
-            self._check("top_k", whole and self.top_k >= 1, "a whole number >= 1, or None")
-        if self.top_p is not None:
-            self._check("top_p", 0 < self.top_p <= 1, "a number in (0, 1], or None")
-        if self.min_p is not None:
-            self._check("min_p", 0 <= self.min_p <= 1, "a number in [0, 1], or None")
-        self._check("repetition_penalty", self.repetition_penalty > 0, "a finite number > 0")
+        self._check("temperature", lambda x: x >= 0, "a finite number >= 0 (0 is greedy)")
+        whole = numbers.Integral
+        self._check("top_k", lambda x: x >= 1, "a whole number >= 1, or None", whole)
+        self._check("top_p", lambda x: 0 < x <= 1, "a number in (0, 1], or None")
+        self._check("min_p", lambda x: 0 <= x <= 1, "a number in [0, 1], or None")
+        self._check("repetition_penalty", lambda x: x > 0, "a finite number > 0")
         filters = {name: getattr(self, name) for name in ("top_k", "top_p", "min_p")}
         given = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
         if self.greedy and given:
@@ -53,9 +53,14 @@ class Sampling:
                 "temperature (1.0 is the model's own distribution), or leave them out"
             )
 
-    def _check(self, name: str, good: bool, expected: str) -> None:
+    def _check(
+        self, name: str, good: Callable[[Any], bool], expected: str, kind: type = numbers.Real
+    ) -> None:
         value = getattr(self, name)
-        if not good or not math.isfinite(value):
+        if value is None and getattr(type(self), name) is None:
+            return
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not good(value):
             raise ValueError(f"Sampling.{name} must be {expected}; got {value!r}")
 
     @property

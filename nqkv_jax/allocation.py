@@ -43,6 +43,16 @@ def error_table(
     return np.asarray(weights, np.float64)[:, None] * np.array([error(b) for b in ladder])
 
 
+def check_budget(budget: float, ladder: Sequence[float]) -> None:
+    """Raises ValueError unless `allocate` can keep to the budget with widths of the ladder."""
+    if len(set(ladder)) < len(ladder) or not len(ladder) or min(ladder) <= 0:
+        raise ValueError(f"allocate: ladder must be different positive widths; got {tuple(ladder)}")
+    if not budget >= min(ladder):
+        raise ValueError(
+            f"allocate: budget must be at least the narrowest width, {min(ladder)}; got {budget}"
+        )
+
+
 def allocate(errors, *, budget: float, ladder: Sequence[float] = LADDER) -> list[float]:
     """Bits per matrix, of least total error as far as the greedy rule finds it.
 
@@ -56,10 +66,9 @@ def allocate(errors, *, budget: float, ladder: Sequence[float] = LADDER) -> list
 
     Returns: one width of `ladder` per matrix; their mean is at most `budget`.
     """
+    check_budget(budget, ladder)
     errors, order = np.asarray(errors, np.float64), np.argsort(ladder)
     widths = [ladder[i] for i in order]
-    if len(set(widths)) < len(widths) or not widths or widths[0] <= 0:
-        raise ValueError(f"allocate: ladder must be different positive widths; got {tuple(ladder)}")
     if errors.ndim != 2 or not errors.shape[0] or errors.shape[1] != len(widths):
         raise ValueError(
             f"allocate: errors must be [matrices, {len(widths)}], a column for each width of "
@@ -67,10 +76,6 @@ def allocate(errors, *, budget: float, ladder: Sequence[float] = LADDER) -> list
         )
     if not np.all(np.isfinite(errors)) or np.any(errors < 0):
         raise ValueError("allocate: errors must be finite and >= 0; some are not")
-    if not budget >= widths[0]:
-        raise ValueError(
-            f"allocate: budget must be at least the narrowest width, {widths[0]}; got {budget}"
-        )
     errors = errors[:, order]
     gain = (errors[:, :-1] - errors[:, 1:]) / np.diff(widths)
     # A sum of widths such as 1.58 may miss the total by roundings.
@@ -168,6 +173,12 @@ class Allocation:
             raise ValueError(
                 f"allocation: {path} must hold {', '.join(sorted(fields))}; got "
                 f"{', '.join(sorted(entry))}. {how}"
+            )
+        texts = ("model", "fingerprint", "score")
+        if not all(isinstance(entry[name], str) for name in texts):
+            raise ValueError(
+                f"allocation: {path} must hold a text as each of {', '.join(texts)}; got "
+                f"{[entry[name] for name in texts]}. {how}"
             )
         layers, ladder = entry.pop("num_layers"), entry["ladder"]
         for side in ("key_bits", "value_bits"):

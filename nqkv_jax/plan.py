@@ -9,7 +9,7 @@ Nothing here is a formula for a scheme's size: the cache is allocated in the abs
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
+from nqkv_jax.checks import whole_numbers
 from nqkv_jax.schemes import LayerScheme, LayerShape, Scheme
 
 _LONG = 1 << 16  # tokens: longer than any residual
@@ -165,21 +166,8 @@ def plan(
       ValueError: weights and reserve leave nothing for a cache, a size is not positive, or a scheme
         does not exist or does not fit the model.
     """
-    if memory < 1 or weights < 0 or reserve < 0:
-        raise ValueError(
-            "plan: expected memory > 0, weights >= 0 and reserve >= 0 bytes; got "
-            f"{memory}, {weights}, {reserve}"
-        )
     contexts, batches = list(contexts), list(batches)
-    if wrong := [n for n in contexts + batches if n < 1]:
-        raise ValueError(f"plan: contexts and batches must be positive; got {wrong}")
-    budget = memory - weights - reserve
-    if budget <= 0:
-        raise ValueError(
-            f"plan: weights and reserve must leave memory for a cache; they take "
-            f"{format_size(weights)} + {format_size(reserve)} of {format_size(memory)}. Give more "
-            "memory, or weights of a smaller dtype"
-        )
+    budget = cache_budget(memory, weights, reserve, contexts, batches)
     rows = tuple(
         _row(config, schemes.get(name), budget, contexts, batches, dtype) for name in names
     )
@@ -191,6 +179,29 @@ def plan(
         dtype=jnp.dtype(dtype).name,
         rows=rows,
     )
+
+
+def cache_budget(
+    memory: int, weights: int, reserve: int, contexts: Sequence[int], batches: Sequence[int]
+) -> int:
+    """Bytes that are left for a cache; takes and raises what `plan` does."""
+    if memory < 1 or weights < 0 or reserve < 0:
+        raise ValueError(
+            "plan: expected memory > 0, weights >= 0 and reserve >= 0 bytes; got "
+            f"{memory}, {weights}, {reserve}"
+        )
+    for size in (*contexts, *batches):
+        whole_numbers("plan", size=size)
+    if wrong := [n for n in (*contexts, *batches) if n < 1]:
+        raise ValueError(f"plan: contexts and batches must be positive; got {wrong}")
+    budget = memory - weights - reserve
+    if budget <= 0:
+        raise ValueError(
+            f"plan: weights and reserve must leave memory for a cache; they take "
+            f"{format_size(weights)} + {format_size(reserve)} of {format_size(memory)}. Give more "
+            "memory, or weights of a smaller dtype"
+        )
+    return budget
 
 
 def _row(config: CacheShape, scheme: Scheme, budget: int, contexts: list[int], batches: list[int],

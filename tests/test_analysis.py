@@ -2,21 +2,25 @@
 
 import dataclasses
 import functools
-import json
-import pathlib
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
-from tiny_language_model import ByteTokenizer, TinyLM
+from tiny_language_model import TinyLM
 
 import nqkv_jax as nq
-from nqkv_jax.analysis import Magnitudes, magnitudes, normality, plots, report, scheme_errors
+from nqkv_jax.analysis import (
+    Magnitudes,
+    magnitudes,
+    normality,
+    plots,
+    report,
+    scheme_errors,
+    spectra,
+)
 from nqkv_jax.analysis.activations import record
 from nqkv_jax.analysis.errors import ROUNDING, LayerError, SchemeErrors
 from nqkv_jax.analysis.magnitudes import check_layers
@@ -28,9 +32,8 @@ from nqkv_jax.analysis.normality import (
     views,
 )
 from nqkv_jax.analysis.spectra import LayerSpectra, Spectrum
-from nqkv_jax.cli import main
+from nqkv_jax.analysis.spectra import draw as draw_spectra
 from nqkv_jax.models import LanguageModel, families
-from nqkv_jax.models.opt import Opt
 
 LM = TinyLM.random()
 TOKENS = np.random.default_rng(1).integers(0, 256, 48).astype(np.int32)
@@ -286,7 +289,9 @@ def test_words_on_magnitudes_follow_the_numbers():
     sink[0] *= 0.01
     of = lambda k, v: [dict(keys=Magnitudes(absolute=k), values=Magnitudes(absolute=v))]
     said = " ".join(report.describe_magnitudes(of(outliers, sink)))
-    assert "are a matter of the keys" in said and "less than half, as is known" in said
+    assert "are a matter of the keys" in said
+    assert "in the one layer less than half, as is known" in said
+    assert "Outliers among the 32 channels of the keys, with" in said and "channel: 1; they" in said
     said = " ".join(report.describe_magnitudes(of(flat, outliers)))
     assert "are a matter of the values, unlike" in said and "less than half" not in said
     assert "do not differ" in " ".join(report.describe_magnitudes(of(flat, flat)))
@@ -311,7 +316,7 @@ def test_words_on_spectra_follow_the_numbers():
     said = " ".join(report.describe_spectra([larger, one(1.0, 2.0, 6.0, 2.0)]))
     assert "in 1 of 2 layers" in said and "cannot stand for" in said
     said = " ".join(report.describe_spectra([smaller]))
-    assert "in 0 of 1 layers" in said and "does not follow here" in said
+    assert "||K|| > ||V|| in no layer" in said and "does not follow here" in said
 
 
 def test_words_on_errors_follow_the_numbers():
@@ -327,107 +332,74 @@ def test_words_on_errors_follow_the_numbers():
     assert len(report.describe_errors([of("a", 0.1, 0.1, 0.05)])) == 1
 
 
-# Figures and the command line --------------------------------------------------------------------
+# Nothing ------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def without_rope():
+def without_some(layers, zero):
+    """A Llama of so many layers; the projections to keys or values in `zero` are zero."""
     config = dataclasses.replace(
-        families.presets["opt-125m"], num_layers=2, hidden_size=64, num_heads=2, head_dim=32,
-        ffn_size=64, vocab_size=256, max_positions=64, num_kv_heads=2, embed_size=64,
+        families.presets["smollm2-135m"], num_layers=layers, hidden_size=64, num_heads=2,
+        num_kv_heads=2, head_dim=32, ffn_size=64, vocab_size=256, max_positions=64,
     )  # fmt: skip
-    return LanguageModel(
-        model=Opt(config, rngs=nnx.Rngs(0)), config=config, tokenizer=ByteTokenizer(),
-        name="byte", dtype=jnp.float32,
-    )  # fmt: skip
+    model = families.build(config)
+    for layer in model.layers:
+        kernel = layer.qkv.kernel[...]
+        for side, place in (("keys", slice(-128, -64)), ("values", slice(-64, None))):
+            kernel = kernel.at[:, place].multiply(float(side not in zero))
+        layer.qkv.kernel[...] = kernel
+    return LanguageModel(model=model, config=config, tokenizer=None, name="zero", dtype=jnp.float32)
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Runs `nqkv analyze` on a model without RoPE; returns (exit status, the text's path)."""
-    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args: without_rope())
-    text = tmp_path / "text.txt"
-    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely, I went.")
-
-    def run(name, *options):
-        argv = ["analyze", name, "--model", "byte", "--text", text, "--max-tokens", "64"]
-        return main([str(a) for a in [*argv, *options]])
-
-    return run
-
-
-COMMANDS = [
-    ("normality", ("--stretch", "30"), ("% of blocks that pass", "30 tokens of a channel"),
-     "keys.channels.passing"),
-    ("heatmap", ("--layers", "1"), ("first token over", "64 channels"), "values.1.absolute"),
-    ("error", ("--scheme", "nqkv"), ("relative squared errors", "4.25"), "output.nqkv"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, options, words, array", COMMANDS)
-def test_commands(command, capsys, tmp_path, name, options, words, array):
+@pytest.mark.parametrize(
+    "layers, zero", [(1, ()), (2, ("values",)), (2, ("keys",)), (2, ("keys", "values"))]
+)
+def test_figures_and_words_of_nothing(layers, zero, tmp_path, monkeypatch):
+    """Without a warning, which would be an error here."""
     pytest.importorskip("matplotlib")
-    picture = tmp_path / f"{name}.png"
-    assert command(name, *options, "--plot", picture) == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in words)
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-    drawn = np.load(picture.with_suffix(".npz"))[array]
-    assert np.all(np.isfinite(drawn)) and drawn.size
-    assert command(name, *options, "--json") == 0
-    entry = json.loads(capsys.readouterr().out)
-    assert entry["model"] == "byte"
-    if name == "normality":
-        assert [layer["keys"]["channels"]["passing"] for layer in entry["layers"]] == list(drawn)
-    elif name == "heatmap":
-        energy = np.sqrt(np.mean(np.square(drawn, dtype=np.float64), axis=0))
-        np.testing.assert_allclose(entry["layers"][1]["values"]["channel_rms"], energy)
-    else:
-        assert [layer["output"] for layer in entry["schemes"][0]["layers"]] == list(drawn)
+    lm, saved = without_some(layers, zero), {}
+    save = lambda figure, path, data: (figure.savefig(path), saved.update({path.stem: data}))
+    monkeypatch.setattr(plots, "save", save)
+    cut = functools.partial(normality, stretch=24)
+    monkeypatch.setattr(report, "normality", cut)
+    text = report.write(lm, TOKENS, tmp_path, names=["int4", "none"], progress=False).read_text()
+    assert "nan" not in text and "inf" not in text
+    assert ("V is zero" in text) == ("values" in zero)
+    assert ("The keys of the median token are zero" in text) == ("keys" in zero)
+    constant = "all blocks of 64 channels of one token are constant"
+    assert (f"**Values**: {constant}" in text) == ("values" in zero)
+    for name, array in ((n, a) for figure in saved.values() for n, a in figure.items()):
+        # Blocks of a constant have no order.
+        nothing = name.endswith(".ordered") and any(side in name for side in zero)
+        assert np.isfinite(array).all() != nothing, name
 
 
-def test_command_reports(command, capsys, tmp_path, monkeypatch):
+def test_layers_that_are_zero_have_no_part_in_the_decay():
     pytest.importorskip("matplotlib")
-
-    def measured(lm, tokens, names, progress):  # as test_commands has done it already
-        layers = (LayerError(keys=0.1, values=0.1, output=0.1),) * 2
-        return [SchemeErrors(scheme=name, stored_bits=4.0, layers=layers) for name in names]
-
-    monkeypatch.setattr(report, "scheme_errors", measured)
-    folder = tmp_path / "new" / "report"
-    assert command("report", "--out", folder, "--scheme", "nqkv", "int8", "--json") == 0
-    entry = json.loads(capsys.readouterr().out)
-    text = pathlib.Path(entry["report"]).read_text(encoding="utf-8")
-    for name in ("normality", "heatmap", "spectra", "error"):
-        assert f"({name}.png)" in text
-        assert (folder / f"{name}.png").stat().st_size > 10_000 and f"{name}.npz" in entry["files"]
-    assert "2 layers with 2 KV heads of 32 channels, on 64 tokens" in text
-    assert "`nqkv` (4.00 stored bits)" in text and "`int8` (4.00 stored bits)" in text
-    assert "after RoPE" not in text  # as there is none
+    some, none = Spectrum(values=np.array([4.0, 1.0])), Spectrum(values=np.zeros(2))
+    layer = lambda s: LayerSpectra(key_weight=s, value_weight=s, keys=s, values=none)
+    data = draw_spectra([layer(some), layer(none)], "x")[1]
+    np.testing.assert_allclose(data["keys.decay"], [1, 0.25])
+    np.testing.assert_array_equal(data["values.decay"], 0)
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("normality", ("--plot", "x.bmp"), "must be a file .png or .pdf or .svg"),
-    ("normality", ("--plot", "./nowhere/x.png"), "there is no nowhere"),
-    ("normality", ("--block-size", "63"), "must divide the 64 channels"),
-    ("normality", ("--stretch", "65"), "at most the number of tokens, 64"),
-    ("normality", ("--max-tokens", "1"), "at least 2; got 1"),
-    ("heatmap", ("--layers", "2"), "0..1; got [2]"),
-    ("error", ("--scheme", "nqvk"), "unknown scheme"),
-    ("error", ("--scheme", "kivi"), "Give a longer text"),
-    ("report", ("--out", __file__), "must be a folder"),
-])  # fmt: skip
-def test_commands_refuse(command, capsys, name, options, message):
+def test_lines_of_one_layer_can_be_seen():
     pytest.importorskip("matplotlib")
-    assert command(name, *options) == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
+    one = Spectrum(values=np.array([4.0, 1.0]))
+    layer = LayerSpectra(key_weight=one, value_weight=one, keys=one, values=one)
+    axes = draw_spectra([layer], "x")[0].axes[0]
+    assert {line.get_marker() for line in axes.lines} == {"o"}
+    ticks = draw_spectra([layer] * 2, "x")[0].axes[0].get_xticks()
+    assert all(tick == int(tick) for tick in ticks)
 
 
-def test_figures_need_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        plots.check_path("x.png")
+@pytest.mark.parametrize("tokens", [[], [1], [1.5] * 20, [[1, 2]], [256] * 20, [-1] * 20])
+def test_spectra_refuse(tokens):
+    with pytest.raises(ValueError, match=r"^analysis: "):
+        spectra(without_some(1, ()), np.array(tokens))
+
+
+# Models ------------------------------------------------------------------------------------------
 
 
 def test_normality_and_magnitudes_of_a_model():

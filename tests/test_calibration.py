@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import KVQUANT_FILE
 from flax import nnx
 from safetensors.numpy import save_file
 from tiny_language_model import TinyLM
@@ -142,7 +143,7 @@ def record(window):
 def test_ranges_are_percentiles_over_all_tokens_but_sinks(calibrated):
     path, _ = calibrated()
     arrays, made = artifact.load(path, "kvquant 1")
-    recorded = [record(w)[0] for w in windows(TOKENS, SAMPLES, SEQLEN)]
+    recorded = [record(w)[0] for w in windows(language_model(), TOKENS, SAMPLES, SEQLEN)]
     assert (made["num_layers"], made["num_kv_heads"], made["head_dim"]) == (2, 2, 32)
     for layer in (0, 1):
         keys = np.concatenate([r[layer][0] for r in recorded]).astype(np.float64)
@@ -159,7 +160,7 @@ def test_histograms_hold_the_weighted_normalised_values(calibrated):
     m = slots_per_side(0.01, 64)
     setting = dict(samples=SAMPLES, seqlen=SEQLEN, sinks=1, outliers=0.01)
     zero, scale = (a[0, 1] for a in key_ranges(statistics, setting))
-    rows = [record(w) for w in windows(TOKENS, SAMPLES, SEQLEN)]
+    rows = [record(w) for w in windows(language_model(), TOKENS, SAMPLES, SEQLEN)]
     keys, values, dk, dv = (
         np.concatenate([row[which][1][side] for row in rows]).astype(np.float64)
         for which, side in ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -355,13 +356,62 @@ def test_damaged_files_are_refused(header, message, tmp_path):
         scheme.abstract(num_layers=1, batch=1, max_len=16, num_kv_heads=2, head_dim=32)
 
 
+SIZES = dict(num_layers=2, batch=1, max_len=16, num_kv_heads=2, head_dim=32)
+
+
+def damaged(path, source, changes=(), **header):
+    """A copy of a calibration, {name: change of that array, None to leave it out}; its path."""
+    arrays, made = artifact.load(source, f"{source.stem} 1")
+    changed = {name: change and change(arrays[name]) for name, change in dict(changes).items()}
+    arrays = {name: a for name, a in (arrays | changed).items() if a is not None}
+    about = dict(made) | header
+    artifact.save(path, about.pop("kind"), arrays, about)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("key.zero.sparse", lambda a: a[:1],
+         r"float32 \(2, 2, 32\) and finite; got float32 \(1, 2, 32\)"),
+        ("key.zero.sparse", lambda a: a.astype(np.int32), "and finite; got int32"),
+        ("key.scale.sparse", lambda a: a[..., :-1], r"and positive; got float32 \(2, 2, 31\)"),
+        ("key.scale.sparse", lambda a: 0 * a, "and positive; in layer 0 it is not"),
+        ("key.levels3.sparse", lambda a: a[0], r"float32 \(2, 8\) and ascending; got float32 \(8,"),
+        ("value.levels3.sparse", lambda a: -a, "and ascending; in layer 0 it is not"),
+        ("value.levels3.sparse", lambda a: a * np.nan, "and ascending; in layer 0 it is not"),
+    ],
+)  # fmt: skip
+def test_wrong_contents_are_refused(name, change, message, tmp_path):
+    path = damaged(tmp_path / "a.safetensors", KVQUANT_FILE, {name: change})
+    with pytest.raises(ValueError, match=f"{name}' must be .*{message}.* Calibrate again"):
+        nq.schemes.get("kvquant", calibration=path).init(**SIZES)
+
+
+@pytest.mark.parametrize("size", ["2", None, 2.0, 0])
+def test_sizes_that_are_no_numbers_are_refused(size, tmp_path):
+    path = damaged(tmp_path / "a.safetensors", KVQUANT_FILE, num_layers=size)
+    with pytest.raises(ValueError, match=f"its num_layers is no number >= 1, but {size!r}"):
+        nq.schemes.get("kvquant", calibration=path).init(**SIZES)
+
+
+@pytest.mark.parametrize("tokens", [[1.5] * 600, [[1] * 600], [256] * 600, [-1] * 600])
+def test_ids_are_checked(tokens, tmp_path):
+    with pytest.raises(ValueError, match=r"calibrate: .*token ids"):
+        calibrate(language_model(), tokens, out=tmp_path / "a.safetensors", samples=2, seqlen=64)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(weights="f"), "weights must be one of scaled_fisher, fisher, none; got 'f'"),
+        (dict(weights="f"), "weights: expected one of scaled_fisher, fisher, none; got 'f'"),
         (dict(outliers=0.5), "expected 0 < outliers < 0.5 and 0 <= sinks < seqlen - 1; got"),
+        (dict(samples=1.5), "samples must be a whole number; got 1.5"),
         (dict(seqlen=1024), "seqlen must be at most 512, the positions that tiny has; got 1024"),
-        (dict(samples=8), "8 windows of 128 tokens need 1,024 tokens of text; got 1,000"),
+        (
+            dict(samples=8),
+            "samples=8 of seqlen=128 tokens each need 1,024 .*; got 1,000. Give",
+        ),
     ],
 )
 def test_refusals(options, message, tmp_path):
@@ -371,7 +421,8 @@ def test_refusals(options, message, tmp_path):
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args: language_model())
+    lm = language_model()
+    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args, check: (check(lm), lm)[1])
     text, out = tmp_path / "text.txt", tmp_path / "out.safetensors"
     text.write_text("All work and no play makes Jack a dull boy. " * 20)
     argv = ["calibrate", "kvquant", "--model", "tiny", "--text", text, "--out", out, "--samples", 2]
@@ -379,9 +430,17 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["model"] == "tiny" and result["bytes"] == out.stat().st_size
+    assert result["scheme"] == f"kvquant:calibration={out}"
     assert (
         nq.schemes.get(result["scheme"])
         .abstract(num_layers=2, batch=1, max_len=16, num_kv_heads=2, head_dim=32)
         .stored_bits
         == (4.0 + 4.5) / 2
     )
+    # A scheme with the defaults could not use this one.
+    other = tmp_path / "other.safetensors"
+    argv[argv.index("--out") + 1] = str(other)
+    assert main([*argv, "--outliers", "0.1", "--sinks", "3"]) == 0
+    scheme = json.loads(capsys.readouterr().out)["scheme"]
+    assert scheme == f"kvquant:outliers=0.1,calibration={other},sinks=3"
+    nq.schemes.get(scheme).abstract(**SIZES)

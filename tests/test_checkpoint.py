@@ -44,7 +44,7 @@ def test_sharded(tmp_path, suffix, save):
     with pytest.raises(CheckpointFileError, match="one shard of several; pass the folder"):
         open_checkpoint(next(folder.glob("*-00001-of-00002*")))
     next(folder.glob("*-00002-of-00002*")).unlink()
-    with pytest.raises(CheckpointNotFoundError, match=r"1 are not in .*-00002-of-00002"):
+    with pytest.raises(CheckpointNotFoundError, match=r"2 shards; not in .*-00002-of-00002"):
         open_checkpoint(folder)
 
 

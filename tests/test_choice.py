@@ -12,7 +12,7 @@ from tiny_language_model import TinyLM
 from nqkv_jax import schemes
 from nqkv_jax.evaluation import last_word, multiple_choice, perplexity
 from nqkv_jax.evaluation.choice import read_items
-from nqkv_jax.evaluation.likelihood import Likelihood, Scorer, batches, encode_pair
+from nqkv_jax.evaluation.likelihood import Likelihood, Scorer, batches, check_pairs, encode_pair
 from nqkv_jax.models import from_pretrained
 
 LM = TinyLM.random()
@@ -63,12 +63,11 @@ def test_batches():
 
 
 def test_contexts_are_cut_at_the_front():
-    scorer = Scorer(LM, schemes.get("none"))
-    ((context, continuation),) = scorer.check([(range(600), [1, 2, 3])])
+    ((context, continuation),) = check_pairs(LM, [(range(600), [1, 2, 3])])
     assert context == list(range(91, 600)) and continuation == [1, 2, 3]
     for pair in (([], [1]), ([1], []), ([1], [0] * 512)):
         with pytest.raises(ValueError, match=r"request 1 has \d+ and \d+"):
-            scorer.check([([1], [2]), pair])
+            check_pairs(LM, [([1], [2]), pair])
 
 
 def test_blanks_go_to_the_continuation():
@@ -131,6 +130,9 @@ def test_last_word(monkeypatch):
     np.testing.assert_allclose(result.nll_error, 1.5 / np.sqrt(3))
     with pytest.raises(ValueError, match=r"item 1 is .*choices.*Use `choice`"):
         last_word(LM, [items[0], ITEMS[0]], scheme="none")
+    for measure in (multiple_choice, last_word):
+        with pytest.raises(ValueError, match="expected at least one item; got none"):
+            measure(LM, [], scheme="none")
     with pytest.raises(ValueError, match=r"item 1 is .*context.*Use `lambada`"):
         multiple_choice(LM, [ITEMS[0], items[0]], scheme="none")
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_checkpoint
 
 from nqkv_jax.cli import bench, demo, main, options, terminal
-from nqkv_jax.evaluation import CacheTiming
+from nqkv_jax.evaluation import CacheTiming, throughput
 from nqkv_jax.models.checkpoint import CheckpointNotFoundError, embedded
 from nqkv_jax.pallas_kernels.decode_attention import IMPLEMENTATIONS
 
@@ -83,6 +83,20 @@ def test_importing_the_commands_imports_no_jax():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_harness_says_what_it_needs():
+    code = (
+        "import runpy, sys; sys.modules['lm_eval'] = None; "
+        "runpy.run_module('nqkv_jax.cli.lm_eval', run_name={!r})"
+    )
+    run = lambda name: subprocess.run(
+        [sys.executable, "-c", code.format(name)], capture_output=True, text=True
+    )
+    done = run("__main__")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("nqkv: error: the harness needs the package lm-eval: pip install")
+    assert "ImportError: the harness needs the package lm-eval" in run("imported").stderr
+
+
 def test_schemes(capsys):
     out = run(capsys, "schemes")
     assert all(name in out for name in ("none", "nqkv", "kivi", "int4", "fp8", "4.0625"))
@@ -101,6 +115,11 @@ def test_schemes(capsys):
     )
     assert [s["stored_bits"] for s in found["schemes"]] == [3.25, 16]
     assert found["schemes"][0]["options"]["bits"] == 3
+    assert found["schemes"][0]["choices"]["keys"] == ["rotated", "unrotated"]
+    assert found["schemes"][1]["choices"] == {}
+    said = run(capsys, "schemes", "turboquant")
+    assert "    variant: one of mse, prod\n" in said and "sinks: one" not in said
+    assert "nqkv schemes NAME says which values" in out and "variant: one of" not in out
     # What does not fit the shape, or wants a calibration, has options, too.
     odd = json.loads(run(capsys, "schemes", "--json", "--heads", "2", "--head-dim", "20"))
     kivi = next(s for s in odd["schemes"] if s["name"] == "kivi")
@@ -196,6 +215,8 @@ def test_generate(capsys, tiny, tmp_path):
     found = json.loads(run(capsys, *argv, "--file", prompt, "--json"))
     assert "Say so: " + found["texts"][0] + "\n" == out
     assert found["prompt_tokens"] >= 8 and found["stored_bits"] == 4.5
+    assert main([*argv[:3], "--prompt", "x", "--max-new-tokens", "1"]) == 0
+    assert "[nqkv: 1 token, no decoding (+ " in capsys.readouterr().err
     sampling = ("--num-samples", "2", "--temperature", "0.9", "--top-k", "9", "--top-p", "0.9",
                 "--min-p", "0.01", "--repetition-penalty", "1.1", "--seed", "3", "--stop", "zq",
                 "--scheme", "none", "--cache-dtype", "bfloat16")  # fmt: skip
@@ -265,6 +286,20 @@ def test_bench_cache(capsys, tiny):
     assert all(t["seconds"] > 0 for t in found["timings"])
     sizes = {t["variant"]: t["cache_bytes"] for t in found["timings"]}
     assert sizes["no cache"] == 0 < sizes["nqkv"] < sizes["none"]
+
+
+def test_bench_times_a_cache_once(capsys, tiny, monkeypatch):
+    def timings(lm, caches, *, lengths, repeats, **options):
+        assert caches == [("none", "bfloat16"), ("none", "float32")]
+        return [
+            CacheTiming(variant=v, cache_dtype=d, length=n, seconds=(0.1,) * repeats, cache_bytes=9)
+            for n in lengths
+            for v, d in [("no cache", ""), *caches]
+        ]
+
+    monkeypatch.setattr(throughput, "cache_timings", timings)
+    out = run(capsys, "bench", "cache", "--model", tiny, "--lengths", "1", "--scheme", "none")
+    assert "Cache for 1 token\n" in out and out.count("none, f32") == 2
 
 
 def test_bench_says_where_it_loses(capsys):

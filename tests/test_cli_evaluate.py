@@ -9,6 +9,7 @@ import tiny_checkpoint
 
 from nqkv_jax import evaluation, models
 from nqkv_jax.cli import evaluate_retrieval, main, measures, options
+from nqkv_jax.words import counted
 
 TASK = '{"query": "a", "choices": ["b", "c"], "gold": 0}\n'
 NAMES = dict(model="tiny", dtype="float32", cache_dtype="float32", seconds=1.0)
@@ -58,7 +59,7 @@ COMMANDS = [
      dict(items=[json.loads(TASK)]), ["50 ± 10", "7.50", "2.01 ± 0.25"]),
     ("drift", "drift", "--text {text} --prompts 1 --prompt 20 --length 8 --buckets 2",
      dict(text="some text", prompts=1, prompt=20, length=8, buckets=2, generate=models.generate),
-     ["12.5", "1/1", "KL at 0..3", "KL at 4..7", "0.1000"]),
+     ["1 prompt of 20 tokens", "12.5", "1/1", "KL at 0..3", "KL at 4..7", "0.1000"]),
     ("needle", "retrieval", "--length 64 96 --depths 2 --samples 4 --seed 3 --prefill-chunk 64",
      dict(task="needle", lengths=[64, 96], depths=2, samples=4, seed=3, prefill_chunk=64,
           generate=models.generate),
@@ -72,7 +73,7 @@ def run(monkeypatch, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("some text")
     (tmp_path / "task.jsonl").write_text(TASK)
     lm = types.SimpleNamespace(name="tiny")
-    monkeypatch.setattr(options, "load", lambda args: lm)
+    monkeypatch.setattr(options, "load", lambda args, check: lm)
 
     def run(command, function, arguments):
         calls = []
@@ -108,6 +109,14 @@ def test_json_is_one_line_each(run, command, function, arguments, asked, shown):
     first, second = map(json.loads, out.splitlines())
     assert (first["scheme"], second["scheme"]) == ("none", "nqkv")
     assert first["model"] == "tiny" and first["seconds"] == 1
+
+
+def test_one_is_not_many():
+    result = types.SimpleNamespace(**WINDOWS | dict(tokens=1, windows=1))
+    said = measures.describe_windows(result, "folder/text.txt")
+    assert "1 token of text.txt scored in 1 window of 31" in said
+    assert (counted(0, "item"), counted(1, "KV head")) == ("0 items", "1 KV head")
+    assert counted(2048, "token") == "2,048 tokens"
 
 
 def test_heat_map(run, tmp_path):

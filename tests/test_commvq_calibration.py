@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import write_commvq_calibration
-from test_calibration import language_model
+from cases import COMMVQ_FILE, write_commvq_calibration
+from test_calibration import SIZES, damaged, language_model
 from tiny_generators import random_prompts, tiny
 
 import nqkv_jax as nq
@@ -136,16 +136,42 @@ def test_generates(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("key.codebook", lambda a: a[:, :-1], r"float16 \(2, 3, 2, 64, 32\) and finite"),
+        ("value.codebook", lambda a: a[:1], r"got float16 \(1, 64, 2, 32\)"),
+        ("value.scale", lambda a: -a, "and positive; in layer 0 it is not"),
+        ("encoder.inner", lambda a: a[..., :-1], r"encoder.inner_bias' .*\(2, 47\) and finite"),
+        ("encoder.inner_bias", lambda a: a.astype(np.float32), "and finite; got float32"),
+        ("encoder.outer", lambda a: a[:, :, :-1], r"\(2, 48, 128\) and finite; got"),
+        ("encoder.outer", None, "it has no 'encoder.outer'"),
+        ("encoder.outer_bias", lambda a: a * np.float16(np.inf), "in layer 0 it is not"),
+    ],
+)  # fmt: skip
+def test_wrong_contents_are_refused(name, change, message, tmp_path):
+    path = damaged(tmp_path / "a.safetensors", COMMVQ_FILE, {name: change})
+    with pytest.raises(ValueError, match=f"{message}.* Calibrate again"):
+        nq.schemes.get("commvq:bits=1", calibration=path).init(**SIZES)
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         (dict(bits=3), "calibrate: bits: expected one of 1, 2; got 3"),
+        (dict(levels=1.5), "levels must be a whole number; got 1.5"),
         (dict(levels=0), "expected levels >= 1, .*; got levels=0, bits=1 and 2 heads x 32"),
         (dict(seqlen=1024), "seqlen must be at most 512, the positions that tiny has; got 1024"),
-        (dict(samples=8), "8 windows of 128 tokens need 1,024 tokens of text; got 1,000"),
+        (
+            dict(samples=8),
+            "samples=8 of seqlen=128 tokens each need 1,024 .*; got 1,000. Give",
+        ),
         (dict(samples=1, seqlen=64), "at least 128 tokens in all windows; got 64"),
-        (dict(value_steps=0), "expected value_steps > 0; got 0"),
-        (dict(attention=-1.0), "expected attention >= 0; got -1.0"),
-        (dict(temperature=-1.0), "expected temperature > 0; got -1.0"),
+        (dict(value_steps=0), "expected value_steps > 0, and finite; got 0"),
+        (dict(attention=-1.0), "expected attention >= 0, and finite; got -1.0"),
+        (dict(temperature=-1.0), "expected temperature > 0, and finite; got -1.0"),
+        (dict(learning_rate=np.inf), "expected learning_rate > 0, and finite; got inf"),
+        (dict(weight_decay=np.nan), "expected weight_decay >= 0, and finite; got nan"),
+        (dict(seed=-1), "expected seed >= 0, and finite; got -1"),
     ],
 )
 def test_refusals(options, message, tmp_path):
@@ -155,7 +181,8 @@ def test_refusals(options, message, tmp_path):
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args: language_model())
+    lm = language_model()
+    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args, check: (check(lm), lm)[1])
     text, out = tmp_path / "text.txt", tmp_path / "out.safetensors"
     text.write_text("All work and no play makes Jack a dull boy. " * 20)
     argv = ["calibrate", "commvq", "--model", "tiny", "--text", text, "--out", out, "--bits", 1]

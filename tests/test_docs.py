@@ -44,7 +44,9 @@ def test_every_scheme_has_a_page_with_its_options():
         section = page.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
         assert f"| [`{name}`]({base._REGISTRY[name].__module__.split('.')[-1]}.md) |" in index
         for option, default in nq.schemes.defaults(name).items():
-            assert f"| `{option}` | `{default!r}` |" in section
+            valid = nq.schemes.choices(name).get(option, ())
+            shown = ", ".join(f"`{value!r}`" for value in valid)
+            assert f"| `{option}` | `{default!r}` | {shown} |" in section
     assert "Stored bits: 4.0625." in pages["nqkv"] and "arXiv 2505.16210" in pages["nqkv"]
     assert "depends on its calibration" in pages["kvquant"]
 

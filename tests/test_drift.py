@@ -92,10 +92,11 @@ def test_one_continuation_ends_early(compared):
 
 
 @pytest.mark.parametrize("options, message", [
+    (dict(prompts=1.5), "prompts must be a whole number; got 1.5"),
     (dict(prompts=0), "must be positive.*got 0, 128 and 256"),
     (dict(length=500), "prompt \\+ length at most 512.*got 8, 128 and 500"),
     (dict(buckets=0), "buckets must be between 1 and length=256; got 0"),
-    (dict(), "text must have at least 1024 tokens, 8 prompts of 128; got 200"),
+    (dict(), "at least 1,024 tokens, prompts=8 of prompt=128 each; got 200. Give a longer text"),
     (dict(scheme="nqvk"), "unknown scheme"),
 ])  # fmt: skip
 def test_wrong_settings(options, message):

@@ -189,10 +189,17 @@ def test_overflow_in_a_loop_of_ones_own_is_reported_and_harmless():
         ([[1.5]], {}, "prompt 0: token ids must be integers; got float64"),
         ([[1], []], {}, "at least one token; prompt 1 has none"),
         ([""], dict(add_special_tokens=False), "at least one token; prompt 0 has none: ''"),
-        ([], {}, "lists of token ids; got"),
+        ([], {}, "lists of token ids; got none"),
+        ({"a": 1}, {}, r"lists of token ids; got \{'a': 1\}"),
+        ({"a"}, {}, r"lists of token ids; got \{'a'\}"),
+        (b"ab", {}, "lists of token ids; got b'ab'"),
+        (["a", None], {}, "prompt 1 must be a list of token ids; got None"),
+        (["a", b"x"], {}, "prompt 1 must be a list of token ids; got b'x'"),
+        ([[1], [2, [3]]], {}, r"prompt 1 must be a list of token ids; got \[2, \[3\]\]"),
         (7, {}, "lists of token ids; got 7"),
         ([1, 2], {}, r"got int at the top level. For one list of ids: \[ids\]"),
         ("a", dict(max_new_tokens=0), "max_new_tokens must be a whole number >= 1; got 0"),
+        ("a", dict(max_new_tokens=True), "max_new_tokens must be a whole number >= 1; got True"),
         ("a", dict(max_new_tokens=2.0), "max_new_tokens must be a whole number"),
         ("a", dict(max_len=0), "max_len must be a whole number"),
         ("a", dict(num_samples=0), "num_samples must be"),
@@ -205,6 +212,9 @@ def test_overflow_in_a_loop_of_ones_own_is_reported_and_harmless():
         ("a", dict(implementation=["xla"]), r"must be one of .*; got \['xla'\]"),
         ("a", dict(sampling="greedy"), "sampling must be a Sampling"),
         ("a", dict(stop=["x", ""]), "stop must be strings that are not empty"),
+        ("a", dict(stop=5), "stop must be strings that are not empty; got 5"),
+        ("a", dict(stop=None), "stop must be strings that are not empty; got None"),
+        ("a", dict(add_special_tokens="no"), "add_special_tokens must be True or False; got 'no'"),
         ("a", dict(stop_ids=[259]), "stop_ids: token ids must be in"),
         ("a", dict(stop_ids=3), "stop_ids must be a list of token ids; got 3"),
     ],
@@ -212,6 +222,14 @@ def test_overflow_in_a_loop_of_ones_own_is_reported_and_harmless():
 def test_bad_requests(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny(), prompts, **options)
+
+
+def test_prompts_may_come_from_anywhere():
+    lm = tiny()
+    texts = prepare(lm, ["a", "bc"]).prompts
+    for prompts in (("a", "bc"), np.array(["a", "bc"]), (text for text in ("a", "bc"))):
+        assert prepare(lm, prompts).prompts == texts
+    assert prepare(lm, [np.array([1, 2]), range(3)]).prompts == [[1, 2], [0, 1, 2]]
 
 
 def test_a_kernel_is_asked_for(monkeypatch):

@@ -145,6 +145,9 @@ def test_file_round_trip(tmp_path):
     (dict(value_bits=[2]), "value_bits for each of num_layers=2"),
     (dict(key_bits=[4, 5]), r"key_bits of the ladder \[2, 3, 4, 8\]; got \[4, 5\]"),
     (dict(key_bits=[4, "3"]), "key_bits of the ladder"),
+    (dict(key_bits=[4, float("nan")]), r"key_bits of the ladder .*got \[4, nan\]"),
+    (dict(key_bits="43"), "key_bits for each of num_layers=2 layers; got 43"),
+    (dict(fingerprint=7), "a text as each of model, fingerprint, score; got"),
     (dict(key_bits=[], value_bits=[], num_layers=0), "key_bits for each of num_layers=0"),
 ])  # fmt: skip
 def test_file_refuses(tmp_path, change, message):
@@ -198,7 +201,7 @@ def test_widths_per_layer(tmp_path):
             stored = sum(a.nbytes for a in jax.tree.leaves(side.body))
             assert 8 * stored == (bits + 0.5) * side.capacity * 128
     assert cache.stored_bits == ALLOCATION.mean_bits + 0.5
-    with pytest.raises(ValueError, match="for the 2 layers of tiny; this model has 3"):
+    with pytest.raises(ValueError, match="for 2 layers of tiny; this model has 3"):
         scheme.init(num_layers=3, batch=1, max_len=256, num_kv_heads=2, head_dim=64)
 
 
@@ -226,7 +229,8 @@ def test_an_allocation_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Run `nqkv calibrate kvq --model other"):
         perplexity(other, "Call me Ishmael. " * 5, scheme=scheme, window=32, progress=False)
     with pytest.raises(ValueError, match=message.replace("other are", "byte are")):
-        generate(BYTES, [[1, 2, 3]], scheme=scheme, max_new_tokens=2)
+        lm = dataclasses.replace(BYTES, tokenizer=None)
+        generate(lm, [[1, 2, 3]], scheme=scheme, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("backend, bits", [("quanto", 3.5), ("hqq", 3.5), ("nqkv", 3.25)])
@@ -237,7 +241,7 @@ def test_stored_bits_of_k4v2(backend, bits):
 
 @pytest.mark.parametrize("spec, message", [
     ("kvq:backend=kivi", "kvq: backend: expected one of quanto, hqq, nqkv; got 'kivi'"),
-    ("kvq:k_bits=6", "quanto: bits: expected one of 2, 3, 4, 8; got 6"),
+    ("kvq:k_bits=6", "kvq: k_bits: expected one of 2, 3, 4, 8; got 6"),
     ("kvq:backend=nqkv,k_bits=8", "nqkv: bits: expected one of 2, 3, 4; got 8"),
     ("kvq:allocation=a.json,v_bits=4", "from the allocation or from k_bits and v_bits; got both"),
 ])  # fmt: skip
@@ -396,7 +400,7 @@ def test_spectra():
 
 @pytest.fixture
 def text(monkeypatch, tmp_path):
-    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args: BYTES)
+    monkeypatch.setattr("nqkv_jax.cli.options.load", lambda args, check: (check(BYTES), BYTES)[1])
     path = tmp_path / "text.txt"
     path.write_text("Call me Ishmael. " * 20)
     return str(path)
@@ -416,6 +420,8 @@ def test_command_allocates(text, tmp_path, capsys):
     assert main([*command, "--budget", "4", "--score", "weight_frobenius"]) == 0
     shown = capsys.readouterr().out
     assert "keys    44   mean 4.00\nvalues  44" in shown and "All layers got the same" in shown
+    assert main([*command, "--budget", "9", "--score", "weight_frobenius"]) == 0
+    assert "the budget is at an end of the ladder" in capsys.readouterr().out
     assert main([*command, "--budget", "3"]) == 2
     assert "give --text FILE" in capsys.readouterr().err
 

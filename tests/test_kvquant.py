@@ -317,7 +317,7 @@ def test_refusals(spec, message):
 
 def test_a_calibration_of_another_shape_is_refused():
     assert nq.schemes.get("kvquant").name == "kvquant"  # without loading anything
-    with pytest.raises(ValueError, match="2 layers of 2 KV heads x 32; got 1 layers of 4 x 32"):
+    with pytest.raises(ValueError, match="2 layers of 2 KV heads x 32; got 1 layer of 4 x 32"):
         make_cache(SPEC, max_len=8, num_kv_heads=4)
     with pytest.raises(ValueError, match="2 layers of 2 KV heads x 32; got 3 layers of 2 x 32"):
         make_cache(SPEC, max_len=8, num_layers=3)

@@ -146,9 +146,11 @@ def test_killed_and_resumed(done, tmp_path):
 
 
 def test_wrong_timings():
-    for sizes in (dict(length=0), dict(length=2041), dict(length=9, steps=0)):
-        with pytest.raises(ValueError, match=r"length must be between 1 and 20.*got"):
-            PairedTimings(LM, **sizes)
+    for length in (0, 2041):
+        with pytest.raises(ValueError, match=r"lengths must be between 1 and 20.*got"):
+            PairedTimings(LM, length=length)
+    with pytest.raises(ValueError, match="steps and repeats must be positive; got 1, 0, 5"):
+        PairedTimings(LM, length=9, steps=0)
 
 
 @pytest.mark.slow
@@ -196,14 +198,25 @@ def test_calibrations_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(boards.kvq, "calibrate", allocate)
     monkeypatch.setattr(boards.commvq, "calibrate", learn)
     calibrate = lambda text, **o: boards.calibrations(LM, text, tmp_path / "new", **o)
-    first = calibrate("some text " * 9, samples=2, seqlen=16)
-    assert made == [("kvquant", 2, 16), ("commvq1", 2, 16), ("commvq2", 2, 16), ("kvq", 32, 32)]
-    assert calibrate("some text " * 9, samples=2, seqlen=16) == first and len(made) == 4
-    assert calibrate("another " * 9, samples=2, seqlen=16) != first and len(made) == 8
-    wanted = calibrate("some text " * 9, wanted={"kvq"}, samples=3, seqlen=16)
-    assert list(wanted) == ["kvq"] and made[8:] == [("kvq", 32, 32)]
-    calibrate("some text " * 9, wanted={"commvq2"}, samples=3, seqlen=600)
+    text, sizes = "some text " * 200, dict(samples=2, seqlen=64)
+    first = calibrate(text, **sizes)
+    assert made == [("kvquant", 2, 64), ("commvq1", 2, 64), ("commvq2", 2, 64), ("kvq", 128, 32)]
+    assert calibrate(text, **sizes) == first and len(made) == 4
+    assert calibrate("another " * 20, **sizes) != first and len(made) == 8
+    wanted = calibrate(text, wanted={"kvq"}, samples=3, seqlen=64)
+    assert list(wanted) == ["kvq"] and made[8:] == [("kvq", 128, 32)]
+    calibrate(text, wanted={"commvq2"}, samples=3, seqlen=600)
     assert made[9:] == [("commvq2", 3, 512)]
+    # KVQ reads two windows at once, as far as the model can.
+    calibrate("some text " * 500, wanted={"kvq"}, samples=2, seqlen=2000)
+    assert made[10:] == [("kvq", 2048, 32)]
+
+
+def test_calibrations_that_cannot_be_made_fail_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(boards.kvquant, "calibrate", lambda *_, **__: pytest.fail("it was begun"))
+    with pytest.raises(ValueError, match="at least 128 tokens in all windows; got 64"):
+        boards.calibrations(LM, "some text " * 9, tmp_path / "new", samples=2, seqlen=32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_registered_scheme_has_a_row():
@@ -259,6 +272,9 @@ def test_markdown():
     assert "| 1.0e-11 | " in none and "| nan | +nan % | - | - | 90.0 % |" in broken
     assert "93 tokens in windows of 32" in report.caption(BOARD)
     assert "`kvquant` is left out: because." in report.caption(BOARD)
+    alone = BOARD | dict(cores=1, settings=BOARD["settings"] | dict(passkey_samples=1))
+    assert ". 1 text of 600 tokens" in report.caption(alone)
+    assert "a <fast> one, 1 core." in report.caption(alone)
 
 
 def test_page_needs_nothing_else():

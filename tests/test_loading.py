@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from nqkv_jax.models import LanguageModel, from_pretrained
 from nqkv_jax.models.checkpoint import (
+    Checkpoint,
     CheckpointFileError,
     CheckpointNotFoundError,
     open_checkpoint,
@@ -355,8 +356,31 @@ def test_bad_names(tmp_path, monkeypatch):
         from_pretrained(tmp_path)
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(CheckpointNotFoundError, match="Without a network"):
+    with pytest.raises(CheckpointNotFoundError, match="Without a network") as caught:
         from_pretrained("facebook/opt-125m")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_check_sees_the_model_before_its_weights_are_read(tmp_path, monkeypatch):
+    write_llama(tmp_path, hidden=32, ffn=64, layers=1)
+    seen = []
+    lm = from_pretrained(tmp_path, dtype="bfloat16", progress=False, check=seen.append)
+    (outline,) = seen
+    shapes = lambda lm: [(a.shape, a.dtype) for a in jax.tree.leaves(lm.params)]
+    assert shapes(outline) == shapes(lm)
+    assert isinstance(jax.tree.leaves(outline.params)[0], jax.ShapeDtypeStruct)
+    assert (outline.config, outline.name, outline.dtype) == (lm.config, lm.name, lm.dtype)
+    # What runs the model in the abstract can be tried.
+    tokens = jax.ShapeDtypeStruct((1, 3), np.int32)
+    logits, _ = jax.eval_shape(outline.apply, outline.params, tokens)
+    assert logits.shape == (1, 3, lm.config.vocab_size)
+
+    def refuse(lm):
+        raise ValueError("it does not fit")
+
+    monkeypatch.setattr(Checkpoint, "tensors", lambda _: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match="it does not fit"):
+        from_pretrained(outline.name, check=refuse)
 
 
 def test_unknown_architecture(tmp_path):

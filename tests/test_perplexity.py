@@ -257,6 +257,9 @@ def test_resume_refuses_missing_windows(tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(window=1), "window must be between 2 and 512"),
     (dict(window=513), "window must be between 2 and 512, the positions that tiny has; got 513"),
+    (dict(window="20"), "window must be a whole number; got '20'"),
+    (dict(window=20, max_tokens=40.0), "max_tokens must be a whole number; got 40.0"),
+    (dict(window=20, stride=True), "stride must be a whole number; got True"),
     (dict(window=20, stride=0), "stride must be between 1 and window=20; got 0"),
     (dict(window=20, stride=21), "got 21"),
     (dict(window=20, max_tokens=1), "max_tokens must be at least 2"),

@@ -128,6 +128,7 @@ def test_format_size():
 @pytest.mark.parametrize("options, message", [
     (dict(memory=100, weights=80, reserve=20), "must leave memory for a cache; they take 80 B"),
     (dict(memory=0), "expected memory > 0"),
+    (dict(memory=10**6, contexts=[1.5]), "size must be a whole number; got 1.5"),
     (dict(memory=10**6, contexts=[0]), r"must be positive; got \[0\]"),
     (dict(memory=10**6, batches=[-1]), r"must be positive; got \[-1\]"),
     (dict(memory=10**6, names=["nqvk"]), "unknown scheme 'nqvk'"),

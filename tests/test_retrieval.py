@@ -118,6 +118,8 @@ def test_real_generation(tmp_path):
     (dict(lengths=[]), "lengths must be between 1 and 4084"),
     (dict(lengths=[500, 4090]), r"less 12 for the answer\); got \[500, 4090\]"),
     (dict(lengths=[50]), r"passkey: length must be at least \d+ tokens; got 50"),
+    (dict(depths=1.5), "depths must be a whole number; got 1.5"),
+    (dict(lengths=["300"]), "length must be a whole number; got '300'"),
     (dict(depths=0), "must be positive.*got 0, 8, 0"),
     (dict(samples=0), "must be positive.*got 1, 0, 0"),
     (dict(seed=-1), "got 1, 8, -1"),

@@ -134,11 +134,19 @@ def test_settings_are_hashable_and_comparable():
         (dict(temperature=-1.0), r"temperature must be .* >= 0 .*got -1.0"),
         (dict(temperature=float("nan")), "temperature must be a finite number"),
         (dict(temperature=float("inf")), "temperature must be a finite number"),
+        (dict(temperature="0.5"), "temperature must be a finite number .*got '0.5'"),
+        (dict(temperature=None), "temperature must be a finite number .*got None"),
+        (dict(temperature=True), "temperature must be a finite number .*got True"),
+        (dict(temperature=jnp.float32(1)), "temperature must be a finite number .*got Array"),
         (dict(temperature=1.0, top_k=0), "top_k must be a whole number >= 1, or None; got 0"),
         (dict(temperature=1.0, top_k=2.5), "top_k must be a whole number"),
         (dict(temperature=1.0, top_p=0.0), r"top_p must be a number in \(0, 1\]"),
         (dict(temperature=1.0, top_p=1.5), "top_p must be"),
+        (dict(temperature=1.0, top_p="0.9"), "top_p must be a number .*got '0.9'"),
+        (dict(temperature=1.0, top_p=[0.9]), r"top_p must be a number .*got \[0.9\]"),
+        (dict(temperature=1.0, min_p="x"), "min_p must be a number .*got 'x'"),
         (dict(temperature=1.0, min_p=-0.1), r"min_p must be a number in \[0, 1\]"),
+        (dict(repetition_penalty="x"), "repetition_penalty must be a finite number > 0; got 'x'"),
         (dict(repetition_penalty=0.0), "repetition_penalty must be a finite number > 0"),
         (dict(top_k=5, top_p=0.5), "top_k=5, top_p=0.5 would change nothing.*Set a temperature"),
     ],
@@ -146,6 +154,12 @@ def test_settings_are_hashable_and_comparable():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+def test_numbers_of_numpy_are_numbers():
+    sampling = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.5))
+    assert sampling == Sampling(temperature=0.5, top_k=3, top_p=0.5)
+    assert sample(random_logits(), jax.random.key(0), sampling).shape == (4,)
 
 
 def test_a_penalty_needs_what_was_seen():

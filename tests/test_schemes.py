@@ -1,5 +1,7 @@
 """The registry, the string form, and the bits that schemes really store."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -129,6 +131,42 @@ def test_paths_are_options(tmp_path):
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_allocated(spec, message):
     with pytest.raises(ValueError, match=message):
         nq.schemes.get(spec).init(num_layers=1, batch=1, max_len=64, num_kv_heads=3, head_dim=64)
+
+
+def test_choices_are_what_is_accepted():
+    assert nq.schemes.choices("turboquant")["variant"] == ("mse", "prod")
+    assert nq.schemes.choices("nqkv")["bits"] == (2, 3, 4) and nq.schemes.choices("none") == {}
+    for name in nq.schemes.names():
+        for option, valid in nq.schemes.choices(name).items():
+            assert nq.schemes.defaults(name)[option] in valid
+            for value in valid:
+                nq.schemes.get(name, **{option: value})
+            wrong = max(valid) + 17 if isinstance(valid[0], int) else "nonsense"
+            with pytest.raises(ValueError, match=f"{name}: {option}: expected one of {valid[0]}"):
+                nq.schemes.get(name, **{option: wrong})
+    with pytest.raises(ValueError, match="unknown scheme 'nqvk'"):
+        nq.schemes.choices("nqvk")
+
+
+def test_text_options_say_what_they_take():
+    """But for paths, whose default is empty."""
+    for name in nq.schemes.names():
+        defaults = nq.schemes.defaults(name).items()
+        texts = {key for key, default in defaults if default and isinstance(default, str)}
+        assert texts <= set(nq.schemes.choices(name))
+
+
+def test_literals_are_checked_in_a_direct_call(monkeypatch):
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+
+    @nq.schemes.register("mine")
+    def mine(*, side: "Literal['left', 'right']" = "left", bits: int = 4):
+        return lambda shape: (side, bits)
+
+    assert mine(side="right")(None) == ("right", 4)
+    assert nq.schemes.choices("mine") == {"side": ("left", "right")}
+    with pytest.raises(ValueError, match="mine: side: expected one of left, right; got 'top'"):
+        mine(side="top")
 
 
 def test_residual_must_hold_whole_groups():

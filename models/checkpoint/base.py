@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from nqkv_jax.words import counted
+
 
 class CheckpointFileError(ValueError):
     """A checkpoint's file is there, but cannot be read or is not what it should be."""
@@ -134,7 +136,7 @@ def shard_paths(index_path: pathlib.Path) -> tuple[list[pathlib.Path], dict[str,
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointNotFoundError(
-            f"{index_path} names {len(names)} shards; {len(missing)} are not in {folder}: "
+            f"{index_path} names {counted(len(names), 'shard')}; not in {folder}: "
             f"{', '.join(missing)}. Download them too"
         )
     return [folder / name for name in names], weight_map
@@ -150,7 +152,7 @@ def check_index(
         listed = "\n".join(f"  {name} ({weight_map[name]})" for name in lost[:12])
         more = f"\n  ... and {len(lost) - 12} more" if len(lost) > 12 else ""
         raise CheckpointFileError(
-            f"{index_path} lists {len(lost)} tensors that its shards do not hold. "
+            f"{index_path} lists {counted(len(lost), 'tensor')} that its shards do not hold. "
             f"Download the checkpoint again:\n{listed}{more}"
         )
 

@@ -57,9 +57,10 @@ def _snapshot(repo_id: str, patterns: list[str]) -> pathlib.Path:
     # Without a network the hub's client raises its own errors or those of its transport library,
     # and it has changed that library twice: all that is left is a failure to get the files.
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise CheckpointNotFoundError(
             f"{repo_id!r} is no file or folder here, and could not be had from the Hugging Face "
-            f"hub ({type(error).__name__}: {error}). Without a network: download it on another "
+            f"hub ({type(error).__name__}: {reason}). Without a network: download it on another "
             f"machine (`hf download {repo_id} --local-dir FOLDER`) and pass the folder's path, "
             f"or use an embedded model: {', '.join(embedded.NAMES)}"
         ) from error

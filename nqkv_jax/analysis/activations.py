@@ -47,8 +47,8 @@ class LayerActivations:
         }
 
 
-def record(lm: LanguageModel, tokens: np.ndarray) -> list[LayerActivations]:
-    """Reads the text i32[tokens] at once, with exact attention.
+def check_tokens(lm: LanguageModel, tokens: np.ndarray) -> np.ndarray:
+    """i32[tokens], of a text.
 
     Raises: ValueError unless there are 2 tokens or more, ids of the vocabulary, and positions for
       all of them.
@@ -59,12 +59,17 @@ def record(lm: LanguageModel, tokens: np.ndarray) -> list[LayerActivations]:
             f"analysis: expected 2 to {longest} token ids, as many as {lm.name} can read at once; "
             f"got {tokens.size}"
         )
+    return tokens
+
+
+def record(lm: LanguageModel, tokens: np.ndarray) -> list[LayerActivations]:
+    """Reads the text i32[tokens] at once, with exact attention; see `check_tokens`."""
 
     @jax.jit
     def run(params, tokens):
         return lm.apply(params, tokens[None], _Recorder(), last_only=True)[1].layers
 
-    return list(run(lm.params, jnp.asarray(tokens)))
+    return list(run(lm.params, jnp.asarray(check_tokens(lm, tokens))))
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ import tqdm
 
 from nqkv_jax import schemes
 from nqkv_jax.analysis import plots
-from nqkv_jax.analysis.activations import LayerActivations, record
+from nqkv_jax.analysis.activations import LayerActivations, check_tokens, record
 from nqkv_jax.body import decode_groups
 from nqkv_jax.decoded import DecodedView
 from nqkv_jax.evaluation.protocol import LanguageModel
@@ -73,14 +73,10 @@ def scheme_errors(
     Raises: ValueError if a scheme does not exist or does not fit the model, or would encode no
       token of so short a text.
     """
-    found = [schemes.get(name) for name in names]
-    if not found:
-        raise ValueError("errors: expected at least one scheme; got none")
-    dtype = jnp.dtype(lm.dtype)
-    bits = [AbstractCaches(lm.config, scheme, dtype).stored_bits for scheme in found]
+    found, dtype = [schemes.get(name) for name in names], jnp.dtype(lm.dtype)
+    bits = check(lm, tokens, found)
     for scheme in found:
         scheme.check_model(lm)
-        _check_length(lm, scheme, len(tokens))
     layers = record(lm, tokens)
     disable = None if progress is None else not progress
     results = []
@@ -94,6 +90,16 @@ def scheme_errors(
                 SchemeErrors(scheme=str(scheme), stored_bits=stored, layers=tuple(errors))
             )
     return results
+
+
+def check(lm: LanguageModel, tokens: np.ndarray, found: Sequence[Scheme]) -> list[float]:
+    """The stored bits of schemes; raises what `scheme_errors` does, and reads no weights."""
+    if not found:
+        raise ValueError("errors: expected at least one scheme; got none")
+    bits = [AbstractCaches(lm.config, scheme, lm.dtype).stored_bits for scheme in found]
+    for scheme in found:
+        _check_length(lm, scheme, len(check_tokens(lm, tokens)))
+    return bits
 
 
 def _layer_shape(config: Any, layer: int) -> LayerShape:
@@ -212,13 +218,20 @@ def draw(results: Sequence[SchemeErrors], title: str) -> tuple[Any, dict]:
                     linestyle=("-", "--", ":")[i // 7 % 3], linewidth=1.2,
                     label=f"{result.scheme} ({result.stored_bits:.2f} bits)",
                 )  # fmt: skip
-        axes.set_yscale("log")
+        plots.logarithmic(axes)
         axes.set_title(label, fontsize=10)
-        axes.set_xlabel("layer")
+        plots.by_layer(axes)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         plots.tidy(axes)
     grid[0].set_ylabel("relative squared error")
-    handles, labels = grid[2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    # An error may be nothing in one panel, and something in another.
+    handles = {line.get_label(): line for axes in grid for line in axes.lines}
+    figure.legend(
+        handles=list(handles.values()),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=9,
+        frameon=False,
+    )
     figure.suptitle(f"{title}: error of every scheme, layer by layer", fontsize=11)
     return figure, data

@@ -108,7 +108,9 @@ def draw(
         for axes, side in zip(row, maps, strict=False):
             found = layers[layer][side]
             low, high = np.quantile(found.absolute, [0.05, 0.999])
-            scale = LogNorm(max(low, high * 1e-4, np.finfo(np.float32).tiny), max(high, 1e-30))
+            scale = None  # of zeros
+            if high > 0:
+                scale = LogNorm(max(low, high * 1e-4, np.finfo(np.float32).tiny), max(high, 1e-30))
             # A pixel shows the mean of what it covers; neighbours are not blended into each other.
             image = axes.imshow(
                 found.absolute, aspect="auto", cmap=plots.MAP, norm=scale,
@@ -126,11 +128,11 @@ def draw(
             data[f"{side}.{layer}.absolute"] = found.absolute
             data[f"{side}.{layer}.norms"] = found.norms
         row[2].set_xscale("log")
-        row[2].set_yscale("log")
         row[2].xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        row[2].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        row[2].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        row[2].yaxis.set_minor_formatter(ticker.NullFormatter())
+        if plots.logarithmic(row[2]):
+            row[2].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            row[2].yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            row[2].yaxis.set_minor_formatter(ticker.NullFormatter())
         row[2].set_title(f"layer {layer}: norm of every token", fontsize=10)
         row[2].set_xlabel("position (the first is 1)")
         row[2].legend(fontsize=8, frameon=False)

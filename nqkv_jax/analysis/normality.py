@@ -32,7 +32,7 @@ import tqdm
 from scipy import stats
 
 from nqkv_jax.analysis import plots
-from nqkv_jax.analysis.activations import LayerActivations, record
+from nqkv_jax.analysis.activations import LayerActivations, check_tokens, record
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.quantizers.transforms import largest_power_of_two
 from nqkv_jax.schemes.base import largest_divisor
@@ -119,16 +119,7 @@ def views(
     Raises: ValueError unless `block_size` divides the channels and a stretch fits into the tokens.
     """
     tokens, channels = x.shape
-    if not SHORTEST <= block_size <= channels or channels % block_size:
-        raise ValueError(
-            f"normality: block_size must divide the {channels} channels of a token and be at least "
-            f"{SHORTEST}; got {block_size}"
-        )
-    if not SHORTEST <= stretch <= tokens:
-        raise ValueError(
-            f"normality: stretch must be at least {SHORTEST} and at most the number of tokens, "
-            f"{tokens}; got {stretch}"
-        )
+    check_sizes(tokens, channels, block_size, stretch)
     x = np.asarray(x, np.float64)
     deviation = x.std(axis=0)
     # A channel that never changes becomes 0, and is no reason for a division by zero.
@@ -144,6 +135,20 @@ def views(
         nsn=block_statistics(normal.reshape(-1, block_size)),
         nsn_hadamard=block_statistics(turned.reshape(-1, block_size)),
     )
+
+
+def check_sizes(tokens: int, channels: int, block_size: int, stretch: int) -> None:
+    """Raises ValueError as `views` does."""
+    if not SHORTEST <= block_size <= channels or channels % block_size:
+        raise ValueError(
+            f"normality: block_size must divide the {channels} channels of a token and be at least "
+            f"{SHORTEST}; got {block_size}"
+        )
+    if not SHORTEST <= stretch <= tokens:
+        raise ValueError(
+            f"normality: stretch must be at least {SHORTEST} and at most the number of tokens, "
+            f"{tokens}; got {stretch}. Give a longer text, or another stretch"
+        )
 
 
 def normalise_shift_normalise(x: np.ndarray) -> np.ndarray:
@@ -182,11 +187,8 @@ def normality(
 
     Raises: ValueError if the text is too short or too long, or a size does not fit.
     """
-    channels = lm.config.num_kv_heads * lm.config.head_dim
-    size = largest_divisor(channels, 256) if block_size is None else block_size
-    # Before the model reads the text, which takes longer.
+    size = check(lm, tokens, block_size=block_size, stretch=stretch)
     sizes = dict(block_size=size, stretch=stretch, head_dim=lm.config.head_dim)
-    views(np.zeros((len(tokens), channels)), **sizes)
     layers = record(lm, tokens)
     disable = None if progress is None else not progress
     return [
@@ -196,6 +198,16 @@ def normality(
         }
         for layer in tqdm.tqdm(layers, desc="normality", disable=disable)
     ]
+
+
+def check(
+    lm: LanguageModel, tokens: np.ndarray, *, block_size: int | None = None, stretch: int = STRETCH
+) -> int:
+    """The channels of a block; takes and raises what `normality` does, and reads no weights."""
+    channels = lm.config.num_kv_heads * lm.config.head_dim
+    size = largest_divisor(channels, 256) if block_size is None else block_size
+    check_sizes(len(check_tokens(lm, tokens)), channels, size, stretch)
+    return size
 
 
 def _rotation(layer: LayerActivations) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -215,7 +227,8 @@ def expected_order(size: int) -> np.ndarray:
 def draw(layers: list[dict[str, dict[str, BlockStatistics]]], title: str) -> tuple[Any, dict]:
     """(figure, what it shows): shares that pass, by layer; and Q-Q plots, averaged over layers.
 
-    Arrays are named side.view.what, such as "keys.tokens.passing" f64[layers].
+    Arrays are named side.view.what, such as "keys.tokens.passing" f64[layers]. Layers whose blocks
+    are all constant have NaN in "ordered", and no part in what is drawn of it.
     """
     colors = dict(
         tokens=plots.VERMILION, standardised=plots.BLUE, channels=plots.GREEN, nsn=plots.SKY,
@@ -243,15 +256,17 @@ def draw(layers: list[dict[str, dict[str, BlockStatistics]]], title: str) -> tup
             expected = expected_order(size)
             style = dict(color=colors[view], label=label)
             shares.plot(100 * passing, marker=markers[view], markersize=3.5, linewidth=1.2, **style)
-            order.plot(expected, ordered.mean(axis=0), linewidth=1.5, **style)
-            low, high = ordered.min(axis=0), ordered.max(axis=0)
-            order.fill_between(expected, low, high, color=colors[view], alpha=0.2, linewidth=0)
+            varies = ordered[np.isfinite(ordered[:, 0])]
+            if len(varies):
+                order.plot(expected, varies.mean(axis=0), linewidth=1.5, **style)
+                low, high = varies.min(axis=0), varies.max(axis=0)
+                order.fill_between(expected, low, high, color=colors[view], alpha=0.2, linewidth=0)
             name = f"{side}.{view}"
             data |= {f"{name}.passing": passing, f"{name}.ordered": ordered,
                      f"{name}.expected": expected}  # fmt: skip
         shares.axhline(95, color=plots.BLACK, linewidth=0.8, linestyle=":")
         shares.set_title(plots.side_label(side, sides), fontsize=11)
-        shares.set_xlabel("layer")
+        plots.by_layer(shares)
         shares.set_ylim(-3, 103)
         order.axline((0, 0), slope=1, color=plots.BLACK, linewidth=0.8, linestyle=":")
         order.set_xlabel("expected, if normal")

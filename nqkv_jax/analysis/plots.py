@@ -70,6 +70,21 @@ def save(figure: Any, path: str | os.PathLike, data: dict[str, np.ndarray]) -> p
     return beside
 
 
+def logarithmic(axes: Any) -> bool:
+    """Makes the y axis logarithmic, if there is anything positive to show; whether it did."""
+    positive = any(np.any(line.get_ydata() > 0) for line in axes.lines)
+    if positive:
+        # What is 0 has no place on it: a gap, where clipping would draw a line down to the frame.
+        axes.set_yscale("log", nonpositive="mask")
+    return positive
+
+
+def by_layer(axes: Any) -> None:
+    """What the x axis of lines with a point per layer needs."""
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
 def tidy(axes: Any) -> None:
     """No frame where it says nothing."""
     axes.spines[["top", "right"]].set_visible(False)

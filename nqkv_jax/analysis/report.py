@@ -20,6 +20,7 @@ from nqkv_jax.analysis.normality import BlockStatistics, normality
 from nqkv_jax.analysis.normality import draw as draw_normality
 from nqkv_jax.analysis.spectra import LayerSpectra, spectra
 from nqkv_jax.analysis.spectra import draw as draw_spectra
+from nqkv_jax.words import counted
 
 # Of normal blocks 95 % pass; below HOLDS something else is among them, below MOST it is the rule.
 HOLDS, MOST = 0.9, 0.5
@@ -61,9 +62,9 @@ def write(
     lines = [
         f"# Keys and values of {lm.name}",
         "",
-        f"{config.num_layers} layers with {config.num_kv_heads} KV heads of {config.head_dim} "
-        f"channels, on {len(tokens):,} tokens of one text. A figure for a model is the median of "
-        "its layers, and behind it is their range.",
+        f"{counted(config.num_layers, 'layer')} with {counted(config.num_kv_heads, 'KV head')} of "
+        f"{config.head_dim} channels, on {len(tokens):,} tokens of one text. A figure for a model "
+        "is the median of its layers, and behind it is their range.",
     ]
     folder.mkdir(parents=True, exist_ok=True)
     for name, title, results, describe, draw in sections:
@@ -83,6 +84,11 @@ def _spread(values: Sequence[float], form) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def _share(number: int, layers: int) -> str:
+    whole = {0: "in no layer", layers: "in all layers" if layers > 1 else "in the one layer"}
+    return whole.get(number, f"in {number} of {layers} layers")
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
@@ -100,6 +106,11 @@ def describe_normality(layers: list[dict[str, dict[str, BlockStatistics]]]) -> l
         shown = lambda name, view=view: _spread([s.passing for s in view(name)], percent)
         size, stretch = view("tokens")[0].block_size, view("channels")[0].block_size
         name = plots.side_label(side, sides)
+        name = f"**{name[0].upper()}{name[1:]}**"
+        kurtoses = [k for s in view("tokens") if not np.isnan(k := s.excess_kurtosis)]
+        if not kurtoses:
+            said.append(f"{name}: all blocks of {size} channels of one token are constant.")
+            continue
         within, standardised = share("tokens"), share("standardised")
         if within >= HOLDS:
             verdict = "so within a token they may be taken for normal"
@@ -110,10 +121,10 @@ def describe_normality(layers: list[dict[str, dict[str, BlockStatistics]]]) -> l
         else:
             verdict = "so within a token hardly any is normal: NQKV's premise fails"
         said.append(
-            f"**{name[0].upper()}{name[1:]}**: of blocks of {size} channels of one token "
+            f"{name}: of blocks of {size} channels of one token "
             f"{shown('tokens')} pass the test for normality, {verdict}."
         )
-        kurtosis = float(np.nanmedian([s.excess_kurtosis for s in view("tokens")]))
+        kurtosis = float(np.median(kurtoses))
         if kurtosis > 3:
             tails = "a few channels are much larger than a normal distribution allows"
         elif kurtosis > 0.5:
@@ -165,9 +176,9 @@ def describe_magnitudes(layers: list[dict[str, Magnitudes]]) -> list[str]:
         counts = [len(m.outlier_channels) for m in found]
         energy[side] = float(np.median([m.outlier_energy for m in found]))
         said.append(
-            f"Of {found[0].absolute.shape[1]} channels of the {plots.side_label(side, layers[0])}, "
-            f"{_spread(counts, lambda n: f'{n:.0f}')} are outliers, with more than {OUTLIER:g} "
-            "times the root mean square of the median channel; they hold "
+            f"Outliers among the {found[0].absolute.shape[1]} channels of the "
+            f"{plots.side_label(side, layers[0])}, with more than {OUTLIER:g} times the root mean "
+            f"square of the median channel: {_spread(counts, lambda n: f'{n:.0f}')}; they hold "
             f"{_spread([m.outlier_energy for m in found], percent)} of the energy."
         )
     if energy["keys"] > energy["values"] + APART:
@@ -179,17 +190,16 @@ def describe_magnitudes(layers: list[dict[str, Magnitudes]]) -> list[str]:
     else:
         said.append("Keys and values do not differ in their outlier channels.")
     for side in sides:
-        ratios = [layer[side].first_over_median for layer in layers]
+        ratios = [r for layer in layers if not np.isnan(r := layer[side].first_over_median)]
+        if not ratios:
+            said.append(f"The {side} of the median token are zero.")
+            continue
         small = sum(r < 0.5 for r in ratios)
         large = sum(r > 2 for r in ratios)
         if small > len(ratios) / 2:
-            verdict = (
-                f"in {small} of {len(ratios)} layers less than half, as is known of attention sinks"
-            )
+            verdict = f"{_share(small, len(ratios))} less than half, as is known of attention sinks"
         elif large > len(ratios) / 2:
-            verdict = (
-                f"in {large} of {len(ratios)} layers more than twice as much: an outlier token"
-            )
+            verdict = f"{_share(large, len(ratios))} more than twice as much: an outlier token"
         else:
             verdict = "in most layers a token like others, by its norm"
         said.append(
@@ -204,16 +214,18 @@ def describe_spectra(layers: list[LayerSpectra]) -> list[str]:
     count = len(layers)
     weights = sum(s.key_weight.frobenius > s.value_weight.frobenius for s in layers)
     activations = sum(s.keys.frobenius > s.values.frobenius for s in layers)
-    ratios = [s.keys.frobenius / s.values.frobenius for s in layers]
+    ratios = [s.keys.frobenius / s.values.frobenius for s in layers if s.values.spectral]
+    times = (
+        f"K is {_spread(ratios, lambda r: f'{r:.1f}')} times as large" if ratios else "V is zero"
+    )
     agree = sum(
         (s.key_weight.frobenius > s.value_weight.frobenius)
         == (s.keys.frobenius > s.values.frobenius)
         for s in layers
     )
-    share = lambda n: "in all layers" if n == count else f"in {n} of {count} layers"
+    share = lambda n: _share(n, count)
     return [
-        f"||K|| > ||V|| {share(activations)}; K is {_spread(ratios, lambda r: f'{r:.1f}')} times "
-        "as large."
+        f"||K|| > ||V|| {share(activations)}; {times}."
         + ("" if activations > count / 2 else " That more bits are for keys does not follow here."),
         f"||W_K|| > ||W_V|| {share(weights)}: the weights say {share(agree)} which side is the "
         "larger one"

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 
 from nqkv_jax.analysis import plots
+from nqkv_jax.analysis.activations import check_tokens
 from nqkv_jax.calibration.kvq import projections, record
 
 # field of LayerSpectra -> (how it is called, its colour)
@@ -69,8 +70,9 @@ class LayerSpectra:
 def spectra(lm: Any, tokens: np.ndarray, *, progress: bool | None = None) -> list[LayerSpectra]:
     """The spectra of every layer of a model of `nqkv_jax.models`, on a text i32[tokens].
 
-    Raises: ValueError if the model cannot read so many tokens, or is built in another way.
+    Raises: ValueError if the model cannot read these tokens, or is built in another way.
     """
+    tokens = check_tokens(lm, tokens)
     weights, (keys, values) = projections(lm), record(lm, tokens)
 
     def spectrum(matrix: np.ndarray) -> Spectrum:
@@ -99,31 +101,38 @@ def spectra(lm: Any, tokens: np.ndarray, *, progress: bool | None = None) -> lis
 def draw(layers: list[LayerSpectra], title: str) -> tuple[Any, dict]:
     """(figure, what it shows): norms by layer, and how singular values fall off.
 
-    Arrays are named matrix.what, such as "keys.frobenius" f64[layers].
+    Arrays are named matrix.what, such as "keys.frobenius" f64[layers]. Layers whose matrix is zero
+    have no part in how singular values fall off; a "decay" of zeros says that all are.
     """
     figure = plots.new_figure(11, 4)
     weights, activations, decay = figure.subplots(1, 3)
     data: dict[str, np.ndarray] = {}
+    marker = "o" if len(layers) == 1 else None  # a line needs two
     for matrix, (label, color) in MATRICES.items():
         found = [getattr(layer, matrix) for layer in layers]
         axes = weights if matrix.endswith("weight") else activations
         for norm, style in (("frobenius", "-"), ("spectral", ":")):
             norms = np.array([getattr(s, norm) for s in found])
-            axes.plot(norms, style, color=color, label=f"{label}, {norm}")
+            axes.plot(norms, style, marker=marker, color=color, label=f"{label}, {norm}")
             data[f"{matrix}.{norm}"] = norms
         values = np.stack([s.values for s in found])
-        # The geometric mean over layers, as each falls by factors.
-        relative = np.maximum(values / values[:, :1], np.finfo(np.float32).tiny)
-        mean = np.exp(np.log(relative).mean(axis=0))
+        values = values[values[:, 0] > 0]
+        mean = np.zeros(found[0].values.size)
+        if len(values):
+            # The geometric mean over layers, as each falls by factors.
+            relative = np.maximum(values / values[:, :1], np.finfo(np.float32).tiny)
+            mean = np.exp(np.log(relative).mean(axis=0))
         style = "--" if matrix.endswith("weight") else "-"
         decay.plot(mean, style, color=color, label=label)
         data[f"{matrix}.decay"] = mean
     weights.set_title("norms of the projections", fontsize=10)
     activations.set_title("norms of keys and values\n(root mean square over tokens)", fontsize=10)
     decay.set_title("singular values / the largest\n(geometric mean over layers)", fontsize=10)
+    decay.set_xlabel("index")
+    for axes in (weights, activations):
+        plots.by_layer(axes)
     for axes in (weights, activations, decay):
-        axes.set_xlabel("index" if axes is decay else "layer")
-        axes.set_yscale("log")
+        plots.logarithmic(axes)
         # Below the axes: inside, there is no place that is free for every model.
         axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8, frameon=False

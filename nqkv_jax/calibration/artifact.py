@@ -20,6 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from nqkv_jax.words import counted
+
 _KEY = "nqkv_calibration"
 _SAMPLE = 64  # elements of every parameter that its fingerprint looks at
 
@@ -109,7 +111,11 @@ class _Contents(dict):
         self._expected = expected
 
     def __missing__(self, name: str):
-        raise ValueError(f"{self._expected}; it has no {name!r}. Calibrate again")
+        raise self.wrong(f"it has no {name!r}")
+
+    def wrong(self, problem: str) -> ValueError:
+        """The error that says so."""
+        return ValueError(f"{self._expected}; {problem}. Calibrate again")
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,6 +137,8 @@ def _load(path: pathlib.Path, kind: str, mtime: int, size: int):
             return _Contents(expected, {key: file.get_tensor(key) for key in file.keys()}), header
     except safetensors.SafetensorError as error:
         raise ValueError(f"{expected}; it is no safetensors file ({error})") from error
+    except AttributeError as error:  # a dtype that NumPy does not have
+        raise ValueError(f"{expected}; it has arrays of another kind ({error})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{expected}; its header is no JSON ({error})") from error
 
@@ -171,8 +179,11 @@ def check_model(name: str, metadata: Mapping, lm: Any) -> None:
 def check_shape(name: str, metadata: Mapping, shape: Any) -> None:
     """Raises ValueError unless a layer's shape is that of the calibrated model.
 
-    Args: name: of the scheme.  metadata: with the sizes of the model.  shape: a `LayerShape`.
+    Args: name: of the scheme.  metadata: as `load` gives it.  shape: a `LayerShape`.
     """
+    for size in ("num_kv_heads", "head_dim", "num_layers"):
+        if type(metadata[size]) is not int or metadata[size] < 1:
+            raise metadata.wrong(f"its {size} is no number >= 1, but {metadata[size]!r:.80}")
     heads, head_dim = metadata["num_kv_heads"], metadata["head_dim"]
     # A cache may have fewer layers than the model: `check_model` sees whether it is the same.
     if (shape.num_kv_heads, shape.head_dim) != (heads, head_dim) or (
@@ -180,7 +191,37 @@ def check_shape(name: str, metadata: Mapping, shape: Any) -> None:
     ):
         raise ValueError(
             f"{name}: the calibration was made on {metadata['model']} with "
-            f"{metadata['num_layers']} layers of {heads} KV heads x {head_dim}; got "
-            f"{shape.num_layers} layers of {shape.num_kv_heads} x {shape.head_dim}. Calibrate the "
-            "model that is used"
+            f"{counted(metadata['num_layers'], 'layer')} of {counted(heads, 'KV head')} x "
+            f"{head_dim}; got {counted(shape.num_layers, 'layer')} of {shape.num_kv_heads} x "
+            f"{shape.head_dim}. Calibrate the model that is used"
         )
+
+
+# What the numbers of a layer may have to be.
+_LAWS = {
+    "finite": lambda x: True,
+    "positive": lambda x: np.all(x > 0),
+    "ascending": lambda x: np.all(np.diff(x) >= 0),
+}
+
+
+def check_arrays(
+    arrays: Mapping, metadata: Mapping, layer: int, expected: Mapping[str, tuple[Any, tuple, str]]
+) -> None:
+    """Raises ValueError unless arrays are what is expected of them.
+
+    Args:
+      arrays, metadata: as `load` gives them, and `check_shape` has passed.
+      layer: whose numbers are looked at.
+      expected: by name, the dtype and the shape of a layer, and what its numbers are, in a word:
+        "finite", and also "positive" or "ascending".
+    """
+    for name, (dtype, shape, law) in expected.items():
+        array, shape = arrays[name], (metadata["num_layers"], *shape)
+        if array.dtype != dtype or array.shape != shape:
+            problem = f"got {array.dtype} {array.shape}"
+        elif not np.all(np.isfinite(array[layer])) or not _LAWS[law](array[layer]):
+            problem = f"in layer {layer} it is not"
+        else:
+            continue
+        raise arrays.wrong(f"{name!r} must be {np.dtype(dtype)} {shape} and {law}; {problem}")

@@ -6,7 +6,9 @@ alone (see `commvq_keys` and `commvq_values`). Beside the file, while it works, 
 FILE.partial with the layers that are done.
 """
 
+import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,9 +23,9 @@ from nqkv_jax.calibration import artifact
 from nqkv_jax.calibration.commvq_keys import default_levels, fit_keys
 from nqkv_jax.calibration.commvq_values import train_values
 from nqkv_jax.calibration.recorder import AttentionRecorder, Recorder, windows
+from nqkv_jax.checks import one_of, whole_numbers
 from nqkv_jax.quantizers.base import Context, Quantizer
-from nqkv_jax.quantizers.commvq import CommVQKeys, CommVQValues, Encoder
-from nqkv_jax.schemes.base import one_of
+from nqkv_jax.quantizers.commvq import CODEWORDS, CommVQKeys, CommVQValues, Encoder
 
 KIND = "commvq 1"
 _PARTIAL = "commvq partial 1"
@@ -80,29 +82,17 @@ def calibrate(
     """
     config = lm.config
     one_of("calibrate: bits", bits, BITS)
-    levels = default_levels(bits, config.head_dim) if levels is None else levels
-    _check(config, bits, levels, seqlen, lm.name)
-    positive = dict(key_steps=key_steps, temperature=temperature, value_steps=value_steps,
-                    batch=batch, learning_rate=learning_rate)  # fmt: skip
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"calibrate: expected {name} > 0; got {value}")
-    if not attention >= 0:
-        raise ValueError(f"calibrate: expected attention >= 0; got {attention}")
-    if isinstance(text, str):
-        if lm.tokenizer is None:
-            raise ValueError(f"calibrate: {lm.name} came without a tokenizer; give token ids")
-        text = lm.tokenizer.encode(text, add_special_tokens=False)
-    texts = windows(text, samples, seqlen)
-    if texts.size < _LEAST:
-        raise ValueError(
-            f"calibrate: expected at least {_LEAST} tokens in all windows; got {texts.size}"
-        )
+    asked = dict(
+        bits=bits, levels=default_levels(bits, config.head_dim) if levels is None else levels,
+        samples=samples, seqlen=seqlen, key_steps=key_steps, temperature=temperature,
+        value_steps=value_steps, batch=batch, learning_rate=learning_rate,
+        weight_decay=weight_decay, attention=attention, seed=seed,
+    )  # fmt: skip
+    texts = check(lm, text, **asked)
     setting = dict(
         model=lm.name, fingerprint=artifact.fingerprint(lm.params), num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, bits=bits, levels=levels,
-        samples=samples, seqlen=seqlen, weight_decay=weight_decay, attention=attention, seed=seed,
-        **positive, text_sha256=hashlib.sha256(texts.astype("<i4").tobytes()).hexdigest(),
+        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, **asked,
+        text_sha256=hashlib.sha256(texts.astype("<i4").tobytes()).hexdigest(),
     )  # fmt: skip
     partial = pathlib.Path(f"{pathlib.Path(out).expanduser()}.partial")
     arrays = _begin(partial, setting)
@@ -124,19 +114,40 @@ def calibrate(
     return arrays
 
 
-def _check(config: Any, bits: int, levels: int, seqlen: int, name: str) -> None:
+def check(
+    lm: Any,
+    text: str | Sequence[int],
+    *,
+    bits: int,
+    samples: int,
+    seqlen: int,
+    levels: int | None = None,
+    **settings: float,
+) -> np.ndarray:
+    """The windows i32[samples, seqlen] that `calibrate` reads; takes and raises what that does."""
+    one_of("calibrate: bits", bits, BITS)
+    whole = ("key_steps", "value_steps", "batch", "seed")
+    whole_numbers("calibrate", levels=levels, **{name: settings.get(name) for name in whole})
+    config = lm.config
     hidden = config.num_kv_heads * config.head_dim
+    levels = default_levels(bits, config.head_dim) if levels is None else levels
     if levels < 1 or config.head_dim % 2 or bits * hidden % 8:
         raise ValueError(
             "calibrate: expected levels >= 1, an even head_dim, and bits * heads * head_dim to be "
             f"a multiple of 8; got levels={levels}, bits={bits} and {config.num_kv_heads} heads x "
             f"{config.head_dim}"
         )
-    if seqlen > config.max_positions:
+    for name, value in settings.items():
+        zero = name in ("weight_decay", "attention", "seed")
+        if not math.isfinite(value) or not (value >= 0 if zero else value > 0):
+            expected = ">= 0" if zero else "> 0"
+            raise ValueError(f"calibrate: expected {name} {expected}, and finite; got {value}")
+    texts = windows(lm, text, samples, seqlen)
+    if texts.size < _LEAST:
         raise ValueError(
-            f"calibrate: seqlen must be at most {config.max_positions}, the positions that "
-            f"{name} has; got {seqlen}"
+            f"calibrate: expected at least {_LEAST} tokens in all windows; got {texts.size}"
         )
+    return texts
 
 
 def _begin(partial: pathlib.Path, setting: Mapping) -> dict[str, np.ndarray]:
@@ -198,10 +209,26 @@ def _fit_layer(recorded: Sequence[np.ndarray], layer: int, setting: Mapping) -> 
     return {name: np.asarray(a) for name, a in arrays.items()}
 
 
+def expected(arrays: Mapping[str, np.ndarray], made: Mapping) -> dict[str, tuple]:
+    """What `quantizers` needs: see `artifact.check_arrays`."""
+    heads, head_dim, half = made["num_kv_heads"], made["head_dim"], np.float16
+    hidden, bits = heads * head_dim, made["bits"] * heads * head_dim
+    width = arrays["encoder.inner"].shape[-1:]
+    return {
+        "key.codebook": (half, (made["levels"], heads, CODEWORDS, head_dim), "finite"),
+        "value.codebook": (half, (bits, heads, head_dim), "finite"),
+        "value.scale": (np.float32, (heads, head_dim), "positive"),
+        "encoder.inner": (half, (hidden, *width), "finite"),
+        "encoder.inner_bias": (half, width, "finite"),
+        "encoder.outer": (half, (*width, 2 * bits), "finite"),
+        "encoder.outer_bias": (half, (2 * bits,), "finite"),
+    }
+
+
 def quantizers(arrays: Mapping[str, np.ndarray], layer: int) -> tuple[CommVQKeys, CommVQValues]:
     """Those of a layer."""
     at = lambda name: jnp.array(arrays[name][layer])
-    encoder = {name.partition(".")[2]: at(name) for name in arrays if name.startswith("encoder.")}
+    encoder = {field.name: at(f"encoder.{field.name}") for field in dataclasses.fields(Encoder)}
     value = CommVQValues(
         codebook=at("value.codebook"), scale=at("value.scale"), encoder=Encoder(**encoder)
     )

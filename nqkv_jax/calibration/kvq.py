@@ -22,16 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from nqkv_jax.allocation import LADDER, Allocation, error_table, paper_error
+from nqkv_jax.allocation import LADDER, Allocation, check_budget, error_table, paper_error
 from nqkv_jax.calibration import artifact
-from nqkv_jax.calibration.recorder import Recorder
+from nqkv_jax.calibration.recorder import Recorder, token_ids
+from nqkv_jax.checks import one_of, whole_numbers
 from nqkv_jax.partial import attend_new
 from nqkv_jax.quantizers.base import Context, Quantizer
-from nqkv_jax.schemes.base import LayerShape, one_of
+from nqkv_jax.schemes.base import LayerShape
 from nqkv_jax.schemes.kvq import BACKENDS
 from nqkv_jax.stand_in import StandIn
 
 SCORES = ("activation", "weight_frobenius", "weight_spectral", "sensitivity")
+TEXT_SCORES = ("activation", "sensitivity")
 LAWS = ("measured", "paper")
 
 
@@ -61,17 +63,10 @@ def calibrate(
 
     Raises: ValueError for settings that do not go together or do not fit the model.
     """
-    one_of("calibrate kvq: score", score, SCORES)
-    one_of("calibrate kvq: law", law, LAWS)
-    one_of("calibrate kvq: backend", backend, BACKENDS)
-    if tokens is None and score in ("activation", "sensitivity"):
-        raise ValueError(f"calibrate kvq: score {score} is measured on a text; got none")
-    config = lm.config
-    shape = LayerShape(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
-    quantizers = {
-        bits: BACKENDS[backend](bits=bits, group_size=group_size, residual=0)(shape).key
-        for bits in ladder
-    }
+    quantizers = check(
+        lm, tokens, budget=budget, score=score, law=law, backend=backend, group_size=group_size,
+        ladder=ladder,
+    )  # fmt: skip
     if score == "sensitivity":
         errors = sensitivity(lm, tokens, tuple(quantizers.values()), progress=progress)
     else:
@@ -86,6 +81,38 @@ def calibrate(
         errors = table.reshape(-1, 2, len(ladder))
     about = dict(model=lm.name, fingerprint=artifact.fingerprint(lm.params), score=score)
     return Allocation.of_errors(errors, budget=budget, ladder=ladder, **about)
+
+
+def check(
+    lm: Any,
+    tokens: np.ndarray | None = None,
+    *,
+    budget: float,
+    score: str = "activation",
+    law: str = "measured",
+    backend: str = "quanto",
+    group_size: int = 64,
+    ladder: Sequence[int] = LADDER,
+) -> dict[int, Quantizer]:
+    """The quantizers that `calibrate` chooses from, by bits; takes and raises what that does."""
+    one_of("calibrate kvq: score", score, SCORES)
+    one_of("calibrate kvq: law", law, LAWS)
+    one_of("calibrate kvq: backend", backend, BACKENDS)
+    for width in ladder:
+        whole_numbers("calibrate kvq", width=width)
+    check_budget(budget, ladder)
+    if score in TEXT_SCORES:
+        if tokens is None:
+            raise ValueError(f"calibrate kvq: score {score} is measured on a text; got none")
+        check_tokens(lm, tokens)
+    shape = LayerShape(num_kv_heads=lm.config.num_kv_heads, head_dim=lm.config.head_dim)
+    layers = {
+        bits: BACKENDS[backend](bits=bits, group_size=group_size, residual=0)(shape)
+        for bits in ladder
+    }
+    for layer in layers.values():
+        layer.check(shape)
+    return {bits: layer.key for bits, layer in layers.items()}
 
 
 def projections(lm: Any) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -179,14 +206,13 @@ def sensitivity(
 
 def check_tokens(lm: Any, tokens: np.ndarray) -> np.ndarray:
     """i32[tokens]; ValueError unless the model can read them at once."""
-    tokens = np.asarray(tokens)
-    longest = lm.config.max_positions
-    if tokens.ndim != 1 or not 2 <= tokens.size <= longest:
+    tokens, longest = token_ids(lm, tokens), lm.config.max_positions
+    if not 2 <= tokens.size <= longest:
         raise ValueError(
             f"calibrate: expected 2 to {longest} tokens, which {lm.name} can read at once; got "
-            f"shape {tokens.shape}"
+            f"{tokens.size}"
         )
-    return tokens.astype(np.int32)
+    return tokens
 
 
 @jax.tree_util.register_dataclass

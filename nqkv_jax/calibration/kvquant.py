@@ -31,6 +31,7 @@ import tqdm
 from nqkv_jax import codebooks
 from nqkv_jax.calibration import artifact
 from nqkv_jax.calibration.recorder import Recorder, loss_and_gradients, windows
+from nqkv_jax.checks import one_of, whole_numbers
 from nqkv_jax.quantizers.dense_sparse import slots_per_side, token_range
 
 KIND = "kvquant 1"
@@ -39,6 +40,7 @@ BITS = (2, 3, 4)
 SIDES = ("key", "value")
 VARIANTS = ("sparse", "full")  # ranges without the outliers, and of everything
 WEIGHTS = ("scaled_fisher", "fisher", "none")
+_LEAST = 32  # tokens: of fewer, nearly every number is the end of its channel's range
 BINS = 4096  # of the histograms; against all values the objective changes by 3e-5 of itself
 
 
@@ -91,24 +93,10 @@ def calibrate(
     Raises:
       ValueError: an argument is wrong, the text is too short, or FILE.partial is of another call.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"calibrate: weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
-    if not 0 < outliers < 0.5 or not 0 <= sinks < seqlen - 1:
-        raise ValueError(
-            "calibrate: expected 0 < outliers < 0.5 and 0 <= sinks < seqlen - 1; got "
-            f"outliers={outliers}, sinks={sinks}, seqlen={seqlen}"
-        )
     config = lm.config
-    if seqlen > config.max_positions:
-        raise ValueError(
-            f"calibrate: seqlen must be at most {config.max_positions}, the positions that "
-            f"{lm.name} has; got {seqlen}"
-        )
-    if isinstance(text, str):
-        if lm.tokenizer is None:
-            raise ValueError(f"calibrate: {lm.name} came without a tokenizer; give token ids")
-        text = lm.tokenizer.encode(text, add_special_tokens=False)
-    texts = windows(text, samples, seqlen)
+    texts = check(
+        lm, text, samples=samples, seqlen=seqlen, outliers=outliers, sinks=sinks, weights=weights
+    )
     setting = dict(
         model=lm.name, fingerprint=artifact.fingerprint(lm.params), num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, outliers=outliers, sinks=sinks,
@@ -131,6 +119,33 @@ def calibrate(
     artifact.save(out, KIND, _results(statistics, setting), setting)
     partial.unlink()
     return statistics
+
+
+def check(
+    lm: Any,
+    text: str | Sequence[int],
+    *,
+    samples: int,
+    seqlen: int,
+    outliers: float = 0.01,
+    sinks: int = 1,
+    weights: str = "scaled_fisher",
+) -> np.ndarray:
+    """The windows i32[samples, seqlen] that `calibrate` reads; takes and raises what that does."""
+    one_of("calibrate: weights", weights, WEIGHTS)
+    whole_numbers("calibrate", samples=samples, seqlen=seqlen, sinks=sinks)
+    if not 0 < outliers < 0.5 or not 0 <= sinks < seqlen - 1:
+        raise ValueError(
+            "calibrate: expected 0 < outliers < 0.5 and 0 <= sinks < seqlen - 1; got "
+            f"outliers={outliers}, sinks={sinks}, seqlen={seqlen}"
+        )
+    texts = windows(lm, text, samples, seqlen)
+    if samples * (seqlen - sinks) < _LEAST:
+        raise ValueError(
+            f"calibrate: expected at least {_LEAST} tokens in all windows, without their sinks; "
+            f"got {samples * (seqlen - sinks)}"
+        )
+    return texts
 
 
 def _begin(partial: pathlib.Path, setting: Mapping) -> Statistics:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nqkv_jax.checks import whole_numbers
 from nqkv_jax.partial import attend_new
 from nqkv_jax.stand_in import StandIn
 
@@ -132,20 +133,55 @@ def mean_cross_entropy(
     return jnp.sum(jax.lax.map(block, jnp.arange(count) * width)) / size
 
 
-def windows(tokens: Sequence[int], samples: int, seqlen: int) -> np.ndarray:
+def token_ids(lm: Any, text: str | Sequence[int]) -> np.ndarray:
+    """i32[tokens] of a string, without special tokens, or of ids.
+
+    Raises: ValueError: there is no tokenizer, or ids are no whole numbers of the vocabulary.
+    """
+    if isinstance(text, str):
+        if lm.tokenizer is None:
+            raise ValueError(f"calibrate: {lm.name} came without a tokenizer; give token ids")
+        text = lm.tokenizer.encode(text, add_special_tokens=False)
+    tokens, vocabulary = np.asarray(text), lm.config.vocab_size
+    if not tokens.size:
+        return np.zeros(0, np.int32)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"calibrate: expected a text or token ids [tokens]; got {tokens.dtype} of shape "
+            f"{tokens.shape}"
+        )
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(
+            f"calibrate: token ids must be in [0, {vocabulary}), the vocabulary of {lm.name}; got "
+            f"{tokens.min()} to {tokens.max()}"
+        )
+    return tokens.astype(np.int32)
+
+
+def windows(lm: Any, text: str | Sequence[int], samples: int, seqlen: int) -> np.ndarray:
     """i32[samples, seqlen]: stretches of a text, spread evenly over it.
 
-    Raises: ValueError if a size is not positive, or the text is shorter than the windows together.
+    Args:  text: a string, encoded without special tokens; or token ids.
+
+    Raises: ValueError if a size is not positive or more than the model has positions for, the text
+      is shorter than the windows together, or its ids are wrong.
     """
-    tokens = np.asarray(tokens, np.int32)
+    whole_numbers("calibrate", samples=samples, seqlen=seqlen)
     if samples < 1 or seqlen < 2:
         raise ValueError(
-            f"calibration: expected samples >= 1 and seqlen >= 2; got {samples} and {seqlen}"
+            f"calibrate: expected samples >= 1 and seqlen >= 2; got {samples} and {seqlen}"
         )
+    if seqlen > lm.config.max_positions:
+        raise ValueError(
+            f"calibrate: seqlen must be at most {lm.config.max_positions}, the positions that "
+            f"{lm.name} has; got {seqlen}"
+        )
+    tokens = token_ids(lm, text)
     if tokens.size < samples * seqlen:
         raise ValueError(
-            f"calibration: {samples} windows of {seqlen} tokens need {samples * seqlen:,} tokens "
-            f"of text; got {tokens.size:,}. Give a longer text, or fewer or shorter windows"
+            f"calibrate: samples={samples} of seqlen={seqlen} tokens each need "
+            f"{samples * seqlen:,} tokens of text; got {tokens.size:,}. Give a longer text, or "
+            "fewer or shorter windows"
         )
     starts = np.linspace(0, tokens.size - seqlen, samples).astype(np.int64)
     return np.stack([tokens[s : s + seqlen] for s in starts])

@@ -26,10 +26,10 @@ def run(args) -> None:
     import dataclasses
 
     from nqkv_jax import schemes
-    from nqkv_jax.analysis.errors import draw, scheme_errors
+    from nqkv_jax.analysis.errors import check, draw, scheme_errors
 
     names = [schemes.get(name) for name in args.scheme]
-    lm, tokens = analyze_input.read(args)
+    lm, tokens = analyze_input.read(args, lambda lm, tokens: check(lm, tokens, names))
     results = scheme_errors(lm, tokens, names, progress=args.progress)
     analyze_input.draw(args, lambda: draw(results, lm.name))
     if args.json:

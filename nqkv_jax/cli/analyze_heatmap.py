@@ -19,10 +19,14 @@ def add(subcommands) -> None:
 
 
 def run(args) -> None:
+    from nqkv_jax.analysis.activations import check_tokens
     from nqkv_jax.analysis.magnitudes import check_layers, draw, magnitudes
 
-    lm, tokens = analyze_input.read(args)
-    check_layers(args.layers, lm.config.num_layers)  # before the model reads the text
+    def check(lm, tokens):
+        check_layers(args.layers, lm.config.num_layers)
+        check_tokens(lm, tokens)
+
+    lm, tokens = analyze_input.read(args, check)
     layers = magnitudes(lm, tokens)
     analyze_input.draw(args, lambda: draw(layers, lm.name, args.layers))
     if args.json:
@@ -47,7 +51,7 @@ def run(args) -> None:
         for side in ("keys", "values"):
             found = layer[side]
             cells += [len(found.outlier_channels), f"{100 * found.outlier_energy:.0f} %",
-                      f"{found.first_over_median:.2f}"]  # fmt: skip
+                      terminal.figure(found.first_over_median)]  # fmt: skip
         rows.append((i, *cells))
     channels = layers[0]["keys"].absolute.shape[1]
     print(f"{lm.name}: {channels} channels, {tokens.size:,} tokens; keys before RoPE\n")

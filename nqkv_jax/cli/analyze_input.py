@@ -1,6 +1,8 @@
 """What all analyses ask for, and what they do with a figure."""
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from nqkv_jax.cli import options
 
@@ -21,22 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser, *, plot: bool = True) -> None
         )  # fmt: skip
 
 
-def read(args: argparse.Namespace):
-    """(language model, i32[tokens]); what is wrong with the arguments is said before it loads."""
-    import numpy as np
-
+def read(args: argparse.Namespace, check: Callable[[Any, Any], Any]):
+    """(language model, i32[tokens]); `check` gets both before the weights are read."""
     if getattr(args, "plot", None):
         from nqkv_jax.analysis import plots
 
         plots.check_path(args.plot)
-    if args.max_tokens < 2:
-        raise ValueError(f"--max-tokens must be at least 2; got {args.max_tokens}")
     text = options.read_text(args.text)
-    lm = options.load(args)
-    if lm.tokenizer is None:
-        raise ValueError(f"{lm.name} came without a tokenizer, which the text needs")
-    limit = min(args.max_tokens, lm.config.max_positions)
-    return lm, np.asarray(lm.tokenizer.encode(text, add_special_tokens=False)[:limit], np.int32)
+    tokens = lambda lm: options.first_tokens(lm, text, args.max_tokens)
+    lm = options.load(args, lambda lm: check(lm, tokens(lm)))
+    return lm, tokens(lm)
 
 
 def draw(args: argparse.Namespace, drawing) -> None:

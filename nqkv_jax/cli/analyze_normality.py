@@ -29,12 +29,11 @@ def add(subcommands) -> None:
 def run(args) -> None:
     import dataclasses
 
-    from nqkv_jax.analysis.normality import VIEWS, draw, normality
+    from nqkv_jax.analysis.normality import VIEWS, check, draw, normality
 
-    lm, tokens = analyze_input.read(args)
-    layers = normality(
-        lm, tokens, block_size=args.block_size, stretch=args.stretch, progress=args.progress
-    )
+    sizes = dict(block_size=args.block_size, stretch=args.stretch)
+    lm, tokens = analyze_input.read(args, lambda lm, tokens: check(lm, tokens, **sizes))
+    layers = normality(lm, tokens, progress=args.progress, **sizes)
     analyze_input.draw(args, lambda: draw(layers, lm.name))
     if args.json:
         entries = [
@@ -49,7 +48,7 @@ def run(args) -> None:
         ]
         terminal.print_json(dict(model=lm.name, tokens=tokens.size, layers=entries))
         return
-    first = layers[0]["keys"]
+    first, show = layers[0]["keys"], terminal.figure
     for side in layers[0]:
         name = {"keys": "keys before RoPE", "rotated_keys": "keys after RoPE"}.get(side, side)
         if "rotated_keys" not in layers[0]:
@@ -58,7 +57,7 @@ def run(args) -> None:
             f"{name}, {tokens.size:,} tokens: % of blocks that pass (skewness, excess kurtosis)\n"
         )
         rows = [
-            [i, *(f"{100 * s.passing:.1f} ({s.skewness:.2f}, {s.excess_kurtosis:.2f})"
+            [i, *(f"{100 * s.passing:.1f} ({show(s.skewness)}, {show(s.excess_kurtosis)})"
                   for s in (layer[side][view] for view in VIEWS))]
             for i, layer in enumerate(layers)
         ]  # fmt: skip

@@ -24,12 +24,19 @@ def run(args) -> None:
 
     from nqkv_jax import schemes
     from nqkv_jax.analysis import plots, report
+    from nqkv_jax.analysis.errors import check as check_errors
+    from nqkv_jax.analysis.normality import check as check_normality
 
-    names = [str(schemes.get(name)) for name in args.scheme]
+    names = [schemes.get(name) for name in args.scheme]
     plots.new_figure(1, 1)  # what fails in the end should have failed at once
     if pathlib.Path(args.out).expanduser().is_file():
         raise ValueError(f"--out must be a folder; {args.out} is a file")
-    lm, tokens = analyze_input.read(args)
+
+    def check(lm, tokens):
+        check_normality(lm, tokens)
+        check_errors(lm, tokens, names)
+
+    lm, tokens = analyze_input.read(args, check)
     path = report.write(lm, tokens, args.out, names=names, progress=args.progress)
     if args.json:
         terminal.print_json(

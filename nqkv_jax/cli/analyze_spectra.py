@@ -1,6 +1,9 @@
 """`nqkv analyze spectra`: norms and singular values of keys, values and their projections."""
 
+import math
+
 from nqkv_jax.cli import analyze_input, options, terminal
+from nqkv_jax.words import counted
 
 
 def add(subcommands) -> None:
@@ -16,9 +19,10 @@ def add(subcommands) -> None:
 
 
 def run(args) -> None:
+    from nqkv_jax.analysis.activations import check_tokens
     from nqkv_jax.analysis.spectra import MATRICES, draw, spectra
 
-    lm, tokens = analyze_input.read(args)
+    lm, tokens = analyze_input.read(args, check_tokens)
     layers = spectra(lm, tokens, progress=args.progress)
     analyze_input.draw(args, lambda: draw(layers, lm.name))
     if args.json:
@@ -43,12 +47,12 @@ def run(args) -> None:
     for i, layer in enumerate(layers):
         found = [getattr(layer, matrix) for matrix in MATRICES]
         w_k, w_v, k, v = (f"{s.frobenius:.3g} ({s.spectral:.3g})" for s in found)
-        ratio = lambda a, b: f"{a.frobenius / b.frobenius:.2f}"
+        ratio = lambda a, b: terminal.figure(a.frobenius / b.frobenius if b.frobenius else math.nan)
         rows.append((i, w_k, w_v, ratio(*found[:2]), k, v, ratio(*found[2:])))
     print(terminal.table(("layer", "W_K", "W_V", "K/V", "K", "V", "K/V"), rows))
     more = sum(s.key_weight.frobenius > s.value_weight.frobenius for s in layers)
     larger = sum(s.keys.frobenius > s.values.frobenius for s in layers)
     print(
-        f"\n||W_K|| > ||W_V|| in {more} of {len(layers)} layers, "
+        f"\n||W_K|| > ||W_V|| in {more} of {counted(len(layers), 'layer')}, "
         f"||K|| > ||V|| in {larger} of {len(layers)}."
     )

@@ -1,6 +1,7 @@
 """`nqkv bench cache`: what a cache is worth, and what quantizing it costs or saves."""
 
 from nqkv_jax.cli import options, terminal
+from nqkv_jax.words import counted
 
 
 def add(commands) -> None:
@@ -41,19 +42,24 @@ def run(args) -> None:
     import jax.numpy as jnp
 
     from nqkv_jax import schemes
-    from nqkv_jax.evaluation.throughput import NO_CACHE, cache_timings
+    from nqkv_jax.evaluation.throughput import NO_CACHE, cache_timings, check_timings
+    from nqkv_jax.pallas_kernels import decode_attention
 
     scheme = schemes.get(args.scheme)
-    lm = options.load(args)
+    decode_attention.check_backend(args.implementation)
+    sizes = dict(lengths=args.lengths, batch=args.batch, steps=args.steps, repeats=args.repeats)
+
+    def check(lm):
+        check_timings(lm, **sizes)
+        options.check_fit(lm, [scheme])
+
+    lm = options.load(args, check)
     own = jnp.dtype(lm.dtype).name
-    caches = [("none", name) for name in dict.fromkeys(("bfloat16", own))] + [(scheme, own)]
+    caches = list(dict.fromkeys([("none", "bfloat16"), ("none", own), (str(scheme), own)]))
     timings = cache_timings(
         lm,
         caches,
-        lengths=args.lengths,
-        batch=args.batch,
-        steps=args.steps,
-        repeats=args.repeats,
+        **sizes,
         implementation=args.implementation,
         progress=args.progress,
     )
@@ -98,7 +104,7 @@ def run(args) -> None:
         return
     _show(
         machine,
-        [(NO_CACHE, ""), *((str(s), d) for s, d in caches)],
+        [(NO_CACHE, ""), *caches],
         found,
         lengths,
         ratios,
@@ -149,7 +155,7 @@ def _show(machine, variants, found, lengths, ratios, scheme, columns) -> None:
             columns=columns,
         )
     )
-    print(f"\nCache for {last:,} tokens\n")
+    print(f"\nCache for {counted(last, 'token')}\n")
     print(
         terminal.bars(
             [
@@ -165,9 +171,9 @@ def _show(machine, variants, found, lengths, ratios, scheme, columns) -> None:
     }
     print()
     for other, where in lost.items():
-        at = ", ".join(f"{n:,}" for n in where)
+        at = ", ".join(f"{n:,}" for n in where[:-1]) + ", " * (len(where) > 1)
         print(
-            f"{scheme} is slower than {other} at {at} tokens."
+            f"{scheme} is slower than {other} at {at}{counted(where[-1], 'token')}."
             if where
             else f"{scheme} is never slower than {other} here."
         )

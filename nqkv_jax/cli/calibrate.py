@@ -1,6 +1,7 @@
 """`nqkv calibrate`: what some schemes must learn about a model first."""
 
 from nqkv_jax.cli import calibrate_commvq, calibrate_kvq, options, terminal
+from nqkv_jax.words import counted
 
 WEIGHTS = ("scaled_fisher", "fisher", "none")
 
@@ -52,24 +53,29 @@ def run_kvquant(args) -> None:
     import pathlib
     import time
 
-    from nqkv_jax.calibration.kvquant import calibrate
+    from nqkv_jax import schemes
+    from nqkv_jax.calibration.kvquant import calibrate, check
 
+    options.check_out(args.out, "kvquant", "calibration")
     text = options.read_text(args.text)
-    lm = options.load(args)
+    names = ("samples", "seqlen", "outliers", "sinks", "weights")
+    asked = {name: getattr(args, name) for name in names}
+    lm = options.load(args, lambda lm: check(lm, text, **asked))
     begin = time.perf_counter()
-    calibrate(
-        lm, text, out=args.out, samples=args.samples, seqlen=args.seqlen, outliers=args.outliers,
-        sinks=args.sinks, weights=args.weights, progress=args.progress,
-    )  # fmt: skip
+    calibrate(lm, text, out=args.out, progress=args.progress, **asked)
     took = time.perf_counter() - begin
     size = pathlib.Path(args.out).expanduser().stat().st_size
-    scheme = f"kvquant:calibration={args.out}"
+    # What the scheme must know of this calibration, too.
+    scheme = str(
+        schemes.get("kvquant", outliers=args.outliers, sinks=args.sinks, calibration=args.out)
+    )
     if args.json:
         terminal.print_json(
             dict(model=lm.name, out=args.out, bytes=size, scheme=scheme, seconds=took)
         )
         return
     print(
-        f"{lm.name}: {args.samples} windows of {args.seqlen:,} tokens in {terminal.seconds(took)}; "
-        f"wrote {args.out} ({size:,} bytes)\n\nuse it as --scheme {scheme}"
+        f"{lm.name}: {counted(args.samples, 'window')} of {args.seqlen:,} tokens in "
+        f"{terminal.seconds(took)}; wrote {args.out} ({size:,} bytes)\n\n"
+        f"use it as --scheme {scheme}"
     )

@@ -1,6 +1,7 @@
 """`nqkv calibrate commvq`: codebooks of every layer's keys and values."""
 
 from nqkv_jax.cli import options, terminal
+from nqkv_jax.words import counted
 
 
 def add(subcommands) -> None:
@@ -47,14 +48,16 @@ def run(args) -> None:
     import pathlib
     import time
 
-    from nqkv_jax.calibration.commvq import calibrate
+    from nqkv_jax.calibration.commvq import calibrate, check
 
+    options.check_out(args.out, "commvq", "calibration")
     text = options.read_text(args.text)
-    lm = options.load(args)
-    begin = time.perf_counter()
     names = ("bits", "levels", "samples", "seqlen", "key_steps", "temperature", "value_steps",
-             "batch", "learning_rate", "weight_decay", "attention", "seed", "progress")  # fmt: skip
-    found = calibrate(lm, text, out=args.out, **{name: getattr(args, name) for name in names})
+             "batch", "learning_rate", "weight_decay", "attention", "seed")  # fmt: skip
+    asked = {name: getattr(args, name) for name in names}
+    lm = options.load(args, lambda lm: check(lm, text, **asked))
+    begin = time.perf_counter()
+    found = calibrate(lm, text, out=args.out, progress=args.progress, **asked)
     took = time.perf_counter() - begin
     key_error, value_error = map(float, found["errors"].mean(axis=0))
     size = pathlib.Path(args.out).expanduser().stat().st_size
@@ -66,8 +69,9 @@ def run(args) -> None:
         )  # fmt: skip
         return
     print(
-        f"{lm.name}: {args.samples} windows of {args.seqlen:,} tokens in {terminal.seconds(took)}; "
-        f"wrote {args.out} ({size:,} bytes, {size // lm.config.num_layers:,} a layer, which caches "
-        f"hold beside their tokens)\nerror of this text, relative to its energy: keys "
-        f"{key_error:.4f}, values {value_error:.4f}\n\nuse it as --scheme {scheme}"
+        f"{lm.name}: {counted(args.samples, 'window')} of {args.seqlen:,} tokens in "
+        f"{terminal.seconds(took)}; wrote {args.out} ({size:,} bytes, "
+        f"{size // lm.config.num_layers:,} a layer, which caches hold beside their tokens)\n"
+        f"error of this text, relative to its energy: keys {key_error:.4f}, values "
+        f"{value_error:.4f}\n\nuse it as --scheme {scheme}"
     )

@@ -48,29 +48,26 @@ def add(subcommands) -> None:
 def run(args) -> None:
     import dataclasses
 
-    import numpy as np
-
     from nqkv_jax import schemes
-    from nqkv_jax.calibration.kvq import calibrate
+    from nqkv_jax.calibration.kvq import calibrate, check
     from nqkv_jax.plan import AbstractCaches
 
+    options.check_out(args.out, "kvq", "allocation")
     text = None
     if args.score in MAX_TOKENS:
         if args.text is None:
             raise ValueError(f"--score {args.score} is measured on a text; give --text FILE")
         text = options.read_text(args.text)
-    lm = options.load(args)
-    tokens = None
-    if text is not None:
-        if lm.tokenizer is None:
-            raise ValueError(f"{lm.name} came without a tokenizer; use --score weight_frobenius")
-        limit = min(args.max_tokens or MAX_TOKENS[args.score], lm.config.max_positions)
-        tokens = np.asarray(lm.tokenizer.encode(text, add_special_tokens=False)[:limit], np.int32)
-    allocation = calibrate(
-        lm, tokens, budget=args.budget, score=args.score, law=args.law, backend=args.backend,
-        group_size=args.group_size, progress=args.progress,
+    asked = dict(
+        budget=args.budget, score=args.score, law=args.law, backend=args.backend,
+        group_size=args.group_size,
         ladder=args.ladder or ((2, 3, 4) if args.backend == "nqkv" else (2, 3, 4, 8)),
     )  # fmt: skip
+    limit = MAX_TOKENS.get(args.score) if args.max_tokens is None else args.max_tokens
+    tokens_of = lambda lm: None if text is None else options.first_tokens(lm, text, limit)
+    lm = options.load(args, lambda lm: check(lm, tokens_of(lm), **asked))
+    tokens = tokens_of(lm)
+    allocation = calibrate(lm, tokens, progress=args.progress, **asked)
     allocation.save(args.out)
     scheme = schemes.get(
         "kvq", backend=args.backend, group_size=args.group_size, allocation=args.out
@@ -89,7 +86,9 @@ def run(args) -> None:
     print(
         f"\nmean {allocation.mean_bits:.3f} bits, {stored:.3f} stored with scales and zero points"
     )
-    if allocation.is_uniform:
+    if allocation.mean_bits in (min(asked["ladder"]), max(asked["ladder"])):
+        print("All layers got the same: the budget is at an end of the ladder.")
+    elif allocation.is_uniform:
         print(
             "All layers got the same: they differ by less than a step of the ladder. Another "
             "budget, or\na finer ladder, may tell them apart."

@@ -30,6 +30,7 @@ def run(args) -> None:
 
     from nqkv_jax.calibration import codebook
 
+    options.check_out(args.out)
     names = ("seed", "samples", "iterations", "steps", "batch", "learning_rate")
     settings = codebook.Settings(**{name: getattr(args, name) for name in names})
     begin = time.perf_counter()

@@ -1,10 +1,12 @@
 """`nqkv demo`: one model, two caches, side by side."""
 
 import importlib.resources
+import math
 import pathlib
 import statistics
 
 from nqkv_jax.cli import options, terminal
+from nqkv_jax.words import counted
 
 PROMPT = "Explain in a few sentences why the sky is blue."
 CACHE_DTYPE = "bfloat16"
@@ -46,16 +48,28 @@ def run(args) -> None:
 
     from nqkv_jax import schemes
     from nqkv_jax.analysis import plots
+    from nqkv_jax.models.requests import prepare
 
-    names = ["none", str(schemes.get(args.scheme))]
+    scheme = schemes.get(args.scheme)
+    names = ["none", str(scheme)]
     if args.plot:
         plots.check_path(args.plot)  # what fails after two minutes should have failed at once
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    if args.max_new_tokens < 2:
+        raise ValueError(
+            f"--max-new-tokens must be at least 2, as the first one is not timed; got "
+            f"{args.max_new_tokens}"
+        )
     say(f"Loading {args.model} ...")
-    lm = options.load(args)
+
+    def check(lm):
+        prepare(lm, **_request(lm, scheme, args))
+        options.check_fit(lm, [scheme], CACHE_DTYPE)
+
+    lm = options.load(args, check)
     entries = []
     for name in names:
         say(f"{_label(name)}: generating, then reading a passage ...")
@@ -67,7 +81,8 @@ def run(args) -> None:
     ]
     for entry, speed in zip(entries, zip(*speeds, strict=True), strict=True):
         entry["tokens_per_second"] = statistics.median(speed)
-        entry["speed_spread"] = (max(speed) - min(speed)) / statistics.median(speed)
+        # None, where the text ends with its first token.
+        entry["speed_spread"] = (max(speed) - min(speed)) / (statistics.median(speed) or 1)
     if args.plot:
         say(f"Drawn into {args.plot}, data in {_plot(entries, args.plot)}")
     if args.json:
@@ -119,20 +134,23 @@ def _label(scheme: str) -> str:
     return "bf16 cache" if scheme == "none" else f"{scheme} cache"
 
 
-def _generate(lm, scheme: str, args):
-    from nqkv_jax.models import generate
-
+def _request(lm, scheme, args) -> dict:
+    """The arguments of `generate`."""
+    if lm.tokenizer is None:
+        raise ValueError(f"{lm.name} came without a tokenizer, which the texts need")
     prompt, template = args.prompt or PROMPT, lm.tokenizer.chat_template
     if template:
         prompt = lm.tokenizer.chat([{"role": "user", "content": prompt}])
-    return generate(
-        lm,
-        [prompt],
-        scheme=scheme,
-        max_new_tokens=args.max_new_tokens,
-        cache_dtype=CACHE_DTYPE,
-        add_special_tokens=not template,
-    )
+    return dict(
+        prompts=[prompt], scheme=scheme, max_new_tokens=args.max_new_tokens,
+        cache_dtype=CACHE_DTYPE, add_special_tokens=not template,
+    )  # fmt: skip
+
+
+def _generate(lm, scheme: str, args):
+    from nqkv_jax.models import generate
+
+    return generate(lm, **_request(lm, scheme, args))
 
 
 def _measure(lm, scheme: str, args) -> dict:
@@ -160,8 +178,9 @@ def _show(lm, entries: list[dict], prompt: str, columns: int) -> None:
     full, coded = entries
     config = lm.config
     print(
-        f"\n{lm.name}: {config.num_layers} layers, {config.num_kv_heads} KV heads x "
-        f"{config.head_dim}; weights and arithmetic in {jnp.dtype(lm.dtype).name}\n"
+        f"\n{lm.name}: {counted(config.num_layers, 'layer')}, "
+        f"{counted(config.num_kv_heads, 'KV head')} x {config.head_dim}; weights and arithmetic in "
+        f"{jnp.dtype(lm.dtype).name}\n"
     )
     print(f"> {prompt}\n")
     print(
@@ -185,7 +204,7 @@ def _show(lm, entries: list[dict], prompt: str, columns: int) -> None:
         )
     smaller = full["bytes_per_token"] / coded["bytes_per_token"]
     change = coded["perplexity"] / full["perplexity"] - 1
-    speed = coded["tokens_per_second"] / full["tokens_per_second"]
+    speed = coded["tokens_per_second"] / (full["tokens_per_second"] or math.nan)
     print(
         f"\n{coded['scheme']} stores a token in {1 / smaller:.0%} of the bytes ({smaller:.1f} x "
         f"smaller), at {change:+.1%} perplexity and {speed:.2f} x the speed."

@@ -4,6 +4,7 @@ import functools
 import pathlib
 
 from nqkv_jax.cli import measures
+from nqkv_jax.words import counted
 
 _TASK = "the task, JSON lines"
 
@@ -33,9 +34,10 @@ def add(subcommands) -> None:
 
 def run_choice(args) -> None:
     from nqkv_jax.evaluation import multiple_choice
+    from nqkv_jax.evaluation.choice import choice_pairs
 
     _run(
-        args, multiple_choice,
+        args, multiple_choice, choice_pairs,
         acc=lambda r: measures.percent(r.accuracy, r.accuracy_error),
         interval=lambda r: measures.interval(r.accuracy_interval),
         acc_norm=lambda r: measures.percent(r.accuracy_norm, r.accuracy_norm_error),
@@ -45,9 +47,10 @@ def run_choice(args) -> None:
 
 def run_lambada(args) -> None:
     from nqkv_jax.evaluation import last_word
+    from nqkv_jax.evaluation.choice import word_pairs
 
     _run(
-        args, last_word,
+        args, last_word, word_pairs,
         accuracy=lambda r: measures.percent(r.accuracy, r.accuracy_error),
         interval=lambda r: measures.interval(r.accuracy_interval),
         perplexity=lambda r: f"{r.perplexity:.2f}",
@@ -55,17 +58,19 @@ def run_lambada(args) -> None:
     )  # fmt: skip
 
 
-def _run(args, function, **cells) -> None:
+def _run(args, function, check, **cells) -> None:
     from nqkv_jax.evaluation.choice import read_items
 
     items = read_items(args.task, args.limit)
-    _, results = measures.measure(args, functools.partial(function, items=items))
+    results = measures.measure(
+        args, functools.partial(function, items=items), lambda lm: check(lm, items)
+    )
     if args.json:
         return
     first = results[0]
     print(
-        f"{first.model} ({first.dtype}, cache {first.cache_dtype}): {first.items:,} items of "
-        f"{pathlib.Path(args.task).name}\n"
+        f"{first.model} ({first.dtype}, cache {first.cache_dtype}): "
+        f"{counted(first.items, 'item')} of {pathlib.Path(args.task).name}\n"
     )
     print(measures.columns(results, **cells))
     print("\nPer cent, with standard errors; intervals of 95 % confidence (Wilson).")

@@ -3,6 +3,7 @@
 import functools
 
 from nqkv_jax.cli import measures, options
+from nqkv_jax.words import counted
 
 
 def add(subcommands) -> None:
@@ -24,19 +25,25 @@ def add(subcommands) -> None:
 
 def run(args) -> None:
     from nqkv_jax.evaluation import drift
+    from nqkv_jax.evaluation.drift import prompts_of
     from nqkv_jax.models import generate
 
-    one = functools.partial(
-        drift, text=options.read_text(args.text), generate=generate, prompts=args.prompts,
-        prompt=args.prompt, length=args.length, buckets=args.buckets,
+    asked = dict(
+        text=options.read_text(args.text), prompts=args.prompts, prompt=args.prompt,
+        length=args.length, buckets=args.buckets,
     )  # fmt: skip
-    _, results = measures.measure(args, one)
+    results = measures.measure(
+        args,
+        functools.partial(drift, generate=generate, **asked),
+        lambda lm: prompts_of(lm, **asked),
+    )
     if args.json:
         return
     first = results[0]
     print(
-        f"{first.model} ({first.dtype}, cache {first.cache_dtype}): {first.prompts:,} prompts of "
-        f"{first.prompt:,} tokens, continued by up to {first.length:,}\n"
+        f"{first.model} ({first.dtype}, cache {first.cache_dtype}): "
+        f"{counted(first.prompts, 'prompt')} of {counted(first.prompt, 'token')}, continued by up "
+        f"to {first.length:,}\n"
     )
     ranges = {
         f"KL_at_{bucket.start}..{bucket.stop - 1}": (

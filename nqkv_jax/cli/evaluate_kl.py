@@ -20,11 +20,11 @@ def add(subcommands) -> None:
 def run(args) -> None:
     from nqkv_jax.evaluation import divergence
 
+    text = options.read_text(args.text)
     one = functools.partial(
-        divergence, text=options.read_text(args.text), window=args.window, stride=args.stride,
-        max_tokens=args.max_tokens,
-    )  # fmt: skip
-    _, results = measures.measure(args, one)
+        divergence, text=text, window=args.window, stride=args.stride, max_tokens=args.max_tokens
+    )
+    results = measures.measure(args, one, measures.check_windows("kl", text, args))
     if args.json:
         return
     print(measures.describe_windows(results[0], args.text))

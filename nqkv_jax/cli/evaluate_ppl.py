@@ -25,11 +25,12 @@ def add(subcommands) -> None:
 def run(args) -> None:
     from nqkv_jax.evaluation import perplexity
 
+    text = options.read_text(args.text)
     one = functools.partial(
-        perplexity, text=options.read_text(args.text), window=args.window, stride=args.stride,
-        max_tokens=args.max_tokens, through_cache=args.through_cache,
+        perplexity, text=text, window=args.window, stride=args.stride, max_tokens=args.max_tokens,
+        through_cache=args.through_cache,
     )  # fmt: skip
-    _, results = measures.measure(args, one)
+    results = measures.measure(args, one, measures.check_windows("perplexity", text, args))
     if args.json:
         return
     print(measures.describe_windows(results[0], args.text))

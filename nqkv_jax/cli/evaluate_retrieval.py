@@ -3,6 +3,7 @@
 import functools
 
 from nqkv_jax.cli import measures, terminal
+from nqkv_jax.words import counted
 
 # Name, what is asked; kept here too, so that --help imports nothing. A test compares.
 TASKS = {
@@ -40,25 +41,30 @@ def add(subcommands) -> None:
 
 def run(task: str, args) -> None:
     from nqkv_jax.evaluation import retrieval
+    from nqkv_jax.evaluation.retrieval import check
     from nqkv_jax.models import generate
 
     if args.plot:
         from nqkv_jax.analysis import plots
 
         plots.check_path(args.plot)  # what fails in the end should have failed at once
-    one = functools.partial(
-        retrieval, task=task, generate=generate, lengths=args.length, depths=args.depths,
-        samples=args.samples, seed=args.seed, prefill_chunk=args.prefill_chunk,
+    asked = dict(
+        task=task, lengths=args.length, depths=args.depths, samples=args.samples, seed=args.seed,
+        prefill_chunk=args.prefill_chunk,
     )  # fmt: skip
-    _, results = measures.measure(args, one)
+    results = measures.measure(
+        args,
+        functools.partial(retrieval, generate=generate, **asked),
+        lambda lm: check(lm, **asked),
+    )
     if args.plot:
         _plot(results, args.plot)
     if args.json:
         return
     first = results[0]
     print(
-        f"{first.model} ({first.dtype}, cache {first.cache_dtype}), {task}: {first.samples:,} "
-        f"texts, read {first.prefill_chunk} tokens at a time\n"
+        f"{first.model} ({first.dtype}, cache {first.cache_dtype}), {task}: "
+        f"{counted(first.samples, 'text')}, read {first.prefill_chunk} tokens at a time\n"
     )
     print(measures.columns(
         results,

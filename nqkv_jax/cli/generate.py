@@ -3,6 +3,7 @@
 import sys
 
 from nqkv_jax.cli import options, terminal
+from nqkv_jax.words import counted
 
 
 def add(commands) -> None:
@@ -71,27 +72,36 @@ def add(commands) -> None:
 def run(args) -> None:
     from nqkv_jax import schemes
     from nqkv_jax.models import Sampling, generate, stream
+    from nqkv_jax.models.requests import prepare
 
-    # What is wrong with the arguments should be said before minutes of loading.
     scheme = schemes.get(args.scheme)
     sampling = Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
     )  # fmt: skip
-    prompt = options.read_text(args.file) if args.file is not None else args.prompt
-    lm = options.load(args)
-    if lm.tokenizer is None:
-        raise ValueError(
-            f"{lm.name} came without a tokenizer, so there is no text to make. Put "
-            "its tokenizer.json into the folder"
-        )
-    if args.chat is not None:
-        prompt = lm.tokenizer.chat([{"role": "user", "content": args.chat}])
+    text = options.read_text(args.file) if args.file is not None else args.prompt
     settings = dict(
         scheme=scheme, max_new_tokens=args.max_new_tokens, max_len=args.max_len, sampling=sampling,
         seed=args.seed, stop=args.stop, cache_dtype=args.cache_dtype,
         implementation=args.implementation, add_special_tokens=args.chat is None,
     )  # fmt: skip
+
+    def prompt_of(lm) -> str:
+        if lm.tokenizer is None:
+            raise ValueError(
+                f"{lm.name} came without a tokenizer, so there is no text to make. Put "
+                "its tokenizer.json into the folder"
+            )
+        if args.chat is None:
+            return text
+        return lm.tokenizer.chat([{"role": "user", "content": args.chat}])
+
+    def check(lm):
+        prepare(lm, [prompt_of(lm)], num_samples=args.num_samples, **settings)
+        options.check_fit(lm, [scheme], args.cache_dtype)
+
+    lm = options.load(args, check)
+    prompt = prompt_of(lm)
     if args.json or args.num_samples != 1:
         result = generate(lm, [prompt], num_samples=args.num_samples, **settings)
         if args.json:
@@ -136,9 +146,12 @@ def summary(result) -> str:
     bits = f"{result.stored_bits:.4g} bits per encoded element"
     if not result.stored_bits:
         bits = "all of it still in full precision"
+    speed = f"{result.tokens_per_second:.1f} tokens/s"
+    if not result.tokens_per_second:
+        speed = "no decoding"
     return (
-        f"[{result.scheme}: {sum(map(len, result.tokens))} tokens, "
-        f"{result.tokens_per_second:.1f} tokens/s (+ {result.prefill_seconds:.1f} s for the "
-        f"prompt, {result.compile_seconds:.1f} s compiling), cache "
+        f"[{result.scheme}: {counted(sum(map(len, result.tokens)), 'token')}, {speed} (+ "
+        f"{result.prefill_seconds:.1f} s for the prompt, {result.compile_seconds:.1f} s "
+        "compiling), cache "
         f"{format_size(result.cache_bytes)}, {bits}]"
     )

@@ -56,6 +56,7 @@ def run(args) -> None:
     import json
     import pathlib
 
+    from nqkv_jax import schemes
     from nqkv_jax.analysis import plots
     from nqkv_jax.cli import terminal
     from nqkv_jax.evaluation import leaderboard as boards
@@ -63,6 +64,8 @@ def run(args) -> None:
     from nqkv_jax.models import from_pretrained, generate
 
     out = pathlib.Path(args.out).expanduser()
+    if out.is_file():
+        raise ValueError(f"--out must be a folder; {args.out} is a file")
     out.mkdir(parents=True, exist_ok=True)
     plots.check_path(out / "leaderboard.png")  # what fails in the end should have failed at once
     every = [n for g in args.schemes for n in (boards.variants() if g == ALL else [g])]
@@ -70,18 +73,32 @@ def run(args) -> None:
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1; got {args.workers}")
     # Only to see what is wrong with them: the calibrations are made later.
-    boards.resolve([name for name in every if "{" not in name], {})
+    boards.resolve(every, dict.fromkeys(boards.CALIBRATIONS, ""))
+    if args.calibration_text is None and not boards.resolve(every, {})[0]:
+        raise ValueError("--schemes: all of them need calibrations; give --calibration-text FILE")
     text = demo.passage() if args.text is None else options.read_text(args.text)
     other = None if args.calibration_text is None else options.read_text(args.calibration_text)
     settings = boards.Settings(
         window=args.window, max_tokens=args.max_tokens, passkey_length=args.passkey_length,
         passkey_samples=args.passkey_samples, repeats=args.repeats,
     )  # fmt: skip
-    lm = options.load(args)
+    windows = dict(samples=args.calibration_samples, seqlen=args.calibration_window)
+    if other is None:
+        wanted = set()
+    elif wanted:
+        schemes.check_text("leaderboard", "out", str(out))
+
+    def check(lm):
+        boards.check(lm, text, settings)
+        if ALL not in args.schemes:
+            options.check_fit(lm, boards.resolve(every, {})[0].values())
+        if wanted:
+            boards.check_calibrations(lm, other, wanted, **windows)
+
+    lm = options.load(args, check)
     calibrate = functools.partial(
-        boards.calibrations, text=other, folder=out / "calibration",
-        samples=args.calibration_samples, seqlen=args.calibration_window,
-    )  # fmt: skip
+        boards.calibrations, text=other, folder=out / "calibration", **windows
+    )
     measure = functools.partial(
         boards.quality, text=text, generate=generate, folder=out, settings=settings
     )
@@ -102,8 +119,6 @@ def run(args) -> None:
         return {label: functools.partial(measure, scheme=str(s)) for label, s in entries.items()}
 
     entries, missing = resolved({})
-    if other is None:
-        wanted = set()
     if args.workers > 1:
         # The longest first.
         tasks = {

@@ -8,12 +8,19 @@ importing this module registers ours. Options of the scheme stand beside it, as 
 arguments.
 """
 
+import sys
 from typing import Any
 
-from lm_eval.api.registry import register_model
+try:
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    needed = f'the harness needs the package lm-eval: pip install "nqkv-jax[lm-eval]" ({error})'
+    if __name__ == "__main__":
+        sys.exit(f"nqkv: error: {needed}")
+    raise ImportError(needed) from error
 
 from nqkv_jax import schemes
-from nqkv_jax.evaluation.lm_eval import HarnessLM
+from nqkv_jax.evaluation.lm_eval import HarnessLM, check_sizes
 from nqkv_jax.models import from_pretrained, generate
 
 
@@ -43,7 +50,9 @@ class NqkvLM(HarnessLM):
         device: str | None = None,
         **options: Any,
     ):
-        chosen = schemes.get(scheme, **options)  # before minutes of loading
+        # Before minutes of loading.
+        chosen = schemes.get(scheme, **options)
+        check_sizes(batch_size, max_gen_toks)
         lm = from_pretrained(pretrained, dtype=dtype)
         super().__init__(
             lm, generate, scheme=chosen, cache_dtype=cache_dtype, batch_size=batch_size,

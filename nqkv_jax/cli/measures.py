@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nqkv_jax.cli import options, terminal
+from nqkv_jax.words import counted
 
 
 def add(measures, name: str, summary: str, example: str, notes: str) -> argparse.ArgumentParser:
@@ -42,36 +43,51 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(args: argparse.Namespace, one: Callable[..., Any]) -> tuple[Any, list[Any]]:
+def check_windows(what: str, text: str, args: argparse.Namespace) -> Callable[[Any], Any]:
+    """What `measure` calls for a measure over the windows of a text."""
+    from nqkv_jax.evaluation.windows import windows
+
+    sizes = dict(size=args.window, stride=args.stride, max_tokens=args.max_tokens)
+    return lambda lm: windows(what, lm, text, **sizes)
+
+
+def measure(
+    args: argparse.Namespace, one: Callable[..., Any], check: Callable[[Any], Any]
+) -> list[Any]:
     """Runs `one(lm, scheme=..., cache_dtype=..., progress=..., resume=...)` for every scheme.
 
-    With --json, prints each result as it comes.
+    `check` is called with the model before its weights are read. With --json, prints each result as
+    it comes.
 
-    Returns: the model, and the results, which are dataclasses.
+    Returns: the results, which are dataclasses.
     """
     import dataclasses
 
     from nqkv_jax import schemes
 
-    # What is wrong with the arguments should be said before minutes of loading.
-    names = [str(schemes.get(name)) for name in args.scheme]
-    lm = options.load(args)
+    found = [schemes.get(name) for name in args.scheme]
+    paths = [_resume_path(args.resume, str(scheme), len(found)) for scheme in found]
+    lm = options.load(args, lambda lm: (options.check_fit(lm, found, args.cache_dtype), check(lm)))
     results = []
-    for name in names:
+    for scheme, path in zip(found, paths, strict=True):
         result = one(
-            lm, scheme=name, cache_dtype=args.cache_dtype, progress=args.progress,
-            resume=_resume_path(args.resume, name, len(names)),
+            lm, scheme=str(scheme), cache_dtype=args.cache_dtype, progress=args.progress,
+            resume=path,
         )  # fmt: skip
         results.append(result)
         if args.json:
             terminal.print_json(dataclasses.asdict(result))
-    return lm, results
+    return results
 
 
 def _resume_path(path: str | None, scheme: str, count: int) -> pathlib.Path | None:
-    if path is None or count == 1:
-        return None if path is None else pathlib.Path(path)
-    path = pathlib.Path(path)
+    if path is None:
+        return None
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--resume must be a file, in a folder that exists; got {path}")
+    if count == 1:
+        return path
     return path.with_name(f"{path.stem}.{file_name(scheme)}{path.suffix}")
 
 
@@ -84,9 +100,9 @@ def describe_windows(result: Any, text: str) -> str:
     """What a result over the windows of a text is about."""
     stride = f", stride {result.stride:,}" if result.stride != result.window else ""
     return (
-        f"{result.model} ({result.dtype}, cache {result.cache_dtype}): {result.tokens:,} tokens of "
-        f"{pathlib.Path(text).name} scored in {result.windows:,} windows of {result.window:,}"
-        f"{stride}\n"
+        f"{result.model} ({result.dtype}, cache {result.cache_dtype}): "
+        f"{counted(result.tokens, 'token')} of {pathlib.Path(text).name} scored in "
+        f"{counted(result.windows, 'window')} of {result.window:,}{stride}\n"
     )
 
 

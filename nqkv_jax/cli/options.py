@@ -1,9 +1,12 @@
 """Arguments that several commands share, and what they stand for."""
 
 import argparse
+import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("auto", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
@@ -62,11 +65,40 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace):
-    """The language model that `add_model` asked for."""
+def load(args: argparse.Namespace, check: Callable[[Any], Any]):
+    """The language model that `add_model` asked for.
+
+    `check` gets it first without its weights, to say what is wrong before minutes of reading them.
+    """
     from nqkv_jax.models import from_pretrained
 
-    return from_pretrained(args.model, dtype=args.dtype, progress=args.progress is not False)
+    return from_pretrained(
+        args.model, dtype=args.dtype, progress=args.progress is not False, check=check
+    )
+
+
+def check_fit(lm: Any, found: Sequence[Any], cache_dtype: Any = None) -> None:
+    """Raises ValueError unless all of the schemes fit a model, of which only sizes are read."""
+    from nqkv_jax.plan import AbstractCaches
+
+    for scheme in found:
+        AbstractCaches(lm.config, scheme, cache_dtype or lm.dtype)(batch=1, max_len=1)
+
+
+def check_out(path: str, scheme: str | None = None, option: str = "") -> None:
+    """Raises ValueError unless `path` can be written to, and named as this option of a scheme."""
+    if scheme is not None:
+        from nqkv_jax import schemes
+
+        schemes.check_text(scheme, option, path)
+    file = pathlib.Path(path).expanduser()
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--out must be a file, an old or a new one; {path} is something else")
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"--out must be in a folder that can be written to; got {path}, and {folder} is none"
+        )
 
 
 def config_of(name: str):
@@ -128,6 +160,21 @@ def _read_json(path: pathlib.Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
     return value
+
+
+def first_tokens(lm: Any, text: str, limit: int):
+    """i32[tokens], of a text as many as --max-tokens allows, and as the model has positions for.
+
+    Raises: ValueError: `limit` is too small, or there is no tokenizer.
+    """
+    import numpy as np
+
+    if limit < 2:
+        raise ValueError(f"--max-tokens must be at least 2; got {limit}")
+    if lm.tokenizer is None:
+        raise ValueError(f"{lm.name} came without a tokenizer, which the text needs")
+    limit = min(limit, lm.config.max_positions)
+    return np.asarray(lm.tokenizer.encode(text, add_special_tokens=False)[:limit], np.int32)
 
 
 def read_text(path: str) -> str:

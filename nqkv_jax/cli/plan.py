@@ -1,6 +1,7 @@
 """`nqkv plan`: what fits into a memory."""
 
 from nqkv_jax.cli import options, terminal
+from nqkv_jax.words import counted
 
 
 def add(commands) -> None:
@@ -65,14 +66,17 @@ def run(args) -> None:
 
     from nqkv_jax import schemes
     from nqkv_jax.models import families
-    from nqkv_jax.plan import format_size, parse_size, plan
+    from nqkv_jax.plan import cache_budget, format_size, parse_size, plan
 
     memory = parse_size(args.memory)
     reserve = parse_size(args.reserve) if args.reserve else 0
+    weights = parse_size(args.weights) if args.weights else 0
+    # What can be said without a configuration, which may come from the hub, and without schemes.
+    cache_budget(memory, weights, reserve, args.context or (), args.batch)
+    for name in args.scheme or ():
+        schemes.get(name)
     config = options.config_of(args.model)
-    if args.weights:
-        weights = parse_size(args.weights)
-    else:
+    if not args.weights:
         weights = families.num_params(config) * jnp.dtype(args.weights_dtype).itemsize
     # Of the list of all, those that do not fit this model (or want a calibration) are left out.
     problems = {} if args.scheme else _problems(config)
@@ -92,8 +96,9 @@ def run(args) -> None:
     stored = "given" if args.weights else args.weights_dtype
     reserved = f" - reserve {format_size(reserve)}" if reserve else ""
     print(
-        f"{args.model}: {config.num_layers} layers x 2 x {config.num_kv_heads} KV heads x "
-        f"{config.head_dim}; trained for {limit:,} positions"
+        f"{args.model}: {counted(config.num_layers, 'layer')} x 2 x "
+        f"{counted(config.num_kv_heads, 'KV head')} x {config.head_dim}; trained for {limit:,} "
+        "positions"
     )
     print(
         f"memory {format_size(memory)} - weights {format_size(weights)} ({stored}){reserved} = "

@@ -1,6 +1,7 @@
 """`nqkv schemes`: what exists, and what it stores."""
 
 from nqkv_jax.cli import options, terminal
+from nqkv_jax.words import counted
 
 
 def add(commands) -> None:
@@ -45,6 +46,7 @@ def run(args) -> None:
             effective_bits=None,
             problem=None,
             options=schemes.defaults(scheme.name) | dict(scheme.options),
+            choices=schemes.choices(scheme.name),
         )
         try:
             caches = AbstractCaches(shape, scheme)
@@ -59,8 +61,8 @@ def run(args) -> None:
         )
         return
     print(
-        f"Bits per element for {args.heads} KV heads x {args.head_dim}, bfloat16; effective bits "
-        f"of a cache for {args.context:,} tokens.\n"
+        f"Bits per element for {counted(args.heads, 'KV head')} x {args.head_dim}, bfloat16; "
+        f"effective bits of a cache for {counted(args.context, 'token')}.\n"
     )
     show = lambda bits: "-" if bits is None else f"{bits:.4f}"
     rows = [
@@ -71,5 +73,10 @@ def run(args) -> None:
     for entry in found:
         listed = ",".join(f"{k}={v}" for k, v in entry["options"].items())
         print(f"  {entry['name'].partition(':')[0]}{':' if listed else ''}{listed}")
+        if args.schemes:
+            for option, valid in entry["choices"].items():
+                print(f"    {option}: one of {', '.join(map(str, valid))}")
         if entry["problem"]:
             print(f"    no bits: {entry['problem']}")
+    if not args.schemes:
+        print("\nnqkv schemes NAME says which values an option takes, where they are a few.")

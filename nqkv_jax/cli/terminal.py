@@ -111,6 +111,11 @@ def side_by_side(left: tuple[str, str], right: tuple[str, str], *, columns: int)
     return "\n".join(lines)
 
 
+def figure(value: float) -> str:
+    """Two digits after the point; "-" for NaN, where there is nothing to measure."""
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
 def seconds(value: float) -> str:
     """0.0123 -> "12.3 ms"."""
     if value >= 1:

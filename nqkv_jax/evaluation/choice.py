@@ -27,7 +27,12 @@ from typing import Any
 import numpy as np
 
 from nqkv_jax import schemes
-from nqkv_jax.evaluation.likelihood import encode_pair, recorded_likelihoods
+from nqkv_jax.evaluation.likelihood import (
+    Pair,
+    check_pairs,
+    encode_pair,
+    recorded_likelihoods,
+)
 from nqkv_jax.evaluation.perplexity import exp
 from nqkv_jax.evaluation.proportions import Share
 from nqkv_jax.evaluation.protocol import LanguageModel
@@ -154,8 +159,8 @@ def multiple_choice(
         model, or `resume` holds another run.
     """
     scheme = schemes.get(scheme)
-    requests = [_requests(item, i) for i, item in enumerate(items)]
-    pairs = [encode_pair(lm, *texts) for item in requests for texts in item]
+    requests = _choices(items)
+    pairs = choice_pairs(lm, items)
     found, seconds = recorded_likelihoods(
         "choice", lm, pairs, scheme=scheme, cache_dtype=cache_dtype, progress=progress,
         resume=resume,
@@ -193,13 +198,7 @@ def last_word(
     (2019).
     """
     scheme = schemes.get(scheme)
-    wrong = [i for i, item in enumerate(items) if _form(item) != _FORMS[2]]
-    if wrong:
-        raise ValueError(
-            "lambada: every item must have context and continuation and no choices; item "
-            f"{wrong[0]} is {_shown(items[wrong[0]])}. Use `choice` for it"
-        )
-    pairs = [encode_pair(lm, item["context"], " " + item["continuation"]) for item in items]
+    pairs = word_pairs(lm, items)
     found, seconds = recorded_likelihoods(
         "lambada", lm, pairs, scheme=scheme, cache_dtype=cache_dtype, progress=progress,
         resume=resume,
@@ -212,6 +211,25 @@ def last_word(
         perplexity=exp(float(nll.mean())), nll=float(nll.mean()), nll_error=error,
         items=len(items), seconds=seconds, **_names(lm, scheme, cache_dtype),
     )  # fmt: skip
+
+
+def choice_pairs(lm: LanguageModel, items: Sequence[dict]) -> list[Pair]:
+    """What `multiple_choice` scores, in the order of items and choices; raises what it raises."""
+    return check_pairs(lm, (encode_pair(lm, *texts) for item in _choices(items) for texts in item))
+
+
+def word_pairs(lm: LanguageModel, items: Sequence[dict]) -> list[Pair]:
+    """What `last_word` scores; raises what it raises."""
+    if not items:
+        raise ValueError("lambada: expected at least one item; got none")
+    wrong = [i for i, item in enumerate(items) if _form(item) != _FORMS[2]]
+    if wrong:
+        raise ValueError(
+            "lambada: every item must have context and continuation and no choices; item "
+            f"{wrong[0]} is {_shown(items[wrong[0]])}. Use `choice` for it"
+        )
+    texts = ((item["context"], " " + item["continuation"]) for item in items)
+    return check_pairs(lm, (encode_pair(lm, *both) for both in texts))
 
 
 def _best(scores: np.ndarray) -> int:
@@ -257,6 +275,12 @@ def _check(item: dict, form: tuple[str, ...]) -> None:
             raise ValueError(
                 f"gold must be the number of a choice, 0 to {count - 1}; got {_shown(gold)}"
             )
+
+
+def _choices(items: Sequence[dict]) -> list[list[tuple[str, str]]]:
+    if not items:
+        raise ValueError("choice: expected at least one item; got none")
+    return [_requests(item, i) for i, item in enumerate(items)]
 
 
 def _requests(item: dict, number: int) -> list[tuple[str, str]]:

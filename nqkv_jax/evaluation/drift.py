@@ -24,12 +24,14 @@ import numpy as np
 import tqdm
 
 from nqkv_jax import schemes
+from nqkv_jax.checks import whole_numbers
 from nqkv_jax.evaluation.divergence import comparer
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.record import Record, describe, tokens_sha256
 from nqkv_jax.evaluation.retrieval import Generate
 from nqkv_jax.evaluation.windows import encode, mean_of, standard_error
 from nqkv_jax.plan import AbstractCaches
+from nqkv_jax.words import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,16 +124,11 @@ def drift(
     """
     scheme = schemes.get(scheme)
     dtype = jnp.dtype(lm.dtype if cache_dtype is None else cache_dtype)
-    _check(lm, prompts, prompt, length, buckets)
+    tokens, starts = prompts_of(
+        lm, text, prompts=prompts, prompt=prompt, length=length, buckets=buckets
+    )
     bits = AbstractCaches(lm.config, scheme, dtype).stored_bits
     scheme.check_model(lm)
-    tokens = encode("drift", lm, text)
-    if tokens.size < prompts * prompt:
-        raise ValueError(
-            f"drift: text must have at least {prompts * prompt} tokens, {prompts} prompts of "
-            f"{prompt}; got {tokens.size}"
-        )
-    starts = np.linspace(0, tokens.size - prompt, prompts).astype(int)
     record = Record(
         resume, kind="drift", unit="prompt", count=prompts,
         setting=lambda: describe(
@@ -178,7 +175,17 @@ def drift(
     )  # fmt: skip
 
 
-def _check(lm: LanguageModel, prompts: int, prompt: int, length: int, buckets: int) -> None:
+def prompts_of(
+    lm: LanguageModel,
+    text: str | Sequence[int] | np.ndarray,
+    *,
+    prompts: int,
+    prompt: int,
+    length: int,
+    buckets: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a text, and where its prompts begin; takes and raises what `drift` does."""
+    whole_numbers("drift", prompts=prompts, prompt=prompt, length=length, buckets=buckets)
     longest = lm.config.max_positions
     if min(prompts, prompt, length) < 1 or prompt + length > longest:
         raise ValueError(
@@ -187,6 +194,15 @@ def _check(lm: LanguageModel, prompts: int, prompt: int, length: int, buckets: i
         )
     if not 1 <= buckets <= length:
         raise ValueError(f"drift: buckets must be between 1 and length={length}; got {buckets}")
+    tokens = encode("drift", lm, text)
+    if tokens.size < prompts * prompt:
+        raise ValueError(
+            f"drift: text must have at least {counted(prompts * prompt, 'token')}, "
+            f"prompts={prompts} of "
+            f"prompt={prompt} each; got {tokens.size}. Give a longer text, or fewer or shorter "
+            "prompts"
+        )
+    return tokens, np.linspace(0, tokens.size - prompt, prompts).astype(int)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -23,16 +23,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 
 from nqkv_jax import schemes
 from nqkv_jax.calibration import commvq, kvq, kvquant
+from nqkv_jax.checks import whole_numbers
 from nqkv_jax.evaluation.divergence import divergence
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.record import Record, describe, tokens_sha256
 from nqkv_jax.evaluation.retrieval import Generate, retrieval
-from nqkv_jax.evaluation.throughput import PairedTimings
-from nqkv_jax.evaluation.windows import encode
+from nqkv_jax.evaluation.retrieval import check as check_retrieval
+from nqkv_jax.evaluation.throughput import PairedTimings, check_timings
+from nqkv_jax.evaluation.windows import encode, windows
 from nqkv_jax.plan import AbstractCaches
 
 # Every published setting that is worth a row, by nominal width. {kvquant} and the like are
@@ -55,7 +58,9 @@ VARIANTS = (
 
 CALIBRATIONS = ("kvquant", "kvq", "commvq1", "commvq2")
 
+_PLACEHOLDER = re.compile(r"\{\w*\}")
 _STEPS = 8  # tokens per timed repeat
+_COMMVQ_WINDOW = 512  # tokens of a window, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,7 @@ def calibrations(
       samples, seqlen: windows of KVQuant, and their tokens; KVQ reads two windows, CommVQ the first
         512 tokens of each.
     """
+    check_calibrations(lm, text, wanted, samples=samples, seqlen=seqlen)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = describe(lm, schemes.get("none"), lm.dtype, samples=samples, seqlen=seqlen)
@@ -116,10 +122,11 @@ def calibrations(
     for bits in (bits for bits in commvq.BITS if f"commvq{bits}" in missing):
         commvq.calibrate(
             lm, text, out=files[f"commvq{bits}"], bits=bits, samples=samples,
-            seqlen=min(seqlen, 512), progress=progress,
+            seqlen=min(seqlen, _COMMVQ_WINDOW), progress=progress,
         )  # fmt: skip
     if "kvq" in missing:
-        tokens = encode("leaderboard", lm, text)[: 2 * seqlen]
+        length = min(2 * seqlen, lm.config.max_positions)
+        tokens = encode("leaderboard", lm, text)[:length]
         allocation = kvq.calibrate(
             lm, tokens, budget=3, score="activation", progress=progress,
             # That of the scheme, where heads are large enough for it.
@@ -129,13 +136,24 @@ def calibrations(
     return {name: str(path) for name, path in files.items()}
 
 
+def check_calibrations(
+    lm: LanguageModel, text: str, wanted: Collection[str], *, samples: int, seqlen: int
+) -> None:
+    """Raises ValueError if `calibrations` would: before the first of them, which take hours."""
+    if "kvquant" in wanted:
+        kvquant.check(lm, text, samples=samples, seqlen=seqlen)
+    for bits in (bits for bits in commvq.BITS if f"commvq{bits}" in wanted):
+        commvq.check(lm, text, bits=bits, samples=samples, seqlen=min(seqlen, _COMMVQ_WINDOW))
+
+
 def placeholders(names: Sequence[str]) -> set[str]:
     """Which of `CALIBRATIONS` the names of schemes ask for.
 
     Raises: ValueError: there is no such calibration.
     """
-    found = {found for name in names for found in re.findall(r"\{(\w+)\}", name)}
-    if unknown := found - set(CALIBRATIONS):
+    found = {found for name in names for found in re.findall(r"\{(\w*)\}", name)}
+    rest = {mark for name in names for mark in re.findall("[{}]", _PLACEHOLDER.sub("", name))}
+    if unknown := (found - set(CALIBRATIONS)) | rest:
         raise ValueError(
             f"leaderboard: expected {{NAME}} to be one of the calibrations "
             f"{', '.join(CALIBRATIONS)}; got {', '.join(sorted(unknown))}"
@@ -152,7 +170,7 @@ def resolve(
     """
     found, missing = {}, {}
     for name in names:
-        label = re.sub(r"\{\w+\}", "...", name)
+        label = _PLACEHOLDER.sub("...", name)
         if placeholders([name]) <= set(files):
             found[label] = schemes.get(name.format(**files))
         else:
@@ -173,6 +191,22 @@ def fitting(
         else:
             found[label] = scheme
     return found, missing
+
+
+def check(
+    lm: LanguageModel, text: str | Sequence[int], settings: Settings = Settings()
+) -> np.ndarray:
+    """The tokens that are used of a text, i32[tokens].
+
+    Raises: ValueError: a setting is wrong, or the text too short.
+    """
+    whole_numbers("leaderboard", **dataclasses.asdict(settings))
+    check_timings(lm, lengths=[settings.window - _STEPS], steps=_STEPS, repeats=settings.repeats)
+    lengths, samples = [settings.passkey_length], settings.passkey_samples
+    check_retrieval(lm, "passkey", lengths=lengths, samples=samples)
+    return windows(
+        "leaderboard", lm, text, size=settings.window, stride=None, max_tokens=settings.max_tokens
+    ).tokens
 
 
 def quality(
@@ -224,7 +258,7 @@ def leaderboard(
     Raises: ValueError: a setting is wrong, or a scheme does not fit the model.
     """
     records = pathlib.Path(folder) / "records"
-    tokens = encode("leaderboard", lm, text)[: settings.max_tokens]
+    tokens = check(lm, text, settings)
     # A scheme that does not fit fails now, not after the others were measured.
     bits = {label: _bits(lm, scheme, settings.window) for label, scheme in entries.items()}
     timer = PairedTimings(

@@ -69,6 +69,24 @@ def encode_pair(lm: LanguageModel, context: str, continuation: str) -> tuple[lis
     return before, whole[len(before) :]
 
 
+def check_pairs(lm: LanguageModel, pairs: Iterable[Pair]) -> list[tuple[list[int], list[int]]]:
+    """The pairs, with contexts cut at the front to what the model has positions for.
+
+    Raises: ValueError: a context or continuation is empty, or a continuation is too long.
+    """
+    longest, checked = lm.config.max_positions, []
+    for i, (context, continuation) in enumerate(pairs):
+        context, continuation = list(context), list(continuation)
+        if not context or not continuation or len(continuation) >= longest:
+            raise ValueError(
+                "log-likelihoods: a context must have at least one token, and a continuation "
+                f"between 1 and {longest - 1}, the positions of {lm.name} less one; "
+                f"request {i} has {len(context)} and {len(continuation)}"
+            )
+        checked.append((context[len(continuation) - longest :], continuation))
+    return checked
+
+
 class Scorer:
     """Log-likelihoods for one model and scheme; compiles once per length of batches.
 
@@ -94,26 +112,9 @@ class Scorer:
 
         self._score = score
 
-    def check(self, pairs: Iterable[Pair]) -> list[tuple[list[int], list[int]]]:
-        """The pairs, with contexts cut at the front to what the model has positions for.
-
-        Raises: ValueError: a context or continuation is empty, or a continuation is too long.
-        """
-        longest, checked = self._lm.config.max_positions, []
-        for i, (context, continuation) in enumerate(pairs):
-            context, continuation = list(context), list(continuation)
-            if not context or not continuation or len(continuation) >= longest:
-                raise ValueError(
-                    "log-likelihoods: a context must have at least one token, and a continuation "
-                    f"between 1 and {longest - 1}, the positions of {self._lm.name} less one; "
-                    f"request {i} has {len(context)} and {len(continuation)}"
-                )
-            checked.append((context[len(continuation) - longest :], continuation))
-        return checked
-
     def __call__(self, pairs: Iterable[Pair]) -> list[Likelihood]:
         """Of every pair of token ids (context, continuation), in their order."""
-        pairs = self.check(pairs)
+        pairs = check_pairs(self._lm, pairs)
         results: list[Any] = [None] * len(pairs)
         for size, members in batches(pairs, self._lm.config.max_positions):
             for member, result in zip(members, self.batch(size, pairs, members), strict=True):
@@ -159,7 +160,7 @@ def recorded_likelihoods(
     """
     scorer = Scorer(lm, scheme, cache_dtype)
     dtype = lm.dtype if cache_dtype is None else cache_dtype
-    pairs = scorer.check(pairs)
+    pairs = check_pairs(lm, pairs)
     plan = batches(pairs, lm.config.max_positions)
     record = Record(
         resume, kind=what, unit="batch", count=len(plan),

@@ -15,12 +15,20 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nqkv_jax import schemes
-from nqkv_jax.evaluation.likelihood import Likelihood, Scorer, batches
+from nqkv_jax.evaluation.likelihood import Likelihood, Scorer, batches, check_pairs
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.retrieval import Generate
+from nqkv_jax.words import counted
 
 # How other programs call the limit of a generation, those that win first.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def check_sizes(batch_size: int | str, max_gen_toks: int | str) -> None:
+    """Raises ValueError unless both are positive whole numbers, as such or in digits."""
+    for name, size in dict(batch_size=batch_size, max_gen_toks=max_gen_toks).items():
+        if not str(size).isdecimal() or int(size) < 1:
+            raise ValueError(f"{name} must be a whole number >= 1; got {size!r}")
 
 
 class HarnessLM(TemplateLM):
@@ -50,12 +58,11 @@ class HarnessLM(TemplateLM):
         super().__init__()
         if lm.tokenizer is None:
             raise ValueError(f"{lm.name} came without a tokenizer, which the harness's texts need")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size must be a whole number >= 1; got {batch_size!r}")
+        check_sizes(batch_size, max_gen_toks)
         self.tokenizer = lm.tokenizer
         self._lm, self._generate = lm, generate
         self._scheme, self._cache_dtype = schemes.get(scheme), cache_dtype
-        self._batch_size, self._max_gen_toks = int(batch_size), max_gen_toks
+        self._batch_size, self._max_gen_toks = int(batch_size), int(max_gen_toks)
         self._scorer = Scorer(lm, self._scheme, cache_dtype)
 
     @property
@@ -103,7 +110,7 @@ class HarnessLM(TemplateLM):
         return results
 
     def _likelihoods(self, pairs: Sequence[Any], disable_tqdm: bool) -> list[Likelihood]:
-        pairs = self._scorer.check(pairs)
+        pairs = check_pairs(self._lm, pairs)
         results: list[Any] = [None] * len(pairs)
         with tqdm.tqdm(total=len(pairs), desc=str(self._scheme), disable=disable_tqdm) as bar:
             for size, members in batches(pairs, self._lm.config.max_positions):
@@ -158,7 +165,7 @@ class HarnessLM(TemplateLM):
         room = self._lm.config.max_positions - limit
         if room < 1:
             raise ValueError(
-                f"generate_until: {limit} new tokens must fit into the "
+                f"generate_until: {counted(limit, 'new token')} must fit into the "
                 f"{self._lm.config.max_positions} positions of {self._lm.name}, and a prompt too. "
                 "Lower max_gen_toks"
             )

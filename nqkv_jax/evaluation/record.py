@@ -21,6 +21,7 @@ import numpy as np
 from nqkv_jax.calibration.artifact import fingerprint
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.schemes import Scheme
+from nqkv_jax.words import counted
 
 
 def describe(lm: LanguageModel, scheme: Scheme, cache_dtype: Any, **setting: Any) -> dict[str, Any]:
@@ -82,7 +83,9 @@ class Record:
         header = json.loads(json.dumps(dict(record=self._kind, **setting())))
         whole = self._read(header) if self._path.is_file() else b""
         if len(self.entries) > count:
-            raise self._wrong(f"must hold at most {count} {unit}s; it holds {len(self.entries)}")
+            raise self._wrong(
+                f"must hold at most {counted(count, unit)}; it holds {len(self.entries)}"
+            )
         # Not only when something was torn: a file that cannot be written fails now, not later.
         with open(self._path, "ab") as file:
             file.truncate(len(whole))

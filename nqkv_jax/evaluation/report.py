@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nqkv_jax.analysis import plots
+from nqkv_jax.words import counted
 
 # Of families of schemes; shapes tell apart what shares a colour.
 COLORS = (plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.ORANGE, plots.SKY,
@@ -75,12 +76,12 @@ def caption(board: Mapping[str, Any]) -> str:
     return (
         f"{board['model']}, {board['dtype']}. KL(full precision || scheme) in nats per token, with "
         f"its standard error over windows, the share of tokens at which both predict the same one, "
-        f"and perplexity, on {tokens:,} tokens in windows of {settings['window']:,}. "
-        f"{settings['passkey_samples']} texts of {settings['passkey_length']:,} tokens with a pass "
-        f"key. Decoding one sequence after {settings['window'] - 8:,} tokens, in turn with full "
-        f"precision, on {board['processor']}, {board['cores']} cores. Effective bits add sinks, "
-        f"residual and states of a cache for one window. {board['date']}, nqkv-jax "
-        f"{versions['nqkv-jax']}, jax {versions['jax']}.{left_out}"
+        f"and perplexity, on {counted(tokens, 'token')} in windows of {settings['window']:,}. "
+        f"{counted(settings['passkey_samples'], 'text')} of {settings['passkey_length']:,} tokens "
+        f"with a pass key. Decoding one sequence after {counted(settings['window'] - 8, 'token')}, "
+        f"in turn with full precision, on {board['processor']}, {counted(board['cores'], 'core')}. "
+        f"Effective bits add sinks, residual and states of a cache for one window. "
+        f"{board['date']}, nqkv-jax {versions['nqkv-jax']}, jax {versions['jax']}.{left_out}"
     )
 
 

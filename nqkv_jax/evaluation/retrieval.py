@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 
 from nqkv_jax import schemes
+from nqkv_jax.checks import whole_numbers
 from nqkv_jax.evaluation.proportions import Share
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.record import Record, describe
@@ -124,20 +125,11 @@ def retrieval(
         run.
     """
     scheme = schemes.get(scheme)
-    kind = _task(task)
-    lengths = sorted(set(lengths))
-    _check(lm, kind.max_new_tokens, lengths, depths, samples, seed, prefill_chunk)
+    sizes = dict(depths=depths, samples=samples, seed=seed)
+    check(lm, task, lengths=lengths, prefill_chunk=prefill_chunk, **sizes)
     scheme.check_model(lm)
-    encode = lm.tokenizer.encode
-    depth = lambda cell, i: (cell + (i + 0.5) / samples) / depths
-    texts = {
-        length: [
-            make(kind, length=length, depth=depth(cell, i), seed=(seed, cell, i), encode=encode)
-            for cell in range(depths)
-            for i in range(samples)
-        ]
-        for length in lengths
-    }
+    kind, lengths = TASKS[task], sorted(set(lengths))
+    texts = {length: _texts(lm, task, length=length, **sizes) for length in lengths}
     plan = [
         (length, first, min(first + _rows(length, samples * depths), samples * depths))
         for length in lengths
@@ -180,20 +172,32 @@ def retrieval(
     )  # fmt: skip
 
 
-def _task(name: str):
-    if name not in TASKS:
-        raise ValueError(f"retrieval: task must be one of {', '.join(TASKS)}; got {name!r}")
-    return TASKS[name]
-
-
-def _check(lm, new, lengths, depths, samples, seed, prefill_chunk) -> None:
+def check(
+    lm: LanguageModel,
+    task: str,
+    *,
+    lengths: Sequence[int],
+    depths: int = 1,
+    samples: int,
+    seed: int = 0,
+    prefill_chunk: int = 128,
+) -> None:
+    """What `retrieval` checks before it reads; takes and raises what that does."""
+    if task not in TASKS:
+        raise ValueError(f"retrieval: task must be one of {', '.join(TASKS)}; got {task!r}")
     if lm.tokenizer is None:
         raise ValueError(f"retrieval: {lm.name} came without a tokenizer, which texts need")
+    whole_numbers(
+        "retrieval", depths=depths, samples=samples, seed=seed, prefill_chunk=prefill_chunk
+    )
+    for length in lengths:
+        whole_numbers("retrieval", length=length)
+    new = TASKS[task].max_new_tokens
     longest = lm.config.max_positions - new
-    if not lengths or lengths[0] < 1 or lengths[-1] > longest:
+    if not lengths or min(lengths) < 1 or max(lengths) > longest:
         raise ValueError(
             f"retrieval: lengths must be between 1 and {longest} (the positions of {lm.name}, less "
-            f"{new} for the answer); got {lengths}"
+            f"{new} for the answer); got {sorted(lengths)}"
         )
     if min(depths, samples) < 1 or seed < 0:
         raise ValueError(
@@ -202,6 +206,22 @@ def _check(lm, new, lengths, depths, samples, seed, prefill_chunk) -> None:
         )
     if prefill_chunk < 2:
         raise ValueError(f"retrieval: prefill_chunk must be at least 2; got {prefill_chunk}")
+    # Where there is room for the question in the shortest, there is in all.
+    _texts(lm, task, length=min(lengths), depths=depths, samples=samples, seed=seed)
+
+
+def _texts(
+    lm: LanguageModel, task: str, *, length: int, depths: int, samples: int, seed: int
+) -> list[Sample]:
+    depth = lambda cell, i: (cell + (i + 0.5) / samples) / depths
+    return [
+        make(
+            TASKS[task], length=length, depth=depth(cell, i), seed=(seed, cell, i),
+            encode=lm.tokenizer.encode,
+        )
+        for cell in range(depths)
+        for i in range(samples)
+    ]  # fmt: skip
 
 
 def _rows(length: int, total: int) -> int:

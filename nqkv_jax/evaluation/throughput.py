@@ -18,6 +18,7 @@ import tqdm
 
 from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
+from nqkv_jax.checks import whole_numbers
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.plan import cache_sizes
@@ -90,18 +91,9 @@ def cache_timings(
         fit the model.
       NotImplementedError: the kernel that `implementation` names cannot serve a scheme.
     """
+    lengths = list(lengths)
+    check_timings(lm, lengths=lengths, batch=batch, steps=steps, repeats=repeats)
     lengths = sorted(set(lengths))
-    longest = lm.config.max_positions - steps
-    if not lengths or lengths[0] < 1 or lengths[-1] > longest:
-        raise ValueError(
-            f"cache_timings: lengths must be between 1 and {longest} (the positions "
-            f"of {lm.name}, less {steps} that are decoded); got {lengths}"
-        )
-    if min(batch, steps, repeats) < 1:
-        raise ValueError(
-            "cache_timings: batch, steps and repeats must be positive; got "
-            f"{batch}, {steps}, {repeats}"
-        )
     decode_attention.check_backend(implementation)
     # Real words are not needed: time depends on shapes and lengths alone.
     text = np.random.default_rng(0).integers(0, lm.config.vocab_size, (batch, lengths[-1]))
@@ -141,6 +133,25 @@ def cache_timings(
     return timings
 
 
+def check_timings(
+    lm: LanguageModel, *, lengths: Sequence[int], batch: int = 1, steps: int, repeats: int
+) -> None:
+    """Raises ValueError for sizes that cannot be timed: see `cache_timings`."""
+    whole_numbers("timings", batch=batch, steps=steps, repeats=repeats)
+    for length in lengths:
+        whole_numbers("timings", length=length)
+    if min(batch, steps, repeats) < 1:
+        raise ValueError(
+            f"timings: batch, steps and repeats must be positive; got {batch}, {steps}, {repeats}"
+        )
+    longest = lm.config.max_positions - steps
+    if not lengths or min(lengths) < 1 or max(lengths) > longest:
+        raise ValueError(
+            f"timings: lengths must be between 1 and {longest} (the positions of {lm.name}, less "
+            f"{steps} that are decoded); got {list(lengths)}"
+        )
+
+
 class PairedTimings:
     """Times schemes one after another, each in turn with a full-precision cache.
 
@@ -157,13 +168,7 @@ class PairedTimings:
     """
 
     def __init__(self, lm: LanguageModel, *, length: int, steps: int = 8, repeats: int = 5):
-        longest = lm.config.max_positions - steps
-        if not 1 <= length <= longest or min(steps, repeats) < 1:
-            raise ValueError(
-                f"timings: length must be between 1 and {longest} (the positions of {lm.name}, "
-                f"less {steps} that are decoded), steps and repeats positive; got {length}, "
-                f"{steps} and {repeats}"
-            )
+        check_timings(lm, lengths=[length], steps=steps, repeats=repeats)
         self._lm, self._length, self._steps, self._repeats = lm, length, steps, repeats
         rng = np.random.default_rng(0)
         self._text = jnp.asarray(rng.integers(0, lm.config.vocab_size, (1, length)), jnp.int32)

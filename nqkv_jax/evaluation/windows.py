@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nqkv_jax.checks import whole_numbers
 from nqkv_jax.evaluation.protocol import LanguageModel
 
 
@@ -70,6 +71,7 @@ def windows(
 
     Raises: ValueError: the sizes are wrong, or the text has fewer than two tokens.
     """
+    whole_numbers(what, window=size, stride=stride, max_tokens=max_tokens)
     stride = size if stride is None else stride
     longest = lm.config.max_positions
     if not 2 <= size <= longest:

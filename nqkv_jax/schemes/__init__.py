@@ -4,10 +4,22 @@ from nqkv_jax.schemes.base import (
     LayerScheme,
     LayerShape,
     Scheme,
+    check_text,
+    choices,
     defaults,
     get,
     names,
     register,
 )
 
-__all__ = ["LayerScheme", "LayerShape", "Scheme", "defaults", "get", "names", "register"]
+__all__ = [
+    "LayerScheme",
+    "LayerShape",
+    "Scheme",
+    "check_text",
+    "choices",
+    "defaults",
+    "get",
+    "names",
+    "register",
+]

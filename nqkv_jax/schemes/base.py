@@ -14,19 +14,25 @@ import math
 import numbers
 import os
 import pkgutil
+import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from nqkv_jax.cache import KVCache, LayerCache
+from nqkv_jax.checks import one_of
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.tiled import in_tiles
 from nqkv_jax.side import Window, body_capacity, init_side
 from nqkv_jax.tiles import TOKENS
 
 DTYPES = {"float16": jnp.float16, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+# What options of several schemes may be.
+ScaleDtype = Literal[*DTYPES]
+Keys = Literal["rotated", "unrotated"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,27 +112,16 @@ class LayerScheme:
         # Attention walks both bodies in steps of whole groups, as far as both can be encoded.
         group = math.lcm(key.group, value.group)
         common = -(-min(own) // group) * group
+        sizes = dict(batch=batch, num_kv_heads=heads, head_dim=head_dim, dtype=dtype)
         side = lambda quantizer, window, capacity: init_side(
-            quantizer,
-            window,
-            num_sinks=self.sinks,
-            capacity=max(capacity, common),
-            batch=batch,
-            num_kv_heads=heads,
-            head_dim=head_dim,
-            dtype=dtype,
+            quantizer, window, num_sinks=self.sinks, capacity=max(capacity, common), **sizes
         )
         return LayerCache(
-            key=side(key, self.key_window, own[0]),
-            value=side(value, self.value_window, own[1]),
-            lengths=jnp.zeros(batch, jnp.int32),
-            overflow=jnp.zeros(batch, jnp.int32),
-            max_len=max_len,
-            num_kv_heads=heads,
-            head_dim=head_dim,
-            dtype=jnp.dtype(dtype),
+            key=side(key, self.key_window, own[0]), value=side(value, self.value_window, own[1]),
+            lengths=jnp.zeros(batch, jnp.int32), overflow=jnp.zeros(batch, jnp.int32),
+            max_len=max_len, num_kv_heads=heads, head_dim=head_dim, dtype=jnp.dtype(dtype),
             rotated=self.rotated,
-        )
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,13 +188,8 @@ class Scheme:
         Raises:
           ValueError: the model's shape does not fit the scheme, or a size is not positive.
         """
-        sizes = dict(
-            num_layers=num_layers,
-            batch=batch,
-            max_len=max_len,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-        )
+        sizes = dict(num_layers=num_layers, batch=batch, max_len=max_len,
+                     num_kv_heads=num_kv_heads, head_dim=head_dim)  # fmt: skip
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
                 raise ValueError(f"{self}: expected {name} >= 1, a whole number; got {size!r}")
@@ -221,17 +211,38 @@ _REGISTRY: dict[str, Callable] = {}
 
 
 def register(name: str) -> Callable[[Callable], Callable]:
-    """Names a scheme: a function of keyword options that returns LayerShape -> LayerScheme."""
+    """Names a scheme: a function of keyword options that returns LayerShape -> LayerScheme.
+
+    An option that is annotated with `Literal[...]` takes only these values: any other is a
+    ValueError, and `choices` tells them.
+    """
 
     def decorate(function: Callable) -> Callable:
-        if name in _REGISTRY and _REGISTRY[name] is not function:
+        if name in _REGISTRY and _REGISTRY[name].__wrapped__ is not function:
             raise ValueError(
                 f"schemes.register: there is already a scheme named {name!r}; choose another name"
             )
-        _REGISTRY[name] = function
-        return function
+
+        @functools.wraps(function)
+        def checked(**options):
+            for key, valid in _literals(function).items():
+                if key in options:
+                    one_of(f"{name}: {key}", options[key], valid)
+            return function(**options)
+
+        _REGISTRY[name] = checked
+        return checked
 
     return decorate
+
+
+def _literals(function: Callable) -> dict[str, tuple]:
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return {
+        p.name: typing.get_args(p.annotation)
+        for p in parameters
+        if typing.get_origin(p.annotation) is Literal
+    }
 
 
 def _load_all() -> None:
@@ -248,10 +259,20 @@ def names() -> list[str]:
 
 def defaults(name: str) -> dict[str, object]:
     """The options of a scheme with their defaults."""
+    function = _registered(name)
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
+def choices(name: str) -> dict[str, tuple]:
+    """The values of those options of a scheme that take one of a few."""
+    return _literals(_registered(name))
+
+
+def _registered(name: str) -> Callable:
     _load_all()
     if name not in _REGISTRY:
         raise ValueError(f"unknown scheme {name!r}; there are: {', '.join(sorted(_REGISTRY))}")
-    return {p.name: p.default for p in inspect.signature(_REGISTRY[name]).parameters.values()}
+    return _REGISTRY[name]
 
 
 def _parse(text: str):
@@ -337,19 +358,20 @@ def _check_value(name: str, key: str, value: object, default: object) -> None:
         raise ValueError(f"scheme {name!r}: option {key} takes {kind}; got {value!r}")
     if isinstance(value, int | float) and value < 0:
         raise ValueError(f"scheme {name!r}: option {key} must not be negative; got {value!r}")
-    # A cache that is saved names its scheme by the string form.
-    if isinstance(value, str) and ("," in value or _parse(value.strip()) != value):
+    if isinstance(value, str):
+        check_text(name, key, value)
+
+
+def check_text(name: str, key: str, value: str) -> None:
+    """Raises ValueError unless the string form of a scheme can hold a text, such as a path.
+
+    A cache that is saved names its scheme by that.
+    """
+    if "," in value or _parse(value.strip()) != value:
         raise ValueError(
             f"scheme {name!r}: option {key}={value!r} cannot be written in a scheme's name, which "
             "has commas between options. Take a path with a letter in front, and without commas"
         )
-
-
-def one_of(name: str, value, choices):
-    """`value`, if it is among `choices` (a dict gives what it stands for); else ValueError."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
-    return choices[value] if isinstance(choices, dict) else value
 
 
 def block_window(name: str, residual: int) -> Window:

@@ -19,23 +19,22 @@ released code still draws noise; keys take 12 bits per code, there 16.
 """
 
 import pathlib
+from typing import Literal
 
 from nqkv_jax.calibration import artifact
-from nqkv_jax.calibration.commvq import BITS, KIND, quantizers
+from nqkv_jax.calibration.commvq import BITS, KIND, expected, quantizers
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import (
     CalibratedLayers,
     LayerScheme,
     block_window,
-    one_of,
     register,
 )
 
 
 @register("commvq")
-def commvq(*, bits: int = 2, residual: int = 128, calibration: str = ""):
+def commvq(*, bits: Literal[*BITS] = 2, residual: int = 128, calibration: str = ""):
     """Learned additive codebooks of whole tokens; those of keys commute with RoPE."""
-    one_of("commvq: bits", bits, BITS)
     window = block_window("commvq", residual)
 
     def load() -> tuple[dict, dict]:
@@ -50,6 +49,7 @@ def commvq(*, bits: int = 2, residual: int = 128, calibration: str = ""):
     def layer(shape):
         arrays, made = load()
         _check(made, shape, bits)
+        artifact.check_arrays(arrays, made, shape.layer, expected(arrays, made))
         key, value = quantizers(arrays, shape.layer)
         return LayerScheme(
             key=Unrotated(key), value=value, key_window=window, value_window=window, rotated=False

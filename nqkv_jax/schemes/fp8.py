@@ -4,16 +4,23 @@ Source: Micikevicius et al. (2022), FP8 formats for deep learning. Engines that 
 of 1.0 lose small activations to underflow; the scale here always comes from the data.
 """
 
-from nqkv_jax.codebooks import Float8
+from typing import Literal
+
+from nqkv_jax.float8 import FORMATS, Float8
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.schemes.base import DTYPES, LayerScheme, block_window, one_of, register
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window, register
 
 
 @register("fp8")
-def fp8(*, format: str = "e4m3", sinks: int = 0, residual: int = 0, scale_dtype: str = "float16"):
+def fp8(
+    *,
+    format: Literal[*FORMATS] = "e4m3",
+    sinks: int = 0,
+    residual: int = 0,
+    scale_dtype: ScaleDtype = "float16",
+):
     """8-bit floats (e4m3 or e5m2), one scale per token and head."""
-    codebook = Float8(one_of("fp8: format", format, ("e4m3", "e5m2")))
-    dtype = one_of("scale_dtype", scale_dtype, DTYPES)
+    codebook, dtype = Float8(format), DTYPES[scale_dtype]
     window = block_window("fp8", residual)
 
     def layer(shape):

@@ -10,30 +10,31 @@ channel over consecutive tokens of a head. Three bits take 3.0 here, and 3.5 in 
 there.
 """
 
+from typing import Literal
+
 from nqkv_jax.quantizers.hqq import HQQQuantizer
-from nqkv_jax.schemes.base import DTYPES, one_of, register
-from nqkv_jax.schemes.quanto import residual_window, same_for_both_sides
+from nqkv_jax.schemes.base import DTYPES, ScaleDtype, register
+from nqkv_jax.schemes.quanto import Axis, residual_window, same_for_both_sides
 
 
 @register("hqq")
 def hqq(
     *,
-    bits: int = 4,
+    bits: Literal[2, 3, 4, 8] = 4,
     group_size: int = 64,
     residual: int = 128,
-    axis: str = "hidden",
+    axis: Axis = "hidden",
     iterations: int = 20,
     sinks: int = 0,
-    scale_dtype: str = "float16",
+    scale_dtype: ScaleDtype = "float16",
 ):
     """Half-quadratic zero points (HQQ): groups of 64, residual of 128."""
-    one_of("hqq: bits", bits, (2, 3, 4, 8))
     window = residual_window("hqq", axis, group_size, residual)
     quantizer = HQQQuantizer(
         bits=bits,
         block_size=group_size,
         axis=axis,
         iterations=iterations,
-        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
+        scale_dtype=DTYPES[scale_dtype],
     )
     return lambda shape: same_for_both_sides("hqq", quantizer, shape, window, sinks)

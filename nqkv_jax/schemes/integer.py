@@ -9,21 +9,23 @@ from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.schemes.base import (
     DTYPES,
     LayerScheme,
+    ScaleDtype,
     block_window,
     largest_divisor,
-    one_of,
     register,
 )
 
 
 def _integer(bits: int, group_size: int | None, sinks: int, residual: int, scale_dtype: str):
-    dtype = one_of("scale_dtype", scale_dtype, DTYPES)
     window = block_window(f"int{bits}", residual)
 
     def layer(shape):
         size = largest_divisor(shape.hidden, 64) if group_size is None else group_size
         quantizer = BlockQuantizer(
-            codebooks.uniform(bits), block_size=size, scale="minmax", scale_dtype=dtype
+            codebooks.uniform(bits),
+            block_size=size,
+            scale="minmax",
+            scale_dtype=DTYPES[scale_dtype],
         )
         return LayerScheme(
             key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
@@ -39,7 +41,7 @@ def _register(bits: int):
         group_size: int | None = None,
         sinks: int = 0,
         residual: int = 0,
-        scale_dtype: str = "float16",
+        scale_dtype: ScaleDtype = "float16",
     ):
         return _integer(bits, group_size, sinks, residual, scale_dtype)
 

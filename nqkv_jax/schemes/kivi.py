@@ -8,19 +8,21 @@ seen in full precision. Both sides cost bits + 32 / G.
 Source: Liu et al. (2024), arXiv 2402.02750; G = 32 and R = 128 are the paper's, keys after RoPE.
 """
 
+from typing import Literal
+
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import DTYPES, LayerScheme, LayerShape, one_of, register
+from nqkv_jax.schemes.base import DTYPES, Keys, LayerScheme, LayerShape, ScaleDtype, register
 from nqkv_jax.side import Window
+
+Bits = Literal[1, 2, 3, 4, 8]
 
 
 def sides(
-    name: str, bits: int, group_size: int, residual: int, keys: str, scale_dtype="float16"
+    name: str, bits: int, group_size: int, residual: int, scale_dtype="float16"
 ) -> tuple[BlockQuantizer, BlockQuantizer]:
     """Quantizers of keys and of values; ValueError, for the scheme `name`, for wrong options."""
-    one_of(f"{name}: bits", bits, (1, 2, 3, 4, 8))
-    one_of(f"{name}: keys", keys, ("rotated", "unrotated"))
     # A group of one token has range 0: its keys would be exact, and cost more than full precision.
     if group_size < 2 or residual < group_size or residual % group_size:
         raise ValueError(
@@ -30,7 +32,7 @@ def sides(
     block = dict(
         block_size=group_size,
         scale="minmax",
-        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
+        scale_dtype=DTYPES[scale_dtype],
     )
     codebook = codebooks.uniform(bits)
     return tuple(BlockQuantizer(codebook, axis=axis, **block) for axis in ("tokens", "hidden"))
@@ -58,14 +60,14 @@ def layer_scheme(
 @register("kivi")
 def kivi(
     *,
-    bits: int = 2,
+    bits: Bits = 2,
     group_size: int = 32,
     residual: int = 128,
     sinks: int = 0,
-    scale_dtype: str = "float16",
-    keys: str = "rotated",
+    scale_dtype: ScaleDtype = "float16",
+    keys: Keys = "rotated",
 ):
     """Asymmetric integers: keys per channel over 32 tokens, values per token; residual of 128."""
-    key, value = sides("kivi", bits, group_size, residual, keys, scale_dtype)
+    key, value = sides("kivi", bits, group_size, residual, scale_dtype)
     windows = dict(residual=residual, keys=keys, sinks=sinks)
     return lambda shape: layer_scheme("kivi", shape, key, value, **windows)

@@ -12,13 +12,15 @@ are stored exactly; the paper's 1, 1.58 and 6 bits take more in their containers
 """
 
 import dataclasses
+from typing import Literal
 
 from nqkv_jax.allocation import Allocation
 from nqkv_jax.calibration import artifact
-from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, LayerShape, one_of, register
+from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, LayerShape, ScaleDtype, register
 from nqkv_jax.schemes.hqq import hqq
 from nqkv_jax.schemes.nqkv import nqkv
 from nqkv_jax.schemes.quanto import quanto
+from nqkv_jax.words import counted
 
 BACKENDS = {
     "quanto": quanto,
@@ -30,17 +32,16 @@ BACKENDS = {
 @register("kvq")
 def kvq(
     *,
-    k_bits: int = 4,
-    v_bits: int = 2,
-    backend: str = "quanto",
+    k_bits: Literal[2, 3, 4, 8] = 4,
+    v_bits: Literal[2, 3, 4, 8] = 2,
+    backend: Literal[*BACKENDS] = "quanto",
     group_size: int = 64,
     residual: int = 64,
     sinks: int = 0,
-    scale_dtype: str = "float16",
+    scale_dtype: ScaleDtype = "float16",
     allocation: str = "",
 ):
     """More bits for keys than for values (K4V2), or per layer from a file of `calibrate kvq`."""
-    make = one_of("kvq: backend", backend, BACKENDS)
     options = dict(group_size=group_size, residual=residual, sinks=sinks, scale_dtype=scale_dtype)
     if allocation and (k_bits, v_bits) != (4, 2):
         raise ValueError(
@@ -50,15 +51,16 @@ def kvq(
     # Read once, when the scheme is made: a scheme of the same name keeps its widths.
     widths = Allocation.load(allocation) if allocation else None
     used = {k_bits, v_bits} if widths is None else {*widths.key_bits, *widths.value_bits}
-    layers = {bits: make(bits=bits, **options) for bits in sorted(used)}
+    layers = {bits: BACKENDS[backend](bits=bits, **options) for bits in sorted(used)}
 
     def layer(shape: LayerShape) -> LayerScheme:
         key, value = k_bits, v_bits
         if widths is not None:
             if widths.num_layers != shape.num_layers:
                 raise ValueError(
-                    f"kvq: {allocation} is for the {widths.num_layers} layers of {widths.model}; "
-                    f"this model has {shape.num_layers}. Make one with nqkv calibrate kvq"
+                    f"kvq: {allocation} is for {counted(widths.num_layers, 'layer')} of "
+                    f"{widths.model}; this model has {shape.num_layers}. Make one with nqkv "
+                    "calibrate kvq"
                 )
             key, value = widths.key_bits[shape.layer], widths.value_bits[shape.layer]
         return dataclasses.replace(layers[key](shape), value=layers[value](shape).value)

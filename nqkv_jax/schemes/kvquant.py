@@ -19,36 +19,34 @@ those farthest outside.
 """
 
 import pathlib
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import codebooks
 from nqkv_jax.calibration import artifact
-from nqkv_jax.calibration.kvquant import BITS, KIND
+from nqkv_jax.calibration.kvquant import BITS, KIND, SIDES
 from nqkv_jax.quantizers.dense_sparse import (
     DenseSparseChannels,
     DenseSparseTokens,
     slots_per_side,
 )
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, one_of, register
+from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, register
 
 
 @register("kvquant")
 def kvquant(
     *,
-    bits: int = 3,
+    bits: Literal[*BITS] = 3,
     outliers: float = 0.01,
     calibration: str = "",
-    datatype: str = "nuq",
-    q_norm: str = "auto",
+    datatype: Literal["nuq", "nf", "uniform"] = "nuq",
+    q_norm: Literal["auto", "on", "off"] = "auto",
     sinks: int = 1,
 ):
     """Calibrated non-uniform levels: keys per channel before RoPE, values per token, 1 % apart."""
-    one_of("kvquant: bits", bits, BITS)
-    one_of("kvquant: datatype", datatype, ("nuq", "nf", "uniform"))
-    one_of("kvquant: q_norm", q_norm, ("auto", "on", "off"))
     if q_norm == "on" and datatype != "nuq":
         raise ValueError(f"kvquant: q_norm=on goes with datatype=nuq; got datatype={datatype}")
     normalise = q_norm == "on" or (q_norm == "auto" and bits == 2 and datatype == "nuq")
@@ -64,6 +62,22 @@ def kvquant(
             )
         return artifact.load(pathlib.Path(calibration), KIND)
 
+    def expected(shape) -> dict:
+        """What is read of the file: see `artifact.check_arrays`."""
+        channels, names = (
+            (shape.num_kv_heads, shape.head_dim),
+            ("levels", "q_norm")[: 1 + normalise],
+        )
+        return {
+            f"key.zero.{variant}": (np.float32, channels, "finite"),
+            f"key.scale.{variant}": (np.float32, channels, "positive"),
+        } | {
+            f"{side}.{name}{bits}.{variant}": (np.float32, (2**bits,), "ascending")
+            for side in SIDES
+            for name in names
+            if datatype == "nuq"
+        }
+
     def levels(arrays: dict, side: str, layer: int) -> dict:
         if datatype == "nuq":
             at = lambda name: jnp.array(arrays[f"{side}.{name}{bits}.{variant}"][layer])
@@ -76,6 +90,7 @@ def kvquant(
     def layer(shape):
         arrays, made = load()
         _check(made, shape, outliers)
+        artifact.check_arrays(arrays, made, shape.layer, expected(shape))
         slots = slots_per_side(outliers, shape.hidden)
         channel = lambda name: jnp.array(arrays[f"key.{name}.{variant}"][shape.layer])
         key = DenseSparseChannels(

@@ -13,16 +13,19 @@ sinks, a residual that is encoded block by block, keys before RoPE, and (with a 
 first block they are estimated from) channel means removed and a Hadamard rotation.
 """
 
+from typing import Literal
+
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.transforms import Centre, Hadamard, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import (
     DTYPES,
+    Keys,
     LayerScheme,
+    ScaleDtype,
     block_window,
     largest_divisor,
-    one_of,
     register,
 )
 
@@ -44,21 +47,18 @@ CODEBOOKS = {
 @register("nqkv")
 def nqkv(
     *,
-    bits: int = 4,
+    bits: Literal[2, 3, 4] = 4,
     block_size: int | None = None,
-    codebook: str = "normal_float",
-    scale_dtype: str = "float16",
+    codebook: Literal[*CODEBOOKS] = "normal_float",
+    scale_dtype: ScaleDtype = "float16",
     sinks: int = 0,
     residual: int = 0,
     centre: bool = False,
     hadamard: bool = False,
-    keys: str = "rotated",
+    keys: Keys = "rotated",
 ):
     """Normal-quantile codes (NF4), one absmax scale per block of 256 of a token's hidden vector."""
-    one_of("nqkv: bits", bits, (2, 3, 4))
-    make, scale = one_of("nqkv: codebook", codebook, CODEBOOKS)
-    dtype = one_of("scale_dtype", scale_dtype, DTYPES)
-    one_of("nqkv: keys", keys, ("rotated", "unrotated"))
+    make, scale = CODEBOOKS[codebook]
     window = block_window("nqkv", residual)
     if centre and residual < 16:
         raise ValueError(
@@ -69,7 +69,7 @@ def nqkv(
     def layer(shape):
         size = largest_divisor(shape.hidden, 256) if block_size is None else block_size
         quantizer = BlockQuantizer(
-            make(bits, size), block_size=size, scale=scale, scale_dtype=dtype
+            make(bits, size), block_size=size, scale=scale, scale_dtype=DTYPES[scale_dtype]
         )
         transforms = (Centre(),) * centre + (Hadamard(),) * hadamard
         if transforms:

@@ -20,32 +20,31 @@ Lloyd-Max levels for values; the latest 64 to 127 tokens in full precision. Keys
 Every piece can be switched off, to see what it buys.
 """
 
+from typing import Literal
+
 from nqkv_jax import codebooks, tiles
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.digits import DigitQuantizer
 from nqkv_jax.quantizers.ranked import RankedQuantizer, widths_by_rank
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import LayerScheme, one_of, register
+from nqkv_jax.schemes.base import Keys, LayerScheme, register
 from nqkv_jax.side import Window
 
 
 @register("nqkv-plus")
 def nqkv_plus(
     *,
-    bits: int = 4,
+    bits: Literal[2, 3, 4] = 4,
     fused: bool = True,
     group_size: int | None = None,
     recent: int | None = None,
     sinks: int = 4,
-    ranking: str = "queries",
-    keys: str = "unrotated",
+    ranking: Literal["queries", "variance", "none"] = "queries",
+    keys: Keys = "unrotated",
     hadamard: bool = True,
 ):
     """Keys with bits where queries look, rotated values, sinks and a recent window."""
-    one_of("nqkv-plus: bits", bits, (2, 3, 4))
-    one_of("nqkv-plus: ranking", ranking, ("queries", "variance", "none"))
-    one_of("nqkv-plus: keys", keys, ("rotated", "unrotated"))
     if fused and group_size is not None:
         raise ValueError(
             "nqkv-plus: keys that a fused kernel reads are coded 128 at a time; group_size goes "

@@ -23,9 +23,11 @@ Source: Son et al. (2025), arXiv 2505.18231. It leaves open by which distance ma
 together).
 """
 
+from typing import Literal
+
 from nqkv_jax.quantizers.nsn import NSNKeys, NSNQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed
-from nqkv_jax.schemes.base import LayerScheme, one_of, register
+from nqkv_jax.schemes.base import LayerScheme, register
 from nqkv_jax.side import Window
 
 RESIDUAL = {1: 128, 2: 64}
@@ -34,7 +36,7 @@ RESIDUAL = {1: 128, 2: 64}
 @register("nsnquant")
 def nsnquant(
     *,
-    bits: int = 2,
+    bits: Literal[*RESIDUAL] = 2,
     window: int = 64,
     residual: int | None = None,
     normalise: bool = True,
@@ -42,7 +44,6 @@ def nsnquant(
     adjust: bool = True,
 ):
     """Normalised, shifted, normalised and rotated tokens, in vectors of 8 by one fixed codebook."""
-    one_of("nsnquant: bits", bits, RESIDUAL)
     if window < 2 or window % 2:
         raise ValueError(f"nsnquant: window must be an even number of tokens; got {window}")
     if residual is None:

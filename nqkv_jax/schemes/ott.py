@@ -16,17 +16,19 @@ per token and head, the first two layers (where there are no such tokens) are no
 are counted from the first token of a sequence, in prompts too.
 """
 
+from typing import Literal
+
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.outlier_tokens import OutlierTokens
-from nqkv_jax.schemes.base import LayerScheme, one_of, register
+from nqkv_jax.schemes.base import LayerScheme, register
 from nqkv_jax.side import Window
 
 
 @register("ott")
 def ott(
     *,
-    bits: int = 2,
+    bits: Literal[1, 2, 3, 4, 8] = 2,
     group_size: int = 128,
     residual: int = 32,
     outliers: int = 3,
@@ -34,7 +36,6 @@ def ott(
     skip_layers: int = 2,
 ):
     """KIVI over 128 tokens, with the tokens of the smallest keys kept in full precision."""
-    one_of("ott: bits", bits, (1, 2, 3, 4, 8))
     if group_size < 2 or residual < 0:
         raise ValueError(
             "ott: expected group_size >= 2 and residual >= 0; got "

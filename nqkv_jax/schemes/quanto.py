@@ -16,32 +16,35 @@ Source: optimum-quanto 0.2.7 (MaxOptimizer) and QuantizedCache of transformers 5
 bits, and keep scales in the dtype of the model.
 """
 
+from typing import Literal
+
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.schemes.base import DTYPES, LayerScheme, block_window, one_of, register
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window, register
 from nqkv_jax.side import Window
+
+Axis = Literal["hidden", "tokens"]
 
 
 @register("quanto")
 def quanto(
     *,
-    bits: int = 4,
+    bits: Literal[2, 3, 4, 8] = 4,
     group_size: int = 64,
     residual: int = 128,
-    axis: str = "hidden",
+    axis: Axis = "hidden",
     sinks: int = 0,
-    scale_dtype: str = "float16",
+    scale_dtype: ScaleDtype = "float16",
 ):
     """Min–max integers as in transformers' quantized cache: groups of 64, residual of 128."""
-    one_of("quanto: bits", bits, (2, 3, 4, 8))
     window = residual_window("quanto", axis, group_size, residual)
     quantizer = BlockQuantizer(
         codebooks.uniform(bits),
         block_size=group_size,
         axis=axis,
         scale="minmax",
-        scale_dtype=one_of("scale_dtype", scale_dtype, DTYPES),
+        scale_dtype=DTYPES[scale_dtype],
     )
     return lambda shape: same_for_both_sides("quanto", quantizer, shape, window, sinks)
 
@@ -50,8 +53,7 @@ def quanto(
 
 
 def residual_window(name: str, axis: str, group_size: int, residual: int) -> Window:
-    """The window of such a cache; ValueError for an axis or sizes that do not go together."""
-    one_of(f"{name}: axis", axis, ("hidden", "tokens"))
+    """The window of such a cache; ValueError for an axis and sizes that do not go together."""
     # A group of one element has range 0: it would be exact, and cost more than full precision.
     if group_size < 2:
         raise ValueError(f"{name}: expected group_size >= 2; got {group_size}")

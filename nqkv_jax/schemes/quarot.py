@@ -12,24 +12,25 @@ Source: Ashkboos et al. (2024), QuaRot, arXiv 2404.00456; Su et al. (2025), Rota
 2501.16383. QuaRot clips at 0.95 of the range; there is no clipping here.
 """
 
+from typing import Literal
+
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import LayerScheme, block_window, one_of, register
+from nqkv_jax.schemes.base import LayerScheme, block_window, register
 
 
 @register("quarot")
 def quarot(
     *,
-    bits: int = 4,
+    bits: Literal[2, 3, 4, 8] = 4,
     symmetric: bool = False,
     heads_per_group: int = 1,
     sinks: int = 0,
     residual: int = 0,
 ):
     """Hadamard transform per head, then asymmetric integers with one scale per token and head."""
-    one_of("quarot: bits", bits, (2, 3, 4, 8))
     if heads_per_group < 1 or heads_per_group & (heads_per_group - 1):
         raise ValueError(
             "quarot: expected heads_per_group >= 1, a power of two as the Hadamard transform is of "

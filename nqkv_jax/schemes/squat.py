@@ -21,23 +21,23 @@ Source: Wang et al. (2025), arXiv 2503.24358.
 
 from nqkv_jax.quantizers.squat import QueryAware
 from nqkv_jax.schemes import kivi
-from nqkv_jax.schemes.base import register
+from nqkv_jax.schemes.base import Keys, register
 
 
 @register("squat")
 def squat(
     *,
-    bits: int = 2,
+    bits: kivi.Bits = 2,
     group_size: int = 32,
     residual: int = 32,
     strength: float = 1.0,
     block: int | None = None,
     subspace: int | None = None,
     normalize: bool = True,
-    keys: str = "rotated",
+    keys: Keys = "rotated",
 ):
     """KIVI whose key errors avoid the directions of the queries; groups and residual of 32."""
-    plain, value = kivi.sides("squat", bits, group_size, residual, keys)
+    plain, value = kivi.sides("squat", bits, group_size, residual)
 
     def layer(shape):
         key = QueryAware(

@@ -14,11 +14,14 @@ Source: Zandieh et al. (2025), arXiv 2504.19874, algorithms 1 and 2. The paper's
 costs D log D. Neither window nor sinks are the paper's; 0 by default.
 """
 
+from typing import Literal
+
 from nqkv_jax import codebooks
+from nqkv_jax.checks import one_of
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Rotation, Transformed
 from nqkv_jax.quantizers.turboquant import ResidualSketch
-from nqkv_jax.schemes.base import LayerScheme, block_window, one_of, register
+from nqkv_jax.schemes.base import LayerScheme, block_window, register
 
 ROTATIONS = {"hadamard": Hadamard(seed=0), "haar": Rotation(seed=0)}
 
@@ -26,17 +29,16 @@ ROTATIONS = {"hadamard": Hadamard(seed=0), "haar": Rotation(seed=0)}
 @register("turboquant")
 def turboquant(
     *,
-    bits: int = 4,
-    variant: str = "mse",
-    rotation: str = "hadamard",
+    bits: Literal[1, 2, 3, 4] = 4,
+    variant: Literal["mse", "prod"] = "mse",
+    rotation: Literal[*ROTATIONS] = "hadamard",
     sinks: int = 0,
     residual: int = 0,
 ):
     """Random rotation, then Lloyd-Max codes of the normal distribution, one norm per token-head."""
-    one_of("turboquant: variant", variant, ("mse", "prod"))
     sketched = variant == "prod"
-    one_of(f"turboquant: bits of variant={variant}", bits, (2, 3, 4) if sketched else (1, 2, 3, 4))
-    transform = one_of("turboquant: rotation", rotation, ROTATIONS)
+    if sketched:
+        one_of("turboquant: bits of variant=prod", bits, (2, 3, 4))
     window = block_window("turboquant", residual)
 
     def layer(shape):
@@ -44,7 +46,7 @@ def turboquant(
         quantizer = BlockQuantizer(codebook, block_size=shape.head_dim, scale="rms")
         if sketched:
             quantizer = ResidualSketch(quantizer)
-        quantizer = Transformed(quantizer, (transform,))
+        quantizer = Transformed(quantizer, (ROTATIONS[rotation],))
         return LayerScheme(
             key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
         )
