@@ -326,7 +326,7 @@ def test_bench_says_where_it_loses(capsys):
     ("plan --model opt-6.7b --memory lots", "a size must be a number and a unit such as 80GiB"),
     ("plan --model opt-6.7b --memory 1GiB", "must leave memory for a cache"),
     ("plan --model opt-7b --memory 1GiB", "Presets: opt-125m"),
-    ("plan --model ./nowhere --memory 1GiB", "must be a preset, a folder"),
+    ("plan --model ./nowhere --memory 1GiB", "must be a preset, a .gguf file"),
     ("schemes nqvk", "unknown scheme 'nqvk'; there are: commvq, fp8"),
     ("schemes nqkv:bit=4", "has no option 'bit'; it has: bits=4"),
     ("schemes --heads 0", "must be positive; got (0, 128, 4096)"),
@@ -418,6 +418,14 @@ def weights():
         return embedded.find("smollm2-135m")
     except CheckpointNotFoundError as error:
         pytest.skip(str(error))
+
+
+def test_plan_of_a_folder_with_gguf(capsys, weights, tmp_path):
+    (tmp_path / "model.gguf").symlink_to(weights)
+    argv = ("plan", "--memory", "1GiB", "--json", "--scheme", "nqkv", "--model")
+    assert json.loads(run(capsys, *argv, tmp_path)) | dict(model="") == (
+        json.loads(run(capsys, *argv, "smollm2-135m")) | dict(model="")
+    )
 
 
 def test_real_perplexity(capsys, weights, shared_data):

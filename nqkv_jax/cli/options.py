@@ -115,7 +115,8 @@ def config_of(name: str):
         # Presets are named as the hub names the releases of OPT; no need to ask the hub for those.
         if last in presets and owner in ("", "facebook"):
             return presets[last]
-    if path.is_file() and path.suffix != ".json":
+    has_gguf = not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    if has_gguf or (path.is_file() and path.suffix != ".json"):
         from nqkv_jax.models.checkpoint import open_checkpoint
 
         return families.config_from_hf(open_checkpoint(path).config)
@@ -126,8 +127,8 @@ def config_of(name: str):
         # What begins with a dot, a slash or a tilde can only have been meant as a path.
         if path.name == "config.json" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
             raise ValueError(
-                f"--model: {name!r} must be a preset, a folder with config.json, a "
-                f".gguf file or a hub id (owner/name); there is none. {known}"
+                f"--model: {name!r} must be a preset, a .gguf file, a folder with one or "
+                f"with config.json, or a hub id (owner/name); there is none. {known}"
             )
         path = _hub_config(name, known)
     return families.config_from_hf(_read_json(path))
