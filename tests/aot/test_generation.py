@@ -90,6 +90,7 @@ def test_one_traced_program_compiles_for_every_target(name, target):
         ("v5e", SCHEME), ("v6e", SCHEME), ("v5e", "nqkv"), ("v6e", "nqkv"), ("h100", "nqkv"),
         ("h100", SCHEME), ("h100", "nqkv-plus:bits=2"), ("h100", "kvq:residual=128"),
         ("v5e", "kivi"), ("h100", "kivi"), ("v5e", "squat"), ("h100", "squat"),
+        ("v5e", "fp8"), ("h100", "fp8"),
     ],
 )  # fmt: skip
 def test_no_temporary_grows_with_the_cache(target, scheme):
@@ -116,13 +117,14 @@ def test_no_temporary_grows_with_the_cache(target, scheme):
     if target not in TPUS:
         # The host evaluates conditions: beside that of the loop one for the flush of all layers, if
         # chunks are of more than a token.
-        assert step.count(" while(") == {"nqkv": 0}.get(scheme, 1)
+        in_chunks = scheme not in ("nqkv", "fp8")
+        assert step.count(" while(") == in_chunks
         # Tokens that are encoded by themselves are appended by a kernel: of kivi, values. Where
         # there is a residual, another attends to it.
         of = functools.partial(calls, compiled, TRITON)
-        sides = {"nqkv": 2, "kivi": 1, "squat": 1}.get(scheme, 0)
+        sides = {"nqkv": 2, "fp8": 2, "kivi": 1, "squat": 1}.get(scheme, 0)
         assert of("append_token") == sides * config.num_layers
-        assert of("exact_attention") == (scheme != "nqkv") * config.num_layers
+        assert of("exact_attention") == in_chunks * config.num_layers
 
 
 @pytest.mark.parametrize(
