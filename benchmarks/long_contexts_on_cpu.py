@@ -25,7 +25,7 @@ from nqkv_jax import schemes
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 CHUNK = 1024  # tokens that are appended at a time
 SCHEMES = [
-    "nqkv", "nqkv:codebook=cubic", "nqkv-plus", "nqkv-plus:bits=2", "int8", "int4", "kivi",
+    "nqkv", "nqkv:codebook=cubic", "nqkv-plus", "nqkv-plus:bits=2", "int8", "fp8", "int4", "kivi",
     "quanto", "hqq", "squat", "turboquant", "quarot", "nsnquant",
 ]  # fmt: skip
 FULL = {"none, float32": jnp.float32, "none, bfloat16": jnp.bfloat16}
