@@ -22,6 +22,16 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    from nqkv_jax import schemes
+    from nqkv_jax.schemes import base
+
+    schemes.names()  # all are there first: what is registered meanwhile would be lost
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """The folder of evaluation texts, where there is one beside the repository."""

@@ -118,9 +118,8 @@ def test_the_picture_shows_the_table_of_results():
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
+def folders(tmp_path, monkeypatch, own_registry):
     """Where new files of the package may be put, so that they are found as if they were there."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     for package in (nqkv_jax.schemes, nqkv_jax.quantizers):
         folder = tmp_path / package.__name__.replace(".", "/")
         folder.mkdir(parents=True)

@@ -14,7 +14,6 @@ import pytest
 import nqkv_jax as nq
 from nqkv_jax import schemes
 from nqkv_jax.evaluation import report
-from nqkv_jax.schemes import base
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LEADERBOARD = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "leaderboard.json"
@@ -52,8 +51,8 @@ def test_generate():
     assert names["result"].texts[0].startswith(" Paris")
 
 
-def test_add_a_scheme(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+@pytest.mark.usefixtures("own_registry")
+def test_add_a_scheme():
     exec(block("@register("), {})
     cache = nq.schemes.get("keys-only:bits=3").init(
         num_layers=1, batch=1, max_len=256, num_kv_heads=2, head_dim=64

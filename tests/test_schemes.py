@@ -156,9 +156,8 @@ def test_text_options_say_what_they_take():
         assert texts <= set(nq.schemes.choices(name))
 
 
-def test_literals_are_checked_in_a_direct_call(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-
+@pytest.mark.usefixtures("own_registry")
+def test_literals_are_checked_in_a_direct_call():
     @nq.schemes.register("mine")
     def mine(*, side: "Literal['left', 'right']" = "left", bits: int = 4):
         return lambda shape: (side, bits)
@@ -176,9 +175,8 @@ def test_residual_must_hold_whole_groups():
         layer.check(base.LayerShape(num_kv_heads=2, head_dim=32))
 
 
-def test_a_new_scheme_needs_nothing_but_a_function(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-
+@pytest.mark.usefixtures("own_registry")
+def test_a_new_scheme_needs_nothing_but_a_function():
     @nq.schemes.register("keys-only")
     def keys_only(*, bits: int = 4):
         """4-bit keys, full-precision values."""
