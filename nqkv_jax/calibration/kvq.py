@@ -24,8 +24,9 @@ import tqdm
 
 from nqkv_jax.allocation import LADDER, Allocation, check_budget, error_table, paper_error
 from nqkv_jax.calibration import artifact
-from nqkv_jax.calibration.recorder import Recorder, token_ids
+from nqkv_jax.calibration.recorder import Recorder
 from nqkv_jax.checks import one_of, whole_numbers
+from nqkv_jax.evaluation.windows import encode
 from nqkv_jax.partial import attend_new
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.schemes.base import LayerShape
@@ -206,7 +207,7 @@ def sensitivity(
 
 def check_tokens(lm: Any, tokens: np.ndarray) -> np.ndarray:
     """i32[tokens]; ValueError unless the model can read them at once."""
-    tokens, longest = token_ids(lm, tokens), lm.config.max_positions
+    tokens, longest = encode("calibrate kvq", lm, tokens), lm.config.max_positions
     if not 2 <= tokens.size <= longest:
         raise ValueError(
             f"calibrate: expected 2 to {longest} tokens, which {lm.name} can read at once; got "

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax.checks import whole_numbers
+from nqkv_jax.evaluation.windows import encode
 from nqkv_jax.partial import attend_new
 from nqkv_jax.stand_in import StandIn
 
@@ -133,31 +134,6 @@ def mean_cross_entropy(
     return jnp.sum(jax.lax.map(block, jnp.arange(count) * width)) / size
 
 
-def token_ids(lm: Any, text: str | Sequence[int]) -> np.ndarray:
-    """i32[tokens] of a string, without special tokens, or of ids.
-
-    Raises: ValueError: there is no tokenizer, or ids are no whole numbers of the vocabulary.
-    """
-    if isinstance(text, str):
-        if lm.tokenizer is None:
-            raise ValueError(f"calibrate: {lm.name} came without a tokenizer; give token ids")
-        text = lm.tokenizer.encode(text, add_special_tokens=False)
-    tokens, vocabulary = np.asarray(text), lm.config.vocab_size
-    if not tokens.size:
-        return np.zeros(0, np.int32)
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"calibrate: expected a text or token ids [tokens]; got {tokens.dtype} of shape "
-            f"{tokens.shape}"
-        )
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(
-            f"calibrate: token ids must be in [0, {vocabulary}), the vocabulary of {lm.name}; got "
-            f"{tokens.min()} to {tokens.max()}"
-        )
-    return tokens.astype(np.int32)
-
-
 def windows(lm: Any, text: str | Sequence[int], samples: int, seqlen: int) -> np.ndarray:
     """i32[samples, seqlen]: stretches of a text, spread evenly over it.
 
@@ -176,7 +152,7 @@ def windows(lm: Any, text: str | Sequence[int], samples: int, seqlen: int) -> np
             f"calibrate: seqlen must be at most {lm.config.max_positions}, the positions that "
             f"{lm.name} has; got {seqlen}"
         )
-    tokens = token_ids(lm, text)
+    tokens = encode("calibrate", lm, text)
     if tokens.size < samples * seqlen:
         raise ValueError(
             f"calibrate: samples={samples} of seqlen={seqlen} tokens each need "
