@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nqkv_jax.models.rope import RopeConfig, setting
+from nqkv_jax.models.rope import setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class OptConfig(ModelConfig):
                 f"OptConfig.num_kv_heads must be num_heads={self.num_heads}; "
                 f"got {self.num_kv_heads}"
             )
-        _check_activation(self, ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh"))
+        check_activation(self, ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh"))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "OptConfig":
@@ -115,9 +115,9 @@ class OptConfig(ModelConfig):
 
         Raises: ValueError for sizes that contradict each other or an activation we do not have.
         """
-        _check_hf(config, ("opt",))
+        check_hf(config, ("opt",))
         get = functools.partial(setting, config)
-        hidden, heads = get("hidden_size", 768), _num_heads(config, 12)
+        hidden, heads = get("hidden_size", 768), num_heads(config, 12)
         norm_first = get("do_layer_norm_before", True)
         return cls(
             vocab_size=get("vocab_size", 50272),
@@ -128,7 +128,7 @@ class OptConfig(ModelConfig):
             head_dim=hidden // heads,
             max_positions=get("max_position_embeddings", 2048),
             tie_embeddings=get("tie_word_embeddings", True),
-            **_special_tokens(config, bos=2, eos=2, pad=1),
+            **special_tokens(config, bos=2, eos=2, pad=1),
             ffn_size=get("ffn_dim", 3072),
             embed_size=get("word_embed_proj_dim", hidden),
             norm_first=norm_first,
@@ -141,150 +141,14 @@ class OptConfig(ModelConfig):
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig(ModelConfig):
-    """The Llama family: RoPE, RMSNorm, a gated MLP, grouped-query attention.
-
-    Llama, Mistral, Qwen2, Qwen3 and SmolLM2 differ only in these fields.
-
-    Attributes:
-      ffn_size: hidden width of the MLP.
-      norm_eps: of all RMSNorms.
-      rope: rotary position embedding.
-      qkv_bias, out_bias, mlp_bias: biases of these linear maps.
-      qk_norm: RMSNorm over each head's channels of queries and keys, before RoPE (Qwen3).
-      windows: sliding window of every layer, None for all tokens; empty if no layer has one.
-      activation: of the MLP's gate.
-
-    Source: Touvron et al. (2023), LLaMA; Jiang et al. (2023), Mistral 7B; Qwen team (2024, 2025).
-    """
-
-    model_type: str = "llama"
-    ffn_size: int
-    norm_eps: float
-    rope: RopeConfig = RopeConfig()
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()
-    activation: str = "silu"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig.head_dim must be even (RoPE); got {self.head_dim}")
-        if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(
-                f"LlamaConfig.windows must have one entry for each of {self.num_layers} layers; "
-                f"got {len(self.windows)}"
-            )
-        if any(window is not None and window < 1 for window in self.windows):
-            raise ValueError(f"LlamaConfig.windows must be positive or None; got {self.windows}")
-        _check_activation(self, ("silu", "swish"))
-
-    def window(self, layer: int) -> int | None:
-        return self.windows[layer] if self.windows else None
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads the dictionary of a Hugging Face `config.json`.
-
-        Absent keys have the defaults of the family.
-
-        Raises: ValueError for sizes that contradict each other or an activation we do not have;
-          NotImplementedError for a kind of RoPE scaling or of layers that we do not have.
-        """
-        defaults = _LLAMA_DEFAULTS
-        _check_hf(config, tuple(defaults))
-        kind = config["model_type"]
-        default = defaults[kind]
-        get = functools.partial(setting, config)
-        hidden = get("hidden_size", 4096)
-        heads = _num_heads(config, 32)
-        kv_heads = config.get("num_key_value_heads", default["num_kv_heads"])
-        layers = get("num_hidden_layers", 32)
-        max_positions = get("max_position_embeddings", default["max_positions"])
-        # Which of Qwen2's projections have a bias is part of the architecture, not of its settings.
-        bias = get("attention_bias", False) if kind in ("llama", "qwen3") else False
-        return cls(
-            model_type=kind,
-            vocab_size=get("vocab_size", default["vocab_size"]),
-            hidden_size=hidden,
-            num_layers=layers,
-            num_heads=heads,
-            # An explicit null means one KV head per query head, an absent key the family's default.
-            num_kv_heads=heads if kv_heads is None else kv_heads,
-            head_dim=get("head_dim", default["head_dim"] or hidden // heads),
-            max_positions=max_positions,
-            tie_embeddings=get("tie_word_embeddings", False),
-            **_special_tokens(config, bos=default["bos"], eos=default["eos"], pad=None),
-            ffn_size=get("intermediate_size", default["ffn_size"]),
-            norm_eps=float(get("rms_norm_eps", 1e-6)),
-            rope=RopeConfig.from_hf(config, max_positions=max_positions),
-            qkv_bias=kind == "qwen2" or bias,
-            out_bias=bias,
-            mlp_bias=get("mlp_bias", False) if kind == "llama" else False,
-            qk_norm=kind == "qwen3",
-            windows=_windows(config, layers),
-            activation=get("hidden_act", "silu"),
-        )
-
-
-# What transformers assumes where config.json is silent (it may leave out what is at its default).
-_LLAMA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": dict(
-        vocab_size=32000, max_positions=2048, num_kv_heads=None, head_dim=None, ffn_size=11008,
-        bos=1, eos=2,
-    ),
-    "mistral": dict(
-        vocab_size=32000, max_positions=131072, num_kv_heads=8, head_dim=None, ffn_size=14336,
-        bos=1, eos=2,
-    ),
-    "qwen2": dict(
-        vocab_size=151936, max_positions=32768, num_kv_heads=32, head_dim=None, ffn_size=22016,
-        bos=None, eos=None,
-    ),
-    "qwen3": dict(
-        vocab_size=151936, max_positions=32768, num_kv_heads=32, head_dim=128, ffn_size=22016,
-        bos=None, eos=None,
-    ),
-}  # fmt: skip
-
-
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """The sliding window of every layer; () if none has one."""
-    kind = config["model_type"]
-    if kind == "llama":
-        return ()
-    # Unlike for most keys, null is a setting of its own here, "no window".
-    size = config.get("sliding_window", 4096)
-    if kind == "mistral":
-        return (size,) * layers if size is not None else ()
-    if not config.get("use_sliding_window", False) or size is None:
-        return ()
-    kinds = config.get("layer_types")
-    if kinds is None:
-        full = setting(config, "max_window_layers", 28)
-        kinds = ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown or len(kinds) != layers:
-        raise NotImplementedError(
-            f"layer_types must name 'full_attention' or 'sliding_attention' for each of {layers} "
-            f"layers; got {list(kinds)}"
-        )
-    windows = tuple(size if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def _check_hf(config: Mapping[str, Any], model_types: tuple[str, ...]) -> None:
+def check_hf(config: Mapping[str, Any], model_types: tuple[str, ...]) -> None:
     if config.get("model_type") not in model_types:
         raise ValueError(
             f"model_type must be one of {', '.join(model_types)}; got {config.get('model_type')!r}"
         )
 
 
-def _num_heads(config: Mapping[str, Any], default: int) -> int:
+def num_heads(config: Mapping[str, Any], default: int) -> int:
     """Query heads, by which `hidden_size` is divided before `ModelConfig` checks either."""
     heads = setting(config, "num_attention_heads", default)
     if heads == 0:
@@ -292,7 +156,7 @@ def _num_heads(config: Mapping[str, Any], default: int) -> int:
     return heads
 
 
-def _special_tokens(
+def special_tokens(
     config: Mapping[str, Any], *, bos: int | None, eos: int | None, pad: int | None
 ) -> dict[str, Any]:
     """Ids as the configuration gives them; eos may be one id or a list there."""
@@ -305,7 +169,7 @@ def _special_tokens(
     }
 
 
-def _check_activation(config: Any, supported: tuple[str, ...]) -> None:
+def check_activation(config: Any, supported: tuple[str, ...]) -> None:
     if config.activation not in supported:
         raise ValueError(
             f"{type(config).__name__}.activation must be one of {', '.join(supported)}; "

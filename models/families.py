@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from nqkv_jax.models import llama, opt
-from nqkv_jax.models.config import LlamaConfig, ModelConfig, OptConfig
+from nqkv_jax.models.config import ModelConfig, OptConfig
 from nqkv_jax.models.layers import Decoder
+from nqkv_jax.models.llama_config import LlamaConfig
 from nqkv_jax.models.rope import RopeConfig
 from nqkv_jax.models.weights import ParamFiller, Weight
 
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma3_text": _LLAMA,
 }
 
 # Constants of the architecture that older checkpoints saved as if they were weights.
@@ -106,13 +108,14 @@ def ignored(config: ModelConfig, name: str) -> bool:
 def build(config: ModelConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Decoder:
     """A model with random weights: normal with deviation 0.02, unit scales, zero biases."""
     rng = np.random.default_rng(seed)
+    unit = 1 - (config.norm_offset if isinstance(config, LlamaConfig) else 0.0)
     fill = filler(config, dtype=dtype)
     # Through NumPy and the weight map: initialising the modules themselves would compile a program
     # for every shape.
     for name, weight in weight_map(config).items():
         kind = weight.path[-1]
         if kind in ("scale", "bias"):
-            fill.add(name, np.full(weight.shape, kind == "scale", np.float32))
+            fill.add(name, np.full(weight.shape, unit if kind == "scale" else 0, np.float32))
         else:
             fill.add(name, rng.standard_normal(weight.shape, np.float32) * np.float32(0.02))
     return fill.finish()
@@ -175,7 +178,7 @@ _LLAMA_3_8B = dataclasses.replace(
 
 # For planning memory without a checkpoint. OPT: Zhang et al. (2022), table 1, and the published
 # configurations (the table does not show the exceptions of 350m; 175b has no public weights).
-# The others: config.json of the named release; Mistral is v0.1, the one with a sliding window.
+# The others: config.json of the named release; Mistral is v0.1, with a sliding window everywhere.
 presets: dict[str, ModelConfig] = {
     "opt-125m": _opt(12, 768, 12),
     "opt-350m": _opt(24, 1024, 16, embed_size=512, norm_first=False, final_norm=False),
@@ -210,6 +213,14 @@ presets: dict[str, ModelConfig] = {
         num_kv_heads=8, head_dim=128, max_positions=40960, tie_embeddings=False,
         bos_token_id=151643, eos_token_ids=(151645,), ffn_size=12288, norm_eps=1e-6,
         rope=RopeConfig(theta=1e6), qk_norm=True,
+    ),
+    "gemma-3-270m": LlamaConfig(
+        model_type="gemma3_text", vocab_size=262144, hidden_size=640, num_layers=18, num_heads=4,
+        num_kv_heads=1, head_dim=256, max_positions=32768, tie_embeddings=True, bos_token_id=2,
+        eos_token_ids=(1,), pad_token_id=0, ffn_size=2048, norm_eps=1e-6, norm_offset=1.0,
+        post_norms=True, embed_scale=640**0.5, rope=RopeConfig(theta=1e6), local_rope=RopeConfig(),
+        score_scale=256**-0.5, qk_norm=True, windows=((512,) * 5 + (None,)) * 3,
+        activation="gelu_pytorch_tanh",
     ),
     "smollm2-135m": LlamaConfig(
         vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,

@@ -62,20 +62,20 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) * scale over the last axis, computed in float32.
+    """x / sqrt(mean(x²) + eps) * (offset + scale) over the last axis, computed in float32.
 
     Source: Zhang and Sennrich (2019), Root Mean Square Layer Normalization, equation 4.
     """
 
-    def __init__(self, features: int, *, eps: float, dtype: Any):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
+    def __init__(self, features: int, *, eps: float, offset: float = 0.0, dtype: Any):
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full((features,), 1 - offset, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., features], keeps the dtype."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * _broadcast_f32(self.scale[...], y)).astype(x.dtype)
+        return (y * (self.offset + _broadcast_f32(self.scale[...], y))).astype(x.dtype)
 
 
 def product(x: jax.Array, kernel: jax.Array, equation: str) -> jax.Array:

@@ -1,11 +1,15 @@
-"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2), and their weight map.
+"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 3), and weight maps.
 
     x = x + out(attend(rope(q), rope(k), v));   q, k, v = qkv(norm(x))
     x = x + down(silu(gate(norm(x))) * up(norm(x)))
 
-Touvron et al. (2023), LLaMA: Open and Efficient Foundation Language Models, section 2.2.
+Gemma 3 also normalises what is added.
+
+Touvron et al. (2023), LLaMA: Open and Efficient Foundation Language Models, section 2.2; Gemma team
+(2025), Gemma 3 Technical Report, section 2.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +17,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nqkv_jax.attention import attend
-from nqkv_jax.models.config import LlamaConfig
 from nqkv_jax.models.layers import (
     ACTIVATIONS,
     Decoder,
@@ -22,6 +25,7 @@ from nqkv_jax.models.layers import (
     RMSNorm,
     check_token_array,
 )
+from nqkv_jax.models.llama_config import LlamaConfig
 from nqkv_jax.models.weights import Path, Weight
 from nqkv_jax.rotary import Rotary
 
@@ -31,31 +35,35 @@ class LlamaLayer(nnx.Module):
 
     def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs, dtype: Any):
         self.config, self.layer = config, layer
-        hidden, eps = config.hidden_size, config.norm_eps
+        hidden = config.hidden_size
         q_size, kv_size = _head_sizes(config)
-        self.attention_norm = RMSNorm(hidden, eps=eps, dtype=dtype)
+        norm = functools.partial(_norm, config, dtype=dtype)
+        self.attention_norm = norm(hidden)
         # Maps of the same input are one kernel: fewer, larger products (in decoding, a quarter
         # faster on two CPU cores).
         self.qkv = Linear(
             hidden, q_size + 2 * kv_size, bias=config.qkv_bias, rngs=rngs, dtype=dtype
         )
-        self.q_norm = RMSNorm(config.head_dim, eps=eps, dtype=dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, eps=eps, dtype=dtype) if config.qk_norm else None
+        self.q_norm = norm(config.head_dim) if config.qk_norm else None
+        self.k_norm = norm(config.head_dim) if config.qk_norm else None
         self.out = Linear(q_size, hidden, bias=config.out_bias, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(hidden, eps=eps, dtype=dtype)
+        self.attention_post_norm = norm(hidden) if config.post_norms else None
+        self.mlp_norm = norm(hidden)
         self.gate_up = Linear(
             hidden, 2 * config.ffn_size, bias=config.mlp_bias, rngs=rngs, dtype=dtype
         )
         self.down = Linear(config.ffn_size, hidden, bias=config.mlp_bias, rngs=rngs, dtype=dtype)
+        self.mlp_post_norm = norm(hidden) if config.post_norms else None
 
     def __call__(
         self, x: jax.Array, cache: Any, rotary: Rotary, num_new: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """[B, S, hidden_size] and the cache -> the same, one layer later."""
         y, cache = self._attention(self.attention_norm(x), cache, rotary, num_new)
-        x = x + y
+        x = x + (self.attention_post_norm(y) if self.attention_post_norm else y)
         gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
-        return x + self.down(ACTIVATIONS[self.config.activation](gate) * up), cache
+        y = self.down(ACTIVATIONS[self.config.activation](gate) * up)
+        return x + (self.mlp_post_norm(y) if self.mlp_post_norm else y), cache
 
     def _attention(self, x, cache, rotary, num_new):
         config = self.config
@@ -69,6 +77,7 @@ class LlamaLayer(nnx.Module):
         out, cache = attend(
             q, k, v, cache,
             layer=self.layer, rotary=rotary, num_new=num_new, window=config.window(self.layer),
+            scale=config.score_scale,
         )  # fmt: skip
         return self.out(out.reshape(*x.shape[:2], q_size)), cache
 
@@ -83,21 +92,29 @@ class Llama(Decoder):
         self.layers = nnx.List(
             [LlamaLayer(config, i, rngs=rngs, dtype=dtype) for i in range(config.num_layers)]
         )
-        self.norm = RMSNorm(hidden, eps=config.norm_eps, dtype=dtype)
+        self.norm = _norm(config, hidden, dtype=dtype)
         self.lm_head = (
             None if config.tie_embeddings else Embedding(rows, hidden, rngs=rngs, dtype=dtype)
         )
 
     def hidden(self, tokens, cache=None, *, num_new=None):
         check_token_array(tokens)
-        rotary = self.config.rope.rotary(self.config.head_dim)
+        config = self.config
+        rotary = config.rope.rotary(config.head_dim)
+        local = (config.local_rope or config.rope).rotary(config.head_dim)
         x = self.embed(tokens)
-        for layer in self.layers:
-            x, cache = layer(x, cache, rotary, num_new)
+        if config.embed_scale is not None:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x, cache = layer(x, cache, rotary if config.window(i) is None else local, num_new)
         return self.norm(x), cache
 
     def head(self, hidden):
         return (self.lm_head or self.embed).logits(hidden)
+
+
+def _norm(config: LlamaConfig, features: int, *, dtype: Any) -> RMSNorm:
+    return RMSNorm(features, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
 
 
 def _head_sizes(config: LlamaConfig) -> tuple[int, int]:
@@ -140,7 +157,12 @@ def weight_map(config: LlamaConfig) -> dict[str, Weight]:
             norm(f"{attention}q_norm", (*path, "q_norm"), config.head_dim)
             norm(f"{attention}k_norm", (*path, "k_norm"), config.head_dim)
         linear(f"{attention}o_proj", (*path, "out"), q_size, hidden, bias=config.out_bias)
-        norm(f"model.layers.{i}.post_attention_layernorm", (*path, "mlp_norm"))
+        before_mlp = "post_attention_layernorm"
+        if config.post_norms:
+            norm(f"model.layers.{i}.post_attention_layernorm", (*path, "attention_post_norm"))
+            norm(f"model.layers.{i}.post_feedforward_layernorm", (*path, "mlp_post_norm"))
+            before_mlp = "pre_feedforward_layernorm"
+        norm(f"model.layers.{i}.{before_mlp}", (*path, "mlp_norm"))
         for which, offset in (("gate", 0), ("up", ffn)):
             linear(
                 f"{mlp}{which}_proj", (*path, "gate_up"), hidden, ffn,

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from nqkv_jax.models import families
-from nqkv_jax.models.config import LlamaConfig, OptConfig, check_tokens
+from nqkv_jax.models.config import OptConfig, check_tokens
+from nqkv_jax.models.llama_config import LlamaConfig
 from nqkv_jax.models.rope import RopeConfig
 from nqkv_jax.models.weights import CheckpointError, ParamFiller, Weight
 
@@ -56,6 +57,22 @@ def test_old_and_new_spelling_of_rope_agree():
     )
 
 
+def test_old_and_new_spelling_of_gemmas_two_ropes_agree():
+    base = TINY | dict(model_type="gemma3_text")
+    old = base | dict(
+        rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=dict(rope_type="linear", factor=8.0)
+    )
+    full = dict(rope_type="linear", rope_theta=5e5, factor=8.0)
+    local = dict(rope_type="default", rope_theta=2e4)
+    new = base | dict(rope_parameters=dict(full_attention=full, sliding_attention=local))
+    config = families.config_from_hf(old)
+    assert config == families.config_from_hf(new)
+    assert (config.rope.theta, config.rope.factor) == (5e5, 8.0)
+    assert config.local_rope == RopeConfig(theta=2e4)
+    silent = families.config_from_hf(base)
+    assert (silent.rope.theta, silent.local_rope.theta) == (1e6, 1e4)
+
+
 def test_yarn_infers_its_factor():
     scaling = dict(type="yarn", original_max_position_embeddings=8)
     config = families.config_from_hf(TINY | dict(rope_scaling=scaling | dict(factor=None)))
@@ -83,6 +100,11 @@ def test_windows_of_layers():
     every = families.config_from_hf(base | dict(use_sliding_window=True, max_window_layers=0))
     assert every.sliding_window == 7
     assert families.config_from_hf(TINY | dict(model_type="mistral")).sliding_window == 4096
+    gemma = dict(model_type="gemma3_text", sliding_window=7, num_hidden_layers=3)
+    assert families.config_from_hf(TINY | gemma).windows == (7, 7, 7)
+    local = families.config_from_hf(TINY | gemma | dict(sliding_window_pattern=2))
+    assert local.windows == (7, None, 7)
+    assert families.presets["gemma-3-270m"].sliding_window is None
     none = TINY | dict(model_type="mistral", sliding_window=None)
     assert families.config_from_hf(none).sliding_window is None
 
@@ -90,14 +112,14 @@ def test_windows_of_layers():
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        (dict(model_type="gpt2"), ValueError, "llama, mistral, opt, qwen2, qwen3; got 'gpt2'"),
+        (dict(model_type="gpt2"), ValueError, "gemma3_text, llama, mistral, .*; got 'gpt2'"),
         (dict(model_type=None), ValueError, "got None"),
         (dict(num_key_value_heads=3), ValueError, "multiple of num_kv_heads=3; got 4"),
         (dict(num_key_value_heads=0), ValueError, "num_kv_heads must be a positive integer; got 0"),
         (dict(num_attention_heads=0), ValueError, "num_attention_heads must be .* got 0"),
         (dict(hidden_size=-8), ValueError, "hidden_size must be a positive integer; got -8"),
         (dict(head_dim=3), ValueError, "head_dim must be even"),
-        (dict(hidden_act="relu"), ValueError, "must be one of silu, swish; got 'relu'"),
+        (dict(hidden_act="relu"), ValueError, "one of silu, swish, gelu_pytorch_tanh; got 'relu'"),
         (
             dict(rope_scaling=dict(rope_type="longrope", factor=2)),
             NotImplementedError,
@@ -117,6 +139,17 @@ def test_windows_of_layers():
             dict(model_type="qwen3", use_sliding_window=True, layer_types=["chunked"] * 2),
             NotImplementedError,
             "layer_types must name",
+        ),
+        (dict(model_type="gemma3_text", layer_types=["x"] * 2), NotImplementedError, "must name"),
+        (
+            dict(model_type="gemma3_text", attn_logit_softcapping=50.0),
+            NotImplementedError,
+            "attn_logit_softcapping must be null; got 50.0",
+        ),
+        (
+            dict(model_type="gemma3_text", use_bidirectional_attention=True),
+            NotImplementedError,
+            "use_bidirectional_attention must be false",
         ),
     ],
 )

@@ -16,6 +16,7 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=32,
 )  # fmt: skip
 YARN = dict(rope_type="yarn", rope_theta=1000.0, original_max_position_embeddings=32)
+GEMMA = SMALL | dict(head_dim=16, sliding_window=6, sliding_window_pattern=2)
 # name: (class in transformers, settings). Sequences have 48 tokens: more than the windows, and more
 # than the original contexts.
 VARIANTS = {
@@ -56,6 +57,19 @@ VARIANTS = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
+    "gemma 3": ("Gemma3Text", GEMMA),
+    "gemma 3, scaled": (
+        "Gemma3Text",
+        GEMMA
+        | dict(
+            query_pre_attn_scalar=5, tie_word_embeddings=False, attention_bias=True,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=200.0, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=50.0),
+            ),
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -76,7 +90,7 @@ def make_pair(variant):
     name, settings = VARIANTS[variant]
     torch.manual_seed(0)
     hf_config = getattr(transformers, f"{name}Config")(**settings)
-    reference = getattr(transformers, f"{name}ForCausalLM")(hf_config).eval()
+    reference = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(hf_config).eval()
     reference.set_attn_implementation("eager")
     with torch.no_grad():
         # Away from zero biases and unit scales, and large enough that attention is not uniform.
