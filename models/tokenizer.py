@@ -18,28 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from nqkv_jax.models.checkpoint.base import (
-    CheckpointFileError,
-    CheckpointNotFoundError,
-    read_json,
-)
+from nqkv_jax.models.checkpoint.base import read_json
+from nqkv_jax.models.tokenizer_backends import backend_from_folder, backend_from_gguf
 
-# How Llama 3 and Qwen 2 split text before merging; from the tokenizer.json that each publishes.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# Values of tokenizer.ggml.pre that mean the same.
-_GPT2_PRE = ("gpt-2", "gpt2")
-_DIGITS_PRE = ("smollm",)
-_LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
-_QWEN2_PRE = ("qwen2",)
-
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -117,7 +99,7 @@ class Tokenizer:
         settings = _optional_json(folder / "tokenizer_config.json")
         generation = _optional_json(folder / "generation_config.json")
         special = _optional_json(folder / "special_tokens_map.json") | settings
-        backend = _backend_from_folder(folder, settings)
+        backend = backend_from_folder(folder, settings)
         # OPT's ids 1 and 2; older releases have no tokenizer_config.json that says so.
         is_opt = config.get("model_type") == "opt"
         defaults = {}
@@ -151,24 +133,24 @@ class Tokenizer:
         """The tokenizer inside a GGUF file.
 
         Args:    metadata: the file's keys and values.
-        Raises:  NotImplementedError if it is not a byte-level BPE with a known pre-tokenizer.
+        Raises:  NotImplementedError if it is neither a byte-level BPE with a known pre-tokenizer
+          nor one of SentencePiece's.
         """
-        get = functools.partial(_ggml, metadata)
-        backend, pre = _backend_from_gguf(metadata)
-        ids = {name: get(f"{name}_token_id") for name in ("bos", "eos", "eot")}
-        ids["pad"] = get("padding_token_id")
+        get = metadata.get
+        backend, begins_with_bos = backend_from_gguf(metadata)
+        ids = {name: get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+        ids["pad"] = get("tokenizer.ggml.padding_token_id")
         names = {
             f"{name}_token": None if ids[name] is None else backend.id_to_token(ids[name])
             for name in ("bos", "eos", "pad")
         }
-        # What llama.cpp does where the file says nothing.
-        add_bos = get("add_bos_token", pre in _LLAMA3_PRE)
+        add_bos = get("tokenizer.ggml.add_bos_token", begins_with_bos)
         return cls(
             backend,
             **names,
             add_bos=bool(add_bos) and names["bos_token"] is not None,
             eos_ids=_id_list(ids["eot"]),
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=get("tokenizer.chat_template"),
         )
 
     @property
@@ -319,90 +301,6 @@ def _default_template(template: Any) -> str | None:
         named = {entry["name"]: entry["template"] for entry in template}
         return named.get("default")
     return template
-
-
-def _backend_from_folder(folder: pathlib.Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    path, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if not path.is_file() and not (vocab.is_file() and merges.is_file()):
-        raise CheckpointNotFoundError(
-            f"{folder} must hold tokenizer.json, or vocab.json and merges.txt; it has neither. "
-            "Copy them there from where the model came from"
-        )
-    try:
-        if path.is_file():
-            return tokenizers.Tokenizer.from_file(str(path))
-        model = models.BPE.from_file(str(vocab), str(merges))
-    # The Rust library raises plain Exceptions.
-    except Exception as error:
-        source = path if path.is_file() else f"{vocab} with {merges}"
-        raise CheckpointFileError(f"{source} must be a tokenizer's files; got: {error}") from error
-    backend = _byte_level(model, add_prefix_space=settings.get("add_prefix_space", False))
-    # Tokens in angle brackets are not made by merging: written in a text, they are meant as one.
-    known = json.loads(vocab.read_text(encoding="utf-8"))
-    special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>")
-    backend.add_special_tokens([token for token in special if token in known])
-    return backend
-
-
-def _byte_level(model: models.BPE, *, add_prefix_space: bool = False) -> tokenizers.Tokenizer:
-    """GPT-2's: splits words by its regular expression, and spells every byte as a character."""
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _ggml(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    return metadata.get(f"tokenizer.ggml.{name}", default)
-
-
-def _backend_from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, str]:
-    get = functools.partial(_ggml, metadata)
-    kind, pre = get("model"), get("pre", "gpt-2")
-    advice = "Use the tokenizer.json of the Hugging Face checkpoint: Tokenizer.from_folder(folder)"
-    if kind != "gpt2":
-        raise NotImplementedError(
-            f"a GGUF tokenizer must be a byte-level BPE (tokenizer.ggml.model 'gpt2'); got {kind!r}"
-            f"{' (SentencePiece)' if kind == 'llama' else ''}. {advice}"
-        )
-    tokens, merges = get("tokens"), [tuple(merge.split(" ")) for merge in get("merges")]
-    # Llama 3 takes a whole word that is in the vocabulary even where merging would not lead to it.
-    model = models.BPE(
-        {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=pre in _LLAMA3_PRE
-    )
-    backend = _byte_level(model)
-    if pre in _DIGITS_PRE:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
-        )
-    elif pre in _LLAMA3_PRE + _QWEN2_PRE:
-        split = tokenizers.Regex(_QWEN2_SPLIT if pre in _QWEN2_PRE else _LLAMA3_SPLIT)
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(split, "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        if pre in _QWEN2_PRE:
-            backend.normalizer = normalizers.NFC()
-    elif pre not in _GPT2_PRE:
-        known = _GPT2_PRE + _DIGITS_PRE + _LLAMA3_PRE + _QWEN2_PRE
-        raise NotImplementedError(
-            f"a GGUF tokenizer's pre-tokenizer must be one of {known}; got {pre!r}. {advice}"
-        )
-    types = get("token_type") or []
-    for add, wanted in (
-        (backend.add_special_tokens, _CONTROL),
-        (backend.add_tokens, _USER_DEFINED),
-    ):
-        add(
-            [
-                tokenizers.AddedToken(token, normalized=False, special=wanted == _CONTROL)
-                for token, type_ in zip(tokens, types, strict=False)
-                if type_ == wanted
-            ]
-        )
-    return backend, pre
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,7 +2,8 @@
 
 GGUF keeps dimensions reversed (the package `gguf` turns them back), has its own tensor names, and
 for the architecture `llama`, which is Mistral's too, the rows of Q and K in the order that rotates
-neighbouring pairs (2i, 2i + 1), where Hugging Face and this library rotate (i, i + D/2).
+neighbouring pairs (2i, 2i + 1), where Hugging Face and this library rotate (i, i + D/2). Of Gemma's
+norms it keeps 1 + the weight.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 
 from nqkv_jax.models.checkpoint.base import Checkpoint, CheckpointFileError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -34,6 +35,11 @@ _BLOCK = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_GEMMA3_BLOCK = _BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 
 
@@ -101,8 +107,9 @@ def _config(
         raise CheckpointFileError(f"{path} must have the tensor 'token_embd.weight'; it has not")
     heads, hidden = value("attention.head_count"), value("embedding_length")
     window = value("attention.sliding_window", None)
+    model_type = "mistral" if architecture == "llama" and window else architecture
     config = {
-        "model_type": "mistral" if architecture == "llama" and window else architecture,
+        "model_type": "gemma3_text" if architecture == "gemma3" else model_type,
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
         "hidden_size": hidden,
         "intermediate_size": value("feed_forward_length"),
@@ -114,12 +121,13 @@ def _config(
         # A float32 such as 9.999999747378752e-06 is meant as 1e-05.
         "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": float(value("rope.freq_base", 10000.0)),
-        "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+    if architecture == "gemma3":
+        config |= _gemma3(value, config)
     if architecture == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
@@ -129,6 +137,18 @@ def _config(
     if scaling:
         config["rope_scaling"] = scaling
     return config
+
+
+def _gemma3(value, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp knows about this architecture, and does not keep in files."""
+    # The largest of the four sizes (27b) scales by the width of a head as it would usually be.
+    largest = config["num_hidden_layers"] == 62
+    usual = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "rope_theta": float(value("rope.freq_base", 1e6)),
+        "rope_local_base_freq": float(value("rope.freq_base_swa", 1e4)),
+        "query_pre_attn_scalar": usual if largest else config["head_dim"],
+    }
 
 
 def _rope_scaling(path: pathlib.Path, value, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -169,7 +189,7 @@ class _GGUFShard:
     ):
         self.path, self._gguf, self._config = path, gguf, config
         self._tensors = {
-            _hf_name(name): tensor
+            _hf_name(name, config["model_type"]): tensor
             for name, tensor in tensors.items()
             if name != "rope_freqs.weight"  # is in the config
         }
@@ -184,6 +204,8 @@ class _GGUFShard:
                     f"{self.path}: tensor {tensor.name!r} has the type {tensor.tensor_type.name}, "
                     "which the package gguf cannot dequantise; use another file of this model"
                 ) from error
+            if self._config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+                array = array - 1
             yield name, self._rotate_half(name, array)
 
     def _rotate_half(self, name: str, array: np.ndarray) -> np.ndarray:
@@ -199,12 +221,13 @@ class _GGUFShard:
         return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, model_type: str) -> str:
     """Names that are not known stay as they are, to be reported as unexpected."""
     base, _, kind = name.rpartition(".")
     if base in _TOP:
         return f"{_TOP[base]}.{kind}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", base)
-    if match and match[2] in _BLOCK:
-        return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{kind}"
+    blocks = _GEMMA3_BLOCK if model_type == "gemma3_text" else _BLOCK
+    if match and match[2] in blocks:
+        return f"model.layers.{match[1]}.{blocks[match[2]]}.{kind}"
     return name
