@@ -63,6 +63,14 @@ class ModelConfig:
         return None
 
     @property
+    def opening(self) -> tuple[int, ...]:
+        """Token ids that a text must begin with, in evaluations and calibrations, too.
+
+        Published ones put no BOS token before their windows; most models read well without.
+        """
+        return ()
+
+    @property
     def sliding_window(self) -> int | None:
         """The window that every layer has; None if some layer attends to all tokens."""
         windows = {self.window(layer) for layer in range(self.num_layers)}

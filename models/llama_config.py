@@ -71,6 +71,12 @@ class LlamaConfig(ModelConfig):
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Gemma breaks down without its BOS token."""
+        needed = self.model_type.startswith("gemma") and self.bos_token_id is not None
+        return (self.bos_token_id,) if needed else ()
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Reads the dictionary of a Hugging Face `config.json`.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax.checks import whole_numbers
-from nqkv_jax.evaluation.windows import encode
+from nqkv_jax.evaluation.windows import encode, opening
 from nqkv_jax.partial import attend_new
 from nqkv_jax.stand_in import StandIn
 
@@ -135,7 +135,7 @@ def mean_cross_entropy(
 
 
 def windows(lm: Any, text: str | Sequence[int], samples: int, seqlen: int) -> np.ndarray:
-    """i32[samples, seqlen]: stretches of a text, spread evenly over it.
+    """i32[samples, seqlen]: stretches of a text, spread evenly over it, after the model's opening.
 
     Args:  text: a string, encoded without special tokens; or token ids.
 
@@ -159,5 +159,6 @@ def windows(lm: Any, text: str | Sequence[int], samples: int, seqlen: int) -> np
             f"{samples * seqlen:,} tokens of text; got {tokens.size:,}. Give a longer text, or "
             "fewer or shorter windows"
         )
+    begin = np.asarray(opening(lm), np.int32)
     starts = np.linspace(0, tokens.size - seqlen, samples).astype(np.int64)
-    return np.stack([tokens[s : s + seqlen] for s in starts])
+    return np.stack([[*begin, *tokens[s : s + seqlen - begin.size]] for s in starts])

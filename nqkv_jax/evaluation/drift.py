@@ -29,7 +29,7 @@ from nqkv_jax.evaluation.divergence import comparer
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.record import Record, describe, tokens_sha256
 from nqkv_jax.evaluation.retrieval import Generate
-from nqkv_jax.evaluation.windows import encode, mean_of, standard_error
+from nqkv_jax.evaluation.windows import encode, mean_of, opening, standard_error
 from nqkv_jax.plan import AbstractCaches
 from nqkv_jax.words import counted
 
@@ -127,6 +127,7 @@ def drift(
     tokens, starts = prompts_of(
         lm, text, prompts=prompts, prompt=prompt, length=length, buckets=buckets
     )
+    begin = opening(lm)
     bits = AbstractCaches(lm.config, scheme, dtype).stored_bits
     scheme.check_model(lm)
     record = Record(
@@ -144,7 +145,7 @@ def drift(
     ) as bar:  # fmt: skip
         for index in record:
             began = time.perf_counter()
-            head = tokens[starts[index] : starts[index] + prompt].tolist()
+            head = [*begin, *tokens[starts[index] : starts[index] + prompt - len(begin)].tolist()]
             go_on = lambda scheme, dtype, head=head: generate(
                 lm, [head], scheme=scheme, max_new_tokens=length, cache_dtype=dtype
             ).tokens[0]

@@ -18,6 +18,7 @@ from nqkv_jax import schemes
 from nqkv_jax.evaluation.likelihood import Likelihood, Scorer, batches, check_pairs
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.retrieval import Generate
+from nqkv_jax.evaluation.windows import opening
 from nqkv_jax.words import counted
 
 # How other programs call the limit of a generation, those that win first.
@@ -88,8 +89,10 @@ class HarnessLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """No BOS token unless it is asked for, as in the harness's own Hugging Face models."""
-        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        """No BOS token unless it is asked for, or the model needs it (Gemma), as in the harness."""
+        if add_special_tokens is None:
+            add_special_tokens = bool(opening(self._lm))
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -126,7 +129,7 @@ class HarnessLM(TemplateLM):
         for i, request in enumerate(requests):
             (text,) = request.args
             rolling = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 # A window's last token is predicted and not read, but stands in it here.
                 max_seq_len=self._lm.config.max_positions - 1,

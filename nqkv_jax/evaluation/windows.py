@@ -1,6 +1,7 @@
 """A text in windows, each of which the model reads from scratch.
 
-No BOS token is put before a window, and its first token, of which nothing is known, is not scored.
+No BOS token is put before a window, but for a model that breaks down without (`opening`); the first
+token that is read, of which nothing is known, is not scored.
 
 Source: the windows are those of Frantar et al. (2022), GPTQ, and of the KV papers after it; the
 stride is Hugging Face's sliding-window recipe.
@@ -15,6 +16,7 @@ import numpy as np
 
 from nqkv_jax.checks import whole_numbers
 from nqkv_jax.evaluation.protocol import LanguageModel
+from nqkv_jax.words import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,14 @@ class Windows:
       stride: from one window to the next.
       spans: (start, first, stop) of every window: tokens [start, stop), of which [first, stop) are
         scored.
+      opening: tokens that every window begins with; they are among its `size`.
     """
 
     tokens: np.ndarray
     size: int
     stride: int
     spans: tuple[tuple[int, int, int], ...]
+    opening: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -40,14 +44,17 @@ class Windows:
     def padded(self, index: int) -> tuple[np.ndarray, int]:
         """The tokens i32[size] of a window, zeros after them, and how many they are."""
         start, _, stop = self.spans[index]
-        window = np.zeros(self.size, np.int32)
-        window[: stop - start] = self.tokens[start:stop]
-        return window, stop - start
+        window, begin = np.zeros(self.size, np.int32), len(self.opening)
+        length = begin + stop - start
+        window[:begin] = self.opening
+        window[begin:length] = self.tokens[start:stop]
+        return window, length
 
     def scored(self, index: int, values: np.ndarray) -> np.ndarray:
         """Of `values` [size - 1], that belong to tokens 1.. of the window, those that count."""
         start, first, stop = self.spans[index]
-        return values[first - start - 1 : stop - start - 1]
+        shift = len(self.opening) - 1 - start
+        return values[first + shift : stop + shift]
 
 
 def windows(
@@ -64,23 +71,26 @@ def windows(
     Args:
       what: asks, for messages.
       text: a string, encoded without special tokens; or token ids.
-      size: tokens per window.
-      stride: from one window to the next; None for `size`. After the first window only the last
-        `stride` tokens of each are scored, so that every token of the text is scored once.
+      size: tokens per window, those of `opening` included.
+      stride: from one window to the next; None for as many tokens as a window has of the text.
+        After the first window only the last `stride` tokens of each are scored, so that every token
+        of the text is scored once.
       max_tokens: how many tokens of the text are used; None for all.
 
     Raises: ValueError: the sizes are wrong, or the text has fewer than two tokens.
     """
     whole_numbers(what, window=size, stride=stride, max_tokens=max_tokens)
-    stride = size if stride is None else stride
-    longest = lm.config.max_positions
+    begin = opening(lm)
+    room, longest = size - len(begin), lm.config.max_positions
     if not 2 <= size <= longest:
         raise ValueError(
             f"{what}: window must be between 2 and {longest}, the positions that "
             f"{lm.name} has; got {size}"
         )
-    if not 1 <= stride <= size:
-        raise ValueError(f"{what}: stride must be between 1 and window={size}; got {stride}")
+    stride = room if stride is None else stride
+    if not 1 <= stride <= room:
+        rest = f" less {counted(len(begin), 'token')} before the text" if begin else ""
+        raise ValueError(f"{what}: stride must be between 1 and window={size}{rest}; got {stride}")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(
             f"{what}: max_tokens must be at least 2, the first token is not scored; "
@@ -91,8 +101,13 @@ def windows(
         raise ValueError(
             f"{what}: text must have at least 2 tokens, the first is not scored; got {tokens.size}"
         )
-    spans = tuple(_spans(len(tokens), size, stride))
-    return Windows(tokens=tokens, size=size, stride=stride, spans=spans)
+    spans = tuple(_spans(len(tokens), room, stride, unscored=0 if begin else 1))
+    return Windows(tokens=tokens, size=size, stride=stride, spans=spans, opening=begin)
+
+
+def opening(lm: LanguageModel) -> tuple[int, ...]:
+    """Token ids that every text for this model must begin with; most need none."""
+    return getattr(lm.config, "opening", ())
 
 
 def encode(what: str, lm: LanguageModel, text: Any) -> np.ndarray:
@@ -123,11 +138,14 @@ def encode(what: str, lm: LanguageModel, text: Any) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def _spans(length: int, size: int, stride: int):
-    """8 tokens, windows of 4, stride 2: (0, 1, 4), (2, 4, 6), (4, 6, 8)."""
+def _spans(length: int, size: int, stride: int, *, unscored: int):
+    """8 tokens, windows of 4, stride 2: (0, 1, 4), (2, 4, 6), (4, 6, 8).
+
+    Of a window that stands alone the first `unscored` tokens are not predicted.
+    """
     start = 0
     while True:
-        first = start + max(1, size - stride if start else 1)
+        first = start + max(unscored, size - stride if start else 0)
         if first >= length:
             return
         yield start, first, min(start + size, length)
