@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 
-from nqkv_jax.cli import bench, demo, main, options, terminal
+from nqkv_jax.cli import bench, demo, main, options, parser, terminal
 from nqkv_jax.evaluation import CacheTiming, throughput
 from nqkv_jax.models.checkpoint import CheckpointNotFoundError, embedded
 from nqkv_jax.pallas_kernels.decode_attention import IMPLEMENTATIONS
@@ -340,6 +340,15 @@ def test_bench_says_where_it_loses(capsys):
 def test_errors_are_one_line(capsys, argv, message):
     err = fails(capsys, *argv.split())
     assert message in err and err.count("\n") == 1
+
+
+def test_lists_may_be_given_in_parts():
+    parse = lambda *more: parser().parse_args(["eval", "kl", "--model=m", "--text=t", *more])
+    assert parse().scheme == parse().scheme == ["none"]
+    assert parse("--scheme", "a", "b", "--scheme", "c").scheme == ["a", "b", "c"]
+    assert parse().scheme == ["none"]
+    plan = "plan --model m --memory 1GiB --batch 1 --batch 2".split()
+    assert parser().parse_args(plan).batch == [1, 2]
 
 
 def test_errors_of_the_model(capsys, tiny, text, tmp_path):

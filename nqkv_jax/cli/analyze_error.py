@@ -16,7 +16,7 @@ def add(subcommands) -> None:
     )  # fmt: skip
     analyze_input.add_arguments(parser)
     parser.add_argument(
-        "--scheme", nargs="+", default=list(SCHEMES), metavar="SCHEME",
+        "--scheme", nargs="+", action=options.Several, default=list(SCHEMES), metavar="SCHEME",
         help=f"default: {' '.join(SCHEMES)}",
     )  # fmt: skip
     parser.set_defaults(run=run)

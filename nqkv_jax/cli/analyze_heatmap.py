@@ -12,7 +12,7 @@ def add(subcommands) -> None:
     )  # fmt: skip
     analyze_input.add_arguments(parser)
     parser.add_argument(
-        "--layers", type=int, nargs="+", metavar="N",
+        "--layers", type=int, nargs="+", action=options.Several, metavar="N",
         help="to draw (default: the first, the middle and the last)",
     )  # fmt: skip
     parser.set_defaults(run=run)

@@ -13,7 +13,8 @@ def add(subcommands) -> None:
     analyze_input.add_arguments(parser, plot=False)
     parser.add_argument("--out", required=True, metavar="DIR", help="made if there is none")
     parser.add_argument(
-        "--scheme", nargs="+", default=list(analyze_error.SCHEMES), metavar="SCHEME",
+        "--scheme", nargs="+", action=options.Several, default=list(analyze_error.SCHEMES),
+        metavar="SCHEME",
         help=f"whose errors are measured (default: {' '.join(analyze_error.SCHEMES)})",
     )  # fmt: skip
     parser.set_defaults(run=run)

@@ -25,6 +25,7 @@ def add(commands) -> None:
         "--lengths",
         type=int,
         nargs="+",
+        action=options.Several,
         default=[64, 128, 256, 512, 1024],
         metavar="TOKENS",
         help="of the text (default: 64 128 256 512 1024)",

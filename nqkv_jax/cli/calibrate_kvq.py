@@ -35,7 +35,7 @@ def add(subcommands) -> None:
         "--group-size", type=int, default=64, metavar="N", help="channels per scale (default: 64)"
     )
     parser.add_argument(
-        "--ladder", type=int, nargs="+", metavar="BITS",
+        "--ladder", type=int, nargs="+", action=options.Several, metavar="BITS",
         help="widths to choose from (default: 2 3 4 8; nqkv: 2 3 4)",
     )  # fmt: skip
     parser.add_argument(

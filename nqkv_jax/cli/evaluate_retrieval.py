@@ -2,7 +2,7 @@
 
 import functools
 
-from nqkv_jax.cli import measures, terminal
+from nqkv_jax.cli import measures, options, terminal
 from nqkv_jax.words import counted
 
 # Name, what is asked; kept here too, so that --help imports nothing. A test compares.
@@ -26,8 +26,8 @@ def add(subcommands) -> None:
         )  # fmt: skip
         whole = functools.partial(parser.add_argument, type=int, metavar="N")
         parser.add_argument(
-            "--length", type=int, nargs="+", default=[512], metavar="TOKENS",
-            help="length of the texts (default: 512)",
+            "--length", type=int, nargs="+", action=options.Several, default=[512],
+            metavar="TOKENS", help="length of the texts (default: 512)",
         )  # fmt: skip
         whole("--depths", default=1, help="ranges of depth, a row each (default: 1)")
         whole("--samples", default=8, help="texts per length and range of depth (default: 8)")

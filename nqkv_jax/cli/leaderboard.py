@@ -17,7 +17,7 @@ def add(commands) -> None:
     )  # fmt: skip
     options.add_model(parser)
     parser.add_argument(
-        "--schemes", nargs="+", default=[ALL], metavar="SCHEME",
+        "--schemes", nargs="+", action=options.Several, default=[ALL], metavar="SCHEME",
         help="all: every registered scheme at 4, 3 and 2 bits where it has them (default); "
         "{kvquant}, {kvq}, {commvq1} and {commvq2} in a name stand for calibration files",
     )  # fmt: skip

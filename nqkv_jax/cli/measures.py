@@ -17,7 +17,7 @@ def add(measures, name: str, summary: str, example: str, notes: str) -> argparse
     options.add_model(parser, required=True)
     options.add_cache_dtype(parser)
     parser.add_argument(
-        "--scheme", nargs="+", default=["none"], metavar="SCHEME",
+        "--scheme", nargs="+", action=options.Several, default=["none"], metavar="SCHEME",
         help="one or several (default: none)",
     )  # fmt: skip
     parser.add_argument(

@@ -13,6 +13,14 @@ IMPLEMENTATIONS = ("auto", "xla", "mosaic_tpu", "mosaic_gpu", "triton")
 MODEL = "smollm2-135m"
 
 
+class Several(argparse.Action):
+    """For `nargs="+"`: `--name A --name B` is `--name A B`; by default only B would count."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is self.default else [*given, *values])
+
+
 def subparser(commands, name: str, summary: str, example: str, notes: str = ""):
     """A command's parser: its summary, an example that works, and --json."""
     parser = commands.add_parser(

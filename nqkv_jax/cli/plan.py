@@ -27,6 +27,7 @@ def add(commands) -> None:
         "--context",
         type=int,
         nargs="+",
+        action=options.Several,
         metavar="TOKENS",
         help="largest batch at these (default: 2048, or the model's limit)",
     )
@@ -34,11 +35,14 @@ def add(commands) -> None:
         "--batch",
         type=int,
         nargs="+",
+        action=options.Several,
         metavar="N",
         default=[1],
         help="largest context at these (default: 1)",
     )
-    parser.add_argument("--scheme", nargs="+", metavar="SCHEME", help="default: all")
+    parser.add_argument(
+        "--scheme", nargs="+", action=options.Several, metavar="SCHEME", help="default: all"
+    )
     parser.add_argument(
         "--weights-dtype",
         choices=options.DTYPES,
