@@ -70,8 +70,10 @@ def backend_from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer
 
     The latter is what llama.cpp does where the file says nothing.
 
-    Raises: NotImplementedError if it is of neither kind, or a byte-level one that splits text in a
-      way that is not known here.
+    Raises:
+      NotImplementedError: if it is of neither kind, or a byte-level one that splits text in a way
+        that is not known here.
+      CheckpointFileError: if tokens lack scores or types that they need.
     """
     get = functools.partial(_ggml, metadata)
     kind, pre = get("model"), get("pre", "gpt-2")
@@ -135,7 +137,14 @@ def _pieces_from_gguf(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """SentencePiece's BPE, which merges whatever two neighbours make the piece of highest score."""
     get = functools.partial(_ggml, metadata)
     tokens, unknown = get("tokens"), get("unknown_token_id")
-    scored = zip(tokens, get("scores"), get("token_type"), strict=True)
+    lists = {name: get(name) or [] for name in ("scores", "token_type")}
+    for name, values in lists.items():
+        if len(values) != len(tokens):
+            raise CheckpointFileError(
+                f"a GGUF tokenizer of SentencePiece must have tokenizer.ggml.{name} for each of its "
+                f"{len(tokens)} tokens; got {len(values)}"
+            )
+    scored = zip(tokens, *lists.values(), strict=True)
     scores = {token: score for token, score, type_ in scored if type_ == _NORMAL}
     merges = [
         (piece[:cut], piece[cut:])

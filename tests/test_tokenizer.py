@@ -218,9 +218,15 @@ def test_gguf_bos():
     assert Tokenizer.from_gguf(gguf_metadata(**{"ggml.eot_token_id": 7})).eos_ids == {1, 7}
 
 
-def test_gguf_sentencepiece_is_refused():
-    with pytest.raises(NotImplementedError, match=r"SentencePiece.*tokenizer\.json"):
-        Tokenizer.from_gguf(gguf_metadata(**{"ggml.model": "llama"}))
+def test_gguf_of_other_kinds_is_refused():
+    with pytest.raises(NotImplementedError, match=r"that of SentencePiece; got 't5'.*from_folder"):
+        Tokenizer.from_gguf(gguf_metadata(**{"ggml.model": "t5"}))
+    lacking = gguf_metadata(**{"ggml.model": "llama"})
+    with pytest.raises(CheckpointFileError, match=r"scores for each of its 260 tokens; got 0"):
+        Tokenizer.from_gguf(lacking)
+    lacking |= {"tokenizer.ggml.scores": [0.0] * 260, "tokenizer.ggml.token_type": [1]}
+    with pytest.raises(CheckpointFileError, match=r"token_type for each of its 260 tokens; got 1"):
+        Tokenizer.from_gguf(lacking)
 
 
 def test_smollm2(smollm2_tokenizer):
