@@ -55,6 +55,14 @@ FAMILIES: dict[str, Family] = {
 # Constants of the architecture that older checkpoints saved as if they were weights.
 _LEFTOVERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|decoder\.version)$")
 
+# As published, and as transformers 5 saves it.
+_GEMMA3_DECODER = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+_GEMMA3_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The configuration of any supported model.
@@ -66,6 +74,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         itself.
       NotImplementedError: if it asks for something that its family does not have here.
     """
+    if config.get("model_type") == "gemma3":
+        config = _decoder_of_gemma3(config)
     family = _family(config.get("model_type"))
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -74,6 +84,13 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
             "load one with float32, float16 or bfloat16 weights, or a .gguf file"
         )
     return family.config.from_hf(config)
+
+
+def _decoder_of_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of 4b and larger, which also see images. Special tokens are those of the whole."""
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+    given = {name: config[name] for name in outer if config.get(name) is not None}
+    return dict(config.get("text_config") or {}) | given | {"model_type": "gemma3_text"}
 
 
 def _family(model_type: str | None) -> Family:
@@ -93,8 +110,13 @@ def canonical_name(config: ModelConfig, name: str) -> str:
     """The name that a tensor has in a checkpoint with a head.
 
     Checkpoints of the bare decoder lack the leading "model."; it is put back. Anything else stays
-    as it is, so that a doubled prefix is reported as unexpected.
+    as it is, so that a doubled prefix is reported as unexpected. In those of Gemma 3 that see
+    images, too, the decoder has a name.
     """
+    if config.model_type == "gemma3_text":
+        for published, ours in _GEMMA3_DECODER:
+            if name.startswith(published):
+                name = ours + name.removeprefix(published)
     return f"model.{name}" if name.startswith(_family(config.model_type).bare) else name
 
 
@@ -102,6 +124,8 @@ def ignored(config: ModelConfig, name: str) -> bool:
     """Whether a tensor of this canonical name may come although the model has no use for it."""
     if name == "lm_head.weight":
         return config.tie_embeddings
+    if config.model_type == "gemma3_text" and _GEMMA3_IMAGES.match(name):
+        return True
     return _LEFTOVERS.search(name) is not None
 
 

@@ -141,8 +141,8 @@ def _pieces_from_gguf(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     for name, values in lists.items():
         if len(values) != len(tokens):
             raise CheckpointFileError(
-                f"a GGUF tokenizer of SentencePiece must have tokenizer.ggml.{name} for each of its "
-                f"{len(tokens)} tokens; got {len(values)}"
+                f"a GGUF tokenizer of SentencePiece must have tokenizer.ggml.{name} for each of "
+                f"its {len(tokens)} tokens; got {len(values)}"
             )
     scored = zip(tokens, *lists.values(), strict=True)
     scores = {token: score for token, score, type_ in scored if type_ == _NORMAL}

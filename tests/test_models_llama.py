@@ -123,6 +123,43 @@ def test_logits_match_transformers(variant):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_the_decoder_of_a_model_that_sees_images(published):
+    """Gemma 3 from 4b on: only texts are read here; its checkpoints hold all of it."""
+    torch = pytest.importorskip("torch", reason="the reference model needs torch")
+    transformers = pytest.importorskip("transformers", reason="the reference model is there")
+    torch.manual_seed(0)
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    hf_config = transformers.Gemma3Config(
+        text_config=GEMMA | dict(num_hidden_layers=7), vision_config=vision, mm_tokens_per_image=4,
+        eos_token_id=[1, 9], image_token_index=96, boi_token_index=95, eoi_token_index=94,
+    )  # fmt: skip
+    reference = transformers.Gemma3ForConditionalGeneration(hf_config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    config = families.config_from_hf(reference.config.to_dict())
+    assert (config.model_type, config.eos_token_ids) == ("gemma3_text", (1, 9))
+    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
+    assert any("vision_tower" in name for name in tensors)
+    if published:
+        renamed = [
+            (name.replace("model.language_model.", "language_model.model."), tensor)
+            for name, tensor in tensors.items()
+        ]
+        tensors = {
+            name if name.startswith("language_model") else name.removeprefix("model."): tensor
+            for name, tensor in renamed
+        }
+        assert "language_model.model.norm.weight" in tensors
+    tokens = random_tokens(1, 20) % 90
+    logits, _ = forward(families.from_hf_state(config, tensors), tokens)
+    np.testing.assert_allclose(logits, reference_logits(reference, tokens), atol=1e-4)
+
+
 @pytest.mark.parametrize("variant", ["llama 3", "linear rope", "yarn"])
 def test_the_rope_scaling_matters(variant):
     """The tests above would not notice a scaling that changes nothing at these lengths."""
