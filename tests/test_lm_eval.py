@@ -143,3 +143,16 @@ def test_whole_evaluation(model):
     assert found["acc,none"] == np.mean(scores.argmax(axis=1) == gold)
     lengths = [len(c) for c in docs[0]["choices"]]
     assert found["acc_norm,none"] == np.mean((scores / lengths).argmax(axis=1) == gold)
+
+
+def test_a_model_that_needs_a_bos_token_gets_it(model, monkeypatch):
+    """As the harness does it for Gemma."""
+    plain = model.tok_encode("abc")
+    monkeypatch.setattr(type(model._lm.config), "opening", (256,))
+    assert model.tok_encode("abc") == [256, *plain]
+    assert model.tok_encode("abc", add_special_tokens=False) == plain
+    seen = []
+    monkeypatch.setattr(model, "_likelihoods", lambda pairs, _: seen.extend(pairs) or [])
+    with pytest.raises(ValueError, match="shorter"):  # nothing was scored
+        model.loglikelihood_rolling(requests("loglikelihood_rolling", ("abc",)), disable_tqdm=True)
+    assert seen == [([256], plain)]

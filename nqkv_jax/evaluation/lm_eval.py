@@ -90,9 +90,9 @@ class HarnessLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """No BOS token unless it is asked for, or the model needs it (Gemma), as in the harness."""
-        if add_special_tokens is None:
-            add_special_tokens = bool(opening(self._lm))
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        begin = opening(self._lm) if add_special_tokens is None else ()
+        ids = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+        return [*begin, *ids]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
