@@ -55,6 +55,7 @@ FAMILIES: dict[str, Family] = {
 # Constants of the architecture that older checkpoints saved as if they were weights.
 _LEFTOVERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|decoder\.version)$")
 
+_GEMMA3 = "gemma3"  # with a part that sees images, around a "gemma3_text"
 # As published, and as transformers 5 saves it.
 _GEMMA3_DECODER = (
     ("language_model.model.", "model."),
@@ -74,7 +75,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         itself.
       NotImplementedError: if it asks for something that its family does not have here.
     """
-    if config.get("model_type") == "gemma3":
+    if config.get("model_type") == _GEMMA3:
         config = _decoder_of_gemma3(config)
     family = _family(config.get("model_type"))
     if config.get("quantization_config"):
@@ -96,7 +97,7 @@ def _decoder_of_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
 def _family(model_type: str | None) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {', '.join(sorted(FAMILIES))}; got {model_type!r}"
+            f"model_type must be one of {', '.join(sorted({*FAMILIES, _GEMMA3}))}; got {model_type!r}"
         )
     return FAMILIES[model_type]
 

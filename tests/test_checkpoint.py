@@ -207,7 +207,15 @@ def fake_hub(tmp_path, monkeypatch):
                 shutil.copy(path, cache)
         return str(cache)
 
+    def hf_hub_download(repo_id, file):
+        assert repo_id == "owner/name"
+        if not (remote / file).is_file():
+            kind = hub_errors.EntryNotFoundError
+            raise kind.__new__(kind)
+        return str(remote / file)
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     return types.SimpleNamespace(
         remote=remote, fetched=lambda: sorted(path.name for path in cache.iterdir())
     )
@@ -218,6 +226,25 @@ def test_hub_prefers_safetensors(fake_hub):
     (fake_hub.remote / "pytorch_model.bin").touch()
     assert_same(open_checkpoint("owner/name"), tensors())
     assert fake_hub.fetched() == ["config.json", "model.safetensors"]
+
+
+def test_hub_without_weights_yet(fake_hub):
+    folder_with(fake_hub.remote, model=tensors())
+    checkpoint = open_checkpoint("owner/name", download=False)
+    assert fake_hub.fetched() == ["config.json"] and checkpoint.shards == ()
+    assert checkpoint.config == open_checkpoint("owner/name").config
+
+
+def test_hub_repository_of_gguf_files(fake_hub):
+    (fake_hub.remote / "config.json").unlink()
+    (fake_hub.remote / "quants").mkdir()
+    write_gguf(fake_hub.remote / "quants" / "model.gguf", architecture="mamba")
+    with pytest.raises(CheckpointNotFoundError, match=r"name one: owner/name/FILE\.gguf"):
+        open_checkpoint("owner/name", download=False)
+    with pytest.raises(NotImplementedError, match=r"quants/model\.gguf: GGUF arch.*got 'mamba'"):
+        open_checkpoint("owner/name/quants/model.gguf")  # so it was found
+    with pytest.raises(CheckpointNotFoundError, match=r"must hold 'quants/mdoel\.gguf'; it does"):
+        open_checkpoint("owner/name/quants/mdoel.gguf")
 
 
 def test_hub_falls_back_to_bin(fake_hub):
@@ -242,6 +269,8 @@ def test_no_network(tmp_path, monkeypatch):
     for part in ("'facebook/opt-125m' is no file or folder here", "another machine",
                  "hf download facebook/opt-125m", "smollm2-135m"):  # fmt: skip
         assert part in str(caught.value)
+    with pytest.raises(CheckpointNotFoundError, match=r"download owner/name a\.gguf --local-dir"):
+        open_checkpoint("owner/name/a.gguf")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -375,6 +376,17 @@ def test_a_check_sees_the_model_before_its_weights_are_read(tmp_path, monkeypatc
     logits, _ = jax.eval_shape(outline.apply, outline.params, tokens)
     assert logits.shape == (1, 3, lm.config.vocab_size)
 
+    # Before weights come from the hub, too: what they would be is not there.
+    fetched = []
+
+    def snapshot_download(name, *, allow_patterns):
+        fetched.append("model.safetensors" in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    from_pretrained("owner/name", progress=False, check=lambda lm: fetched.append("checked"))
+    assert fetched == [False, "checked", True]
+
     def refuse(lm):
         raise ValueError("it does not fit")
 
@@ -387,7 +399,9 @@ def test_unknown_architecture(tmp_path):
     write_llama(tmp_path, hidden=32, ffn=64, layers=1)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    with pytest.raises(ValueError, match=r"model_type must be one of llama,.*got 'mamba'"):
+    with pytest.raises(
+        ValueError, match=r"model_type must be one of gemma3, gemma3_text, llama,.*got 'mamba'"
+    ):
         from_pretrained(tmp_path)
 
 

@@ -112,7 +112,11 @@ def test_windows_of_layers():
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        (dict(model_type="gpt2"), ValueError, "gemma3_text, llama, mistral, .*; got 'gpt2'"),
+        (
+            dict(model_type="gpt2"),
+            ValueError,
+            "gemma3, gemma3_text, llama, mistral, .*; got 'gpt2'",
+        ),
         (dict(model_type=None), ValueError, "got None"),
         (dict(num_key_value_heads=3), ValueError, "multiple of num_kv_heads=3; got 4"),
         (dict(num_key_value_heads=0), ValueError, "num_kv_heads must be a positive integer; got 0"),

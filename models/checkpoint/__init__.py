@@ -10,6 +10,7 @@ One reader per format; each opens files by their headers, and knows nothing of m
 
 import os
 import pathlib
+import re
 
 from nqkv_jax.models.checkpoint import embedded, hub
 from nqkv_jax.models.checkpoint.base import (
@@ -42,14 +43,19 @@ _IN_FOLDER = (
     "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 
+_IN_REPOSITORY = re.compile(r"(\w[\w.-]*/[\w.-]+)/([\w./-]+\.gguf)")
 
-def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
+
+def open_checkpoint(name_or_path: str | os.PathLike, *, download: bool = True) -> Checkpoint:
     """Finds a checkpoint and reads its headers; no tensor is read yet.
 
     Args:
       name_or_path: an embedded model ("smollm2-135m"); a local folder, of which safetensors are
         taken before pytorch_model.bin before .gguf; a weights file, or the index of a sharded one;
-        or a repository of the Hugging Face hub ("facebook/opt-125m").
+        a repository of the Hugging Face hub ("facebook/opt-125m"), or a .gguf file in one
+        ("owner/name/file.gguf").
+      download: False: of a hub repository only config and tokenizer are fetched, and the checkpoint
+        has no shards.
 
     Raises:
       ValueError: if the name is empty.
@@ -72,11 +78,17 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
         return _open_file(_weights_in(path))
     if path.is_file():
         return _open_file(path)
-    if isinstance(name_or_path, pathlib.PurePath) or _means_a_path(name):
+    is_path = isinstance(name_or_path, pathlib.PurePath)
+    if not is_path and (match := _IN_REPOSITORY.fullmatch(name)):
+        return open_gguf(hub.download_file(*match.groups()))
+    if is_path or _means_a_path(name):
         raise CheckpointNotFoundError(
             f"{name!r} must be an existing folder or weights file; there is none. (A hub "
             f"repository is named 'owner/name'; embedded models: {', '.join(embedded.NAMES)})"
         )
+    if not download:
+        folder = hub.download_config(name)
+        return Checkpoint(config=read_config(folder, folder), shards=(), folder=folder)
     return _open_file(_weights_in(hub.download(name)))
 
 

@@ -34,7 +34,8 @@ def subparser(commands, name: str, summary: str, example: str, notes: str = ""):
 def add_model(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     parser.add_argument(
         "--model", default=None if required else MODEL, required=required, metavar="NAME",
-        help="a hub id, a local folder, a .gguf file, or smollm2-135m, which comes as a package"
+        help="a hub id, a local folder, a .gguf file (owner/name/FILE.gguf: on the hub), or "
+        "smollm2-135m, which comes as a package"
         + ("" if required else f" (default: {MODEL})"),
     )  # fmt: skip
     parser.add_argument(
