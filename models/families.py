@@ -96,9 +96,8 @@ def _decoder_of_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _family(model_type: str | None) -> Family:
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type must be one of {', '.join(sorted({*FAMILIES, _GEMMA3}))}; got {model_type!r}"
-        )
+        known = ", ".join(sorted({*FAMILIES, _GEMMA3}))
+        raise ValueError(f"model_type must be one of {known}; got {model_type!r}")
     return FAMILIES[model_type]
 
 
