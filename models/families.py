@@ -89,7 +89,10 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 def _decoder_of_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of 4b and larger, which also see images. Special tokens are those of the whole."""
-    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+    outer = (
+        "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+        "quantization_config",
+    )  # fmt: skip
     given = {name: config[name] for name in outer if config.get(name) is not None}
     return dict(config.get("text_config") or {}) | given | {"model_type": "gemma3_text"}
 

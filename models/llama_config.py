@@ -165,8 +165,12 @@ def _gemma3(config: Mapping[str, Any], hidden: int, max_positions: int) -> dict[
         raise NotImplementedError("use_bidirectional_attention must be false; got true")
     get = functools.partial(setting, config)
     full, local = {"rope_theta": 1e6}, {"rope_theta": 1e4}
-    if "rope_parameters" in config:
-        parameters = get("rope_parameters", {})
+    if parameters := get("rope_parameters", {}):
+        if not all(isinstance(value, Mapping) for value in parameters.values()):
+            raise NotImplementedError(
+                "rope_parameters must have those of full_attention and of sliding_attention for "
+                f"Gemma 3; got {dict(parameters)}"
+            )
         full["rope_parameters"] = parameters.get("full_attention")
         local["rope_parameters"] = parameters.get("sliding_attention")
     else:  # before transformers 5
@@ -201,6 +205,8 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         kinds = ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
     elif kinds is None:
         period = setting(config, "sliding_window_pattern", 6)
+        if period < 1:
+            raise ValueError(f"sliding_window_pattern must be positive; got {period}")
         kinds = [
             "sliding_attention" if (layer + 1) % period else "full_attention"
             for layer in range(layers)

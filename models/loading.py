@@ -201,6 +201,7 @@ def from_pretrained(
     # weights.
     checkpoint = open_checkpoint(name_or_path, download=False)
     config = families.config_from_hf(checkpoint.config)
+    _check_range(config, dtype)
     about = dict(config=config, tokenizer=_tokenizer(checkpoint), name=os.fspath(name_or_path),
                  dtype=dtype)  # fmt: skip
     if check is not None:
@@ -234,7 +235,8 @@ class _TiedHead:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig):
-        self._needed = config.tie_embeddings and "lm_head.weight" in checkpoint.names()
+        names = [families.canonical_name(config, name) for name in checkpoint.names()]
+        self._needed = config.tie_embeddings and "lm_head.weight" in names
         self._folder = checkpoint.folder
         self._sums: dict[str, tuple] = {}
 
@@ -252,6 +254,14 @@ class _TiedHead:
                 "head is right, set tie_word_embeddings to false in config.json; if not, remove "
                 "its tensor"
             )
+
+
+def _check_range(config: ModelConfig, dtype: np.dtype) -> None:
+    if config.model_type == "gemma3_text" and dtype == np.float16:
+        raise ValueError(
+            "dtype must be bfloat16 or float32 for Gemma 3, whose activations are beyond the range "
+            "of float16; got float16"
+        )
 
 
 def _check_device(device: Any) -> None:

@@ -20,7 +20,11 @@ from typing import Any
 import tokenizers
 
 from nqkv_jax.models.checkpoint.base import read_json
-from nqkv_jax.models.tokenizer_backends import backend_from_folder, backend_from_gguf
+from nqkv_jax.models.tokenizer_backends import (
+    backend_from_folder,
+    backend_from_gguf,
+    ends_of_turns,
+)
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -134,7 +138,7 @@ class Tokenizer:
 
         Args:    metadata: the file's keys and values.
         Raises:  NotImplementedError if it is neither a byte-level BPE with a known pre-tokenizer
-          nor one of SentencePiece's.
+          nor one of SentencePiece's; CheckpointFileError if it lacks what that needs.
         """
         get = metadata.get
         backend, begins_with_bos = backend_from_gguf(metadata)
@@ -149,7 +153,7 @@ class Tokenizer:
             backend,
             **names,
             add_bos=bool(add_bos) and names["bos_token"] is not None,
-            eos_ids=_id_list(ids["eot"]),
+            eos_ids=_id_list(ids["eot"]) + ends_of_turns(metadata),
             chat_template=get("tokenizer.chat_template"),
         )
 

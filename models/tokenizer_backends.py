@@ -31,6 +31,7 @@ _LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2_PRE = ("qwen2",)
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
+_ENDS_OF_TURNS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>", "<|end|>")
 _SPACE = "\u2581"  # as SentencePiece spells it
 
 
@@ -78,6 +79,8 @@ def backend_from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer
     get = functools.partial(_ggml, metadata)
     kind, pre = get("model"), get("pre", "gpt-2")
     advice = "Use the tokenizer.json of the Hugging Face checkpoint: Tokenizer.from_folder(folder)"
+    if not get("tokens"):
+        raise CheckpointFileError("a GGUF tokenizer must have tokenizer.ggml.tokens; it has none")
     if kind not in ("gpt2", "llama"):
         raise NotImplementedError(
             "a GGUF tokenizer (tokenizer.ggml.model) must be 'gpt2', a byte-level BPE, or 'llama', "
@@ -102,6 +105,15 @@ def backend_from_gguf(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer
             ]
         )
     return backend, kind == "llama" or pre in _LLAMA3_PRE
+
+
+def ends_of_turns(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids of tokens that end what an assistant says. Files need not name them; llama.cpp, too, goes
+    by how they are written."""
+    get = functools.partial(_ggml, metadata)
+    tokens = enumerate(zip(get("tokens"), get("token_type") or [], strict=False))
+    special = (_CONTROL, _USER_DEFINED)
+    return [i for i, (token, type_) in tokens if token in _ENDS_OF_TURNS and type_ in special]
 
 
 def _ggml(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
@@ -137,6 +149,11 @@ def _pieces_from_gguf(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """SentencePiece's BPE, which merges whatever two neighbours make the piece of highest score."""
     get = functools.partial(_ggml, metadata)
     tokens, unknown = get("tokens"), get("unknown_token_id")
+    if unknown is not None and not 0 <= unknown < len(tokens):
+        raise CheckpointFileError(
+            f"tokenizer.ggml.unknown_token_id must be that of one of {len(tokens)} tokens; got "
+            f"{unknown}"
+        )
     lists = {name: get(name) or [] for name in ("scores", "token_type")}
     for name, values in lists.items():
         if len(values) != len(tokens):

@@ -41,7 +41,8 @@ def write(path, model, **keys):
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_sliding_window(config.sliding_window)
+    if config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
     writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
     for name, value in keys.items():
         getattr(writer, f"add_{name}")(value)
@@ -96,6 +97,25 @@ def test_scaling_is_of_the_layers_that_see_everything(tmp_path):
     write(tmp_path / "tiny.gguf", model, **keys)
     lm = assert_same_logits(tmp_path / "tiny.gguf", model)
     assert (lm.config.rope.factor, lm.config.local_rope.factor) == (8.0, 1.0)
+
+
+def test_what_a_file_may_leave_out_or_add(tmp_path):
+    """Without windows no key is written; a cap on logits is one of its own."""
+    model = reference(num_hidden_layers=2, sliding_window=None)
+    model.config.sliding_window = 0
+    write(tmp_path / "tiny.gguf", model)
+    assert from_pretrained(tmp_path / "tiny.gguf", progress=False).config.windows == ()
+    model.config.sliding_window = 5
+    write(tmp_path / "tiny.gguf", model, final_logit_softcapping=30.0)
+    with pytest.raises(NotImplementedError, match=r"softcapping must be null; got 30\.0"):
+        from_pretrained(tmp_path / "tiny.gguf", progress=False)
+
+
+def test_float16_is_refused(tmp_path):
+    """Its activations are beyond 65,504."""
+    write(tmp_path / "tiny.gguf", reference(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="bfloat16 or float32 for Gemma 3"):
+        from_pretrained(tmp_path / "tiny.gguf", dtype="float16", progress=False)
 
 
 def test_the_largest_scales_scores_by_another_width(tmp_path):

@@ -151,6 +151,21 @@ def test_a_model_that_needs_a_bos_token_gets_it(model, monkeypatch):
     monkeypatch.setattr(type(model._lm.config), "opening", (256,))
     assert model.tok_encode("abc") == [256, *plain]
     assert model.tok_encode("abc", add_special_tokens=False) == plain
+    monkeypatch.setattr(
+        model, "tokenizer", types.SimpleNamespace(encode=lambda text, **_: [256, *plain])
+    )
+    assert model.tok_encode("abc") == [256, *plain]  # as a chat template wrote it
+    monkeypatch.undo()
+    monkeypatch.setattr(type(model._lm.config), "opening", (256,))
+    prompts = []
+
+    def generate(lm, batch, **given):
+        prompts.extend(batch)
+        return types.SimpleNamespace(texts=["x"] * len(batch))
+
+    monkeypatch.setattr(model, "_generate", generate)
+    assert model._continue(["abc" * 20], (), 6) == ["x"]
+    assert len(prompts[0]) == 26 and prompts[0][0] == 256
     seen = []
     monkeypatch.setattr(model, "_likelihoods", lambda pairs, _: seen.extend(pairs) or [])
     with pytest.raises(ValueError, match="shorter"):  # nothing was scored

@@ -67,6 +67,7 @@ def test_old_and_new_spelling_of_gemmas_two_ropes_agree():
     new = base | dict(rope_parameters=dict(full_attention=full, sliding_attention=local))
     config = families.config_from_hf(old)
     assert config == families.config_from_hf(new)
+    assert config == families.config_from_hf(old | dict(rope_parameters=None))
     assert (config.rope.theta, config.rope.factor) == (5e5, 8.0)
     assert config.local_rope == RopeConfig(theta=2e4)
     silent = families.config_from_hf(base)
@@ -149,6 +150,16 @@ def test_windows_of_layers():
             dict(model_type="gemma3_text", attn_logit_softcapping=50.0),
             NotImplementedError,
             "attn_logit_softcapping must be null; got 50.0",
+        ),
+        (
+            dict(model_type="gemma3_text", rope_parameters=dict(rope_theta=5e5)),
+            NotImplementedError,
+            "must have those of full_attention and of sliding_attention",
+        ),
+        (
+            dict(model_type="gemma3_text", sliding_window_pattern=0),
+            ValueError,
+            "sliding_window_pattern must be positive; got 0",
         ),
         (
             dict(model_type="gemma3_text", use_bidirectional_attention=True),

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from tiny_language_model import TinyLM
 
-from nqkv_jax.calibration import recorder
+from nqkv_jax.analysis import activations
+from nqkv_jax.calibration import kvq, recorder
 from nqkv_jax.cli import options
 from nqkv_jax.evaluation import decode_perplexity, divergence, drift, perplexity
 from nqkv_jax.evaluation.likelihood import check_pairs, encode_pair
-from nqkv_jax.evaluation.windows import windows
+from nqkv_jax.evaluation.windows import opened, windows
 from nqkv_jax.models import families
 
 BOS = 7
@@ -43,6 +44,15 @@ def test_windows_begin_with_it_and_score_every_token():
         assert window.shape == (41,) and window[0] == BOS and not window[length:].any()
         scored += text.scored(i, window[1:]).tolist()  # the value of a token: itself
     assert scored == TOKENS.tolist()
+
+
+def test_text_that_begins_with_it_already():
+    given = [BOS, *TOKENS]
+    text = windows("test", LM, given, size=41, stride=None, max_tokens=None)
+    np.testing.assert_array_equal(text.tokens, TOKENS)
+    assert opened(LM, given) == opened(LM, TOKENS) == given
+    assert opened(LM, given, 4) == [BOS, *TOKENS[-3:]] and opened(LM, given, 1) == [TOKENS[-1]]
+    assert opened(PLAIN, given) == given and opened(PLAIN, given, 3) == TOKENS[-3:].tolist()
 
 
 def test_windows_that_overlap():
@@ -88,11 +98,16 @@ def test_calibrations_and_analyses_read_it():
     assert read.dtype == recorder.windows(PLAIN, TOKENS, samples=2, seqlen=10).dtype == np.int32
     np.testing.assert_array_equal(options.first_tokens(LM, "abcd", 4), [BOS, *b"abc"])
     np.testing.assert_array_equal(options.first_tokens(PLAIN, "abcd", 4), [*b"abcd"])
+    for check in (kvq.check_tokens, activations.check_tokens):
+        np.testing.assert_array_equal(check(LM, "abc"), [BOS, *b"abc"])
+        np.testing.assert_array_equal(check(LM, [BOS, 1]), [BOS, 1])
 
 
 def test_contexts_begin_with_it_however_long():
-    context, continuation = encode_pair(LM, "ab", " c")
-    assert (context, continuation) == ([BOS, *b"ab"], [*b" c"])
+    pair = encode_pair(LM, "ab", " c")
+    assert check_pairs(LM, [pair]) == [([BOS, *b"ab"], [*b" c"])]
+    assert check_pairs(LM, [([BOS, 5], [6])]) == [([BOS, 5], [6])]
+    assert check_pairs(PLAIN, [pair]) == [pair]
     long = [BOS, *range(100)] * 6
     [(cut, _)] = check_pairs(LM, [(long, [1, 2])])
     assert len(cut) == 510 and cut == [BOS, *long[-509:]]

@@ -218,12 +218,25 @@ def test_gguf_bos():
     assert Tokenizer.from_gguf(gguf_metadata(**{"ggml.eot_token_id": 7})).eos_ids == {1, 7}
 
 
+def test_gguf_tokens_that_end_turns():
+    """Published files of chat models name their end-of-text token alone."""
+    metadata = gguf_metadata()
+    tokens = [*metadata["tokenizer.ggml.tokens"], "<end_of_turn>", "<|eot_id|>", "<|im_end|>"]
+    metadata["tokenizer.ggml.tokens"] = tokens
+    metadata["tokenizer.ggml.token_type"] += [3, 4, 1]
+    assert Tokenizer.from_gguf(metadata).eos_ids == {1, len(tokens) - 3, len(tokens) - 2}
+
+
 def test_gguf_of_other_kinds_is_refused():
     with pytest.raises(NotImplementedError, match=r"that of SentencePiece; got 't5'.*from_folder"):
         Tokenizer.from_gguf(gguf_metadata(**{"ggml.model": "t5"}))
     lacking = gguf_metadata(**{"ggml.model": "llama"})
     with pytest.raises(CheckpointFileError, match=r"scores for each of its 260 tokens; got 0"):
         Tokenizer.from_gguf(lacking)
+    with pytest.raises(CheckpointFileError, match=r"must have tokenizer\.ggml\.tokens"):
+        Tokenizer.from_gguf(lacking | {"tokenizer.ggml.tokens": []})
+    with pytest.raises(CheckpointFileError, match="that of one of 260 tokens; got 260"):
+        Tokenizer.from_gguf(lacking | {"tokenizer.ggml.unknown_token_id": 260})
     lacking |= {"tokenizer.ggml.scores": [0.0] * 260, "tokenizer.ggml.token_type": [1]}
     with pytest.raises(CheckpointFileError, match=r"token_type for each of its 260 tokens; got 1"):
         Tokenizer.from_gguf(lacking)

@@ -145,6 +145,8 @@ def _gemma3(value, config: Mapping[str, Any]) -> dict[str, Any]:
     largest = config["num_hidden_layers"] == 62
     usual = config["hidden_size"] // config["num_attention_heads"]
     return {
+        "sliding_window": value("attention.sliding_window", None),
+        "final_logit_softcapping": value("final_logit_softcapping", None),
         "rope_theta": float(value("rope.freq_base", 1e6)),
         "rope_local_base_freq": float(value("rope.freq_base_swa", 1e4)),
         "query_pre_attn_scalar": usual if largest else config["head_dim"],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax.evaluation.protocol import LanguageModel
-from nqkv_jax.evaluation.windows import encode
+from nqkv_jax.evaluation.windows import encode, opened
 from nqkv_jax.partial import attend_new
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.stand_in import StandIn
@@ -53,7 +53,8 @@ def check_tokens(lm: LanguageModel, tokens: np.ndarray) -> np.ndarray:
     Raises: ValueError unless there are 2 tokens or more, ids of the vocabulary, and positions for
       all of them.
     """
-    tokens, longest = encode("analysis", lm, tokens), lm.config.max_positions
+    tokens = np.asarray(opened(lm, encode("analysis", lm, tokens)), np.int32)
+    longest = lm.config.max_positions
     if not 2 <= tokens.size <= longest:
         raise ValueError(
             f"analysis: expected 2 to {longest} token ids, as many as {lm.name} can read at once; "

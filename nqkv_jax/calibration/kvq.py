@@ -26,7 +26,7 @@ from nqkv_jax.allocation import LADDER, Allocation, check_budget, error_table, p
 from nqkv_jax.calibration import artifact
 from nqkv_jax.calibration.recorder import Recorder
 from nqkv_jax.checks import one_of, whole_numbers
-from nqkv_jax.evaluation.windows import encode
+from nqkv_jax.evaluation.windows import encode, opened
 from nqkv_jax.partial import attend_new
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.schemes.base import LayerShape
@@ -207,7 +207,8 @@ def sensitivity(
 
 def check_tokens(lm: Any, tokens: np.ndarray) -> np.ndarray:
     """i32[tokens]; ValueError unless the model can read them at once."""
-    tokens, longest = encode("calibrate kvq", lm, tokens), lm.config.max_positions
+    tokens = np.asarray(opened(lm, encode("calibrate kvq", lm, tokens)), np.int32)
+    longest = lm.config.max_positions
     if not 2 <= tokens.size <= longest:
         raise ValueError(
             f"calibrate: expected 2 to {longest} tokens, which {lm.name} can read at once; got "

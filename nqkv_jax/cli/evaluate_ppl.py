@@ -10,8 +10,8 @@ def add(subcommands) -> None:
         subcommands, "ppl",
         "perplexity of a text, every token seen as decoding with the scheme would see it",
         "nqkv eval ppl --model smollm2-135m --text README.md --scheme none nqkv --max-tokens 2048",
-        "The text is cut into windows; no BOS token is added, and the first token of a window is\n"
-        "not scored.",
+        "The text is cut into windows, whose first token is not scored. No BOS token is added,\n"
+        "but for Gemma, which breaks down without.",
     )  # fmt: skip
     measures.add_windows(parser)
     parser.add_argument(

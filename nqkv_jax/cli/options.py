@@ -179,14 +179,14 @@ def first_tokens(lm: Any, text: str, limit: int):
     """
     import numpy as np
 
-    from nqkv_jax.evaluation.windows import opening
+    from nqkv_jax.evaluation.windows import opened
 
     if limit < 2:
         raise ValueError(f"--max-tokens must be at least 2; got {limit}")
     if lm.tokenizer is None:
         raise ValueError(f"{lm.name} came without a tokenizer, which the text needs")
     limit = min(limit, lm.config.max_positions)
-    tokens = [*opening(lm), *lm.tokenizer.encode(text, add_special_tokens=False)]
+    tokens = opened(lm, lm.tokenizer.encode(text, add_special_tokens=False))
     return np.asarray(tokens[:limit], np.int32)
 
 

@@ -9,8 +9,8 @@ An item of a task is a JSON object of one of three forms:
     multiple_choice(lm, read_items("piqa.jsonl"), scheme="nqkv")
     last_word(lm, read_items("lambada_openai.jsonl"), scheme="nqkv")
 
-No BOS token is put before a context. A query that begins with "Question:" is followed by
-"\\nAnswer:", any other by nothing, and a choice by one blank before it.
+No BOS token is put before a context, but for Gemma, which needs it. A query that begins with
+"Question:" is followed by "\\nAnswer:", any other by nothing, and a choice by one blank before it.
 
 Source: the first two forms and their prompts are those of llm-foundry (MosaicML), partial scoring
 of contexts is Trinh and Le (2018); acc_norm is that of lm-evaluation-harness (EleutherAI).

@@ -35,7 +35,7 @@ from nqkv_jax.evaluation.record import Record, describe, tokens_sha256
 from nqkv_jax.evaluation.retrieval import Generate, retrieval
 from nqkv_jax.evaluation.retrieval import check as check_retrieval
 from nqkv_jax.evaluation.throughput import PairedTimings, check_timings
-from nqkv_jax.evaluation.windows import encode, opening, windows
+from nqkv_jax.evaluation.windows import encode, opened, windows
 from nqkv_jax.plan import AbstractCaches
 
 # Every published setting that is worth a row, by nominal width. {kvquant} and the like are
@@ -126,7 +126,7 @@ def calibrations(
         )  # fmt: skip
     if "kvq" in missing:
         length = min(2 * seqlen, lm.config.max_positions)
-        tokens = [*opening(lm), *encode("leaderboard", lm, text)][:length]
+        tokens = opened(lm, encode("leaderboard", lm, text))[:length]
         allocation = kvq.calibrate(
             lm, tokens, budget=3, score="activation", progress=progress,
             # That of the scheme, where heads are large enough for it.

@@ -24,7 +24,7 @@ import tqdm
 from nqkv_jax.decoded import DecodedView
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.record import Record, describe
-from nqkv_jax.evaluation.windows import opening
+from nqkv_jax.evaluation.windows import opened
 from nqkv_jax.schemes import Scheme
 
 SMALLEST = 32  # tokens that the shortest requests are padded to
@@ -49,7 +49,7 @@ class Likelihood:
 
 
 def encode_pair(lm: LanguageModel, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of both, cut where the context alone would end; no special tokens but `opening`.
+    """Token ids of both, cut where the context alone would end; no special tokens.
 
     Blanks at the end of the context go to the continuation, as tokenizers put them before words.
 
@@ -67,12 +67,12 @@ def encode_pair(lm: LanguageModel, context: str, continuation: str) -> tuple[lis
             "context and continuation must have at least one token each; got "
             f"{context[-60:]!r} and {continuation[:60]!r}"
         )
-    return [*opening(lm), *before], whole[len(before) :]
+    return before, whole[len(before) :]
 
 
 def check_pairs(lm: LanguageModel, pairs: Iterable[Pair]) -> list[tuple[list[int], list[int]]]:
-    """The pairs, with contexts cut to what the model has positions for: what is old goes, but not
-    its opening.
+    """The pairs, with contexts that begin as they must (`opened`), and whose beginnings are cut
+    away where the model has no positions for them.
 
     Raises: ValueError: a context or continuation is empty, or a continuation is too long.
     """
@@ -85,11 +85,7 @@ def check_pairs(lm: LanguageModel, pairs: Iterable[Pair]) -> list[tuple[list[int
                 f"between 1 and {longest - 1}, the positions of {lm.name} less one; "
                 f"request {i} has {len(context)} and {len(continuation)}"
             )
-        room, begin = longest - len(continuation), list(opening(lm))
-        if len(context) > room:
-            kept = begin if context[: len(begin)] == begin and room > len(begin) else []
-            context = kept + context[len(context) - room + len(kept) :]
-        checked.append((context, continuation))
+        checked.append((opened(lm, context, longest - len(continuation)), continuation))
     return checked
 
 

@@ -7,6 +7,7 @@ Log-likelihoods are those that decoding through the cache would see (`likelihood
 generation is greedy, through the cache. On the command line: `python -m nqkv_jax.cli.lm_eval`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from nqkv_jax import schemes
 from nqkv_jax.evaluation.likelihood import Likelihood, Scorer, batches, check_pairs
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.retrieval import Generate
-from nqkv_jax.evaluation.windows import opening
+from nqkv_jax.evaluation.windows import opened
 from nqkv_jax.words import counted
 
 # How other programs call the limit of a generation, those that win first.
@@ -89,10 +90,9 @@ class HarnessLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """No BOS token unless it is asked for, or the model needs it (Gemma), as in the harness."""
-        begin = opening(self._lm) if add_special_tokens is None else ()
-        ids = self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
-        return [*begin, *ids]
+        """No BOS token unless it is asked for, or the model needs it (Gemma)."""
+        ids = list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        return opened(self._lm, ids) if add_special_tokens is None else ids
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -173,7 +173,8 @@ class HarnessLM(TemplateLM):
                 "Lower max_gen_toks"
             )
         # The end of a prompt is what is to be continued. An empty one is the beginning of a text.
-        prompts = [self.tok_encode(c)[-room:] or [self.prefix_token_id] for c in contexts]
+        encode = functools.partial(self.tok_encode, add_special_tokens=False)
+        prompts = [opened(self._lm, encode(c), room) or [self.prefix_token_id] for c in contexts]
         result = self._generate(
             self._lm, prompts, scheme=self._scheme, max_new_tokens=limit, stop=until,
             cache_dtype=self._cache_dtype,

@@ -8,6 +8,12 @@ from nqkv_jax.plan import CacheShape
 
 
 class ModelShape(CacheShape, Protocol):
+    """What a cache depends on, and the vocabulary.
+
+    There may be `opening`, too: token ids that every text must begin with; and `window(layer)`, the
+    sliding window of a layer, or None.
+    """
+
     vocab_size: int
 
 

@@ -24,6 +24,7 @@ from nqkv_jax.evaluation.proportions import Share
 from nqkv_jax.evaluation.protocol import LanguageModel
 from nqkv_jax.evaluation.record import Record, describe
 from nqkv_jax.evaluation.synthetic import TASKS, Sample, make
+from nqkv_jax.evaluation.windows import opened
 
 _BATCH_TOKENS = 4096  # of the texts that are read together: bounds the cache
 
@@ -233,7 +234,7 @@ def _continuations(
     lm, generate, samples: list[Sample], *, rows, length, max_new_tokens, prefill_chunk, **options
 ) -> list[str]:
     """What the model makes of some texts; always `rows` of them, so that one program serves all."""
-    prompts = [lm.tokenizer.encode(sample.prompt) for sample in samples]
+    prompts = [opened(lm, lm.tokenizer.encode(sample.prompt)) for sample in samples]
     padded = prompts + prompts[-1:] * (rows - len(prompts))
     # The same for all batches of a length; whole chunks, as the last one is padded.
     room = -(-length // prefill_chunk) * prefill_chunk + max_new_tokens

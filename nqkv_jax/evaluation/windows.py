@@ -93,13 +93,15 @@ def windows(
         raise ValueError(f"{what}: stride must be between 1 and window={size}{rest}; got {stride}")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(
-            f"{what}: max_tokens must be at least 2, the first token is not scored; "
-            f"got {max_tokens}"
+            f"{what}: max_tokens must be at least 2, of which one is scored; got {max_tokens}"
         )
-    tokens = encode(what, lm, text)[:max_tokens]
+    tokens = encode(what, lm, text)
+    if begin and tokens[: len(begin)].tolist() == list(begin):
+        tokens = tokens[len(begin) :]
+    tokens = tokens[:max_tokens]
     if tokens.size < 2:
         raise ValueError(
-            f"{what}: text must have at least 2 tokens, the first is not scored; got {tokens.size}"
+            f"{what}: text must have at least 2 tokens, of which one is scored; got {tokens.size}"
         )
     spans = tuple(_spans(len(tokens), room, stride, unscored=0 if begin else 1))
     return Windows(tokens=tokens, size=size, stride=stride, spans=spans, opening=begin)
@@ -108,6 +110,17 @@ def windows(
 def opening(lm: LanguageModel) -> tuple[int, ...]:
     """Token ids that every text for this model must begin with; most need none."""
     return getattr(lm.config, "opening", ())
+
+
+def opened(lm: LanguageModel, tokens: Sequence[int], room: int | None = None) -> list[int]:
+    """The tokens of a text, beginning with `opening`; with `room` for so many, the last of them."""
+    begin, tokens = list(opening(lm)), [int(token) for token in tokens]
+    if begin and tokens[: len(begin)] == begin:
+        tokens = tokens[len(begin) :]
+    if room is not None and len(begin) + len(tokens) > room:
+        begin = begin if room > len(begin) else []
+        tokens = tokens[len(tokens) - room + len(begin) :]
+    return begin + tokens
 
 
 def encode(what: str, lm: LanguageModel, text: Any) -> np.ndarray:
