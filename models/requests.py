@@ -13,6 +13,7 @@ from nqkv_jax.cache import KVCache
 from nqkv_jax.models.config import ModelConfig, check_tokens
 from nqkv_jax.models.sampling import GREEDY, Sampling
 from nqkv_jax.pallas_kernels import decode_attention
+from nqkv_jax.plan import cache_sizes
 from nqkv_jax.schemes.base import Scheme
 from nqkv_jax.words import counted
 
@@ -44,8 +45,7 @@ class Request:
     def new_cache(self) -> KVCache:
         """An empty cache."""
         cache = self.scheme.init(
-            num_layers=self.config.num_layers, batch=len(self.prompts), max_len=self.max_len,
-            num_kv_heads=self.config.num_kv_heads, head_dim=self.config.head_dim,
+            **cache_sizes(self.config), batch=len(self.prompts), max_len=self.max_len,
             dtype=self.cache_dtype,
         )  # fmt: skip
         return cache.with_implementation(self.implementation)

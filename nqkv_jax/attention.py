@@ -128,25 +128,28 @@ def attend(
         positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
     grouped = (batch, size, num_kv_heads, num_heads // num_kv_heads, head_dim)
     unrotated = q.reshape(grouped)
-    if rotary is not None:
-        q = rotary(q, positions)
-    queries = q.reshape(grouped)
-    # Scaled before the product: in float16 the unscaled score can overflow.
-    q = q * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
-    q = q.reshape(grouped).transpose(0, 2, 3, 1, 4)
+
+    def turned(positions):
+        """The queries, as if they were there: to be observed, and to be multiplied with keys."""
+        queries = q if rotary is None else rotary(q, positions)
+        # Scaled before the product: in float16 the unscaled score can overflow.
+        scaled = queries * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
+        return queries.reshape(grouped), scaled.reshape(grouped).transpose(0, 2, 3, 1, 4)
+
     if isinstance(cache, KVCache):
-        observed = queries if cache.layers[layer].rotated else unrotated
         out, cache = _attend_cache(
-            q, k, v, observed, cache, layer, positions, num_new, rotary, window
+            turned, unrotated, k, v, cache, layer, positions, num_new, rotary, window
         )
         if usual is not None:
             cache = _with_implementation(cache, layer, usual)
     elif cache is None:
         k = k if rotary is None else rotary(k, positions)
         valid = jnp.arange(size)[None] < num_new[:, None]
-        out = attend_new(q, k, v, positions, valid, window)
+        out = attend_new(turned(positions)[1], k, v, positions, valid, window)
     else:
-        out, cache = cache.attend(q, k, v, unrotated, layer=layer, rotary=rotary, window=window)
+        out, cache = cache.attend(
+            turned(positions)[1], k, v, unrotated, layer=layer, rotary=rotary, window=window
+        )
     out = out.output().transpose(0, 3, 1, 2, 4).reshape(batch, size, num_heads, head_dim)
     return out.astype(dtype), cache
 
@@ -159,13 +162,18 @@ def _with_implementation(cache: KVCache, layer: int, implementation: str) -> KVC
 
 
 def _attend_cache(
-    q, k, v, observed, cache: KVCache, index: int, query_positions, num_new, rotary, window,
+    turned, unrotated, k, v, cache: KVCache, index: int, query_positions, num_new, rotary, window,
 ) -> tuple[Partial, KVCache]:  # fmt: skip
-    """The queries are rotated and scaled, [B, Hkv, G, S, D]; k and v are as the model made them.
-
-    `observed` [B, S, Hkv, G, D] are the queries that a quantizer may look at.
+    """`turned` gives the queries at positions i32[B, S]: rotated [B, S, Hkv, G, D], and scaled
+    [B, Hkv, G, S, D]. k, v and `unrotated` are as the model made them.
     """
     layer = cache.layers[index]
+    observed, q = turned(query_positions)
+    if layer.key.rotates:
+        num_sinks = layer.key.num_sinks
+        observed, _ = turned(layer.key.counted(query_positions - num_sinks) + num_sinks)
+    elif not layer.rotated:
+        observed = unrotated
     size, before, implementation = q.shape[3], layer.lengths, layer.implementation
     if size > 1 and implementation != "xla":
         implementation = "auto"  # the kernels that have a name are for single queries
@@ -205,10 +213,25 @@ def _attend_cache(
             q, fresh.astype(q.dtype), v.astype(q.dtype), query_positions, ok, window, implementation
         )
         partial = partial.merge(new)
-    # The body is read from the updated cache: an append never changes what is encoded, and reading
-    # the old one would keep two copies alive.
-    body = attend_body(q, updated, common, query_positions, rotary, window, implementation)
-    return partial.merge(body), cache
+    if layer.window is None:
+        # The body is read from the updated cache: an append never changes what is encoded, and
+        # reading the old one would keep two copies alive.
+        body = attend_body(q, updated, common, query_positions, rotary, window, implementation)
+        return partial.merge(body), cache
+    # A ring has what is left of one round, and what has come of the next. Seen from where either
+    # began, it is an ordinary body, whose other tokens no query can see.
+    capacity = layer.key.capacity
+    latest = jnp.maximum(common - 1, 0) // capacity * capacity
+    for began, tokens in (
+        (latest - capacity, jnp.where(latest > 0, capacity, 0)),
+        (latest, common - latest),
+    ):
+        positions = query_positions - began[:, None]
+        _, there = turned(positions)
+        partial = partial.merge(
+            attend_body(there, source, tokens, positions, rotary, window, implementation)
+        )
+    return partial, cache
 
 
 def _attend_exact(
@@ -308,6 +331,11 @@ def _check(q, k, v, cache, layer, rotary, num_new, window, implementation) -> No
             raise ValueError(
                 "attend: the cache was made for (batch, num_kv_heads, head_dim) = "
                 f"{expected}; got k {k.shape}"
+            )
+        if this.window is not None and (window is None or window > this.window):
+            raise ValueError(
+                f"attend: layer {layer} of the cache keeps the latest {this.window} tokens, as its "
+                f"windows say; got window={window}. Make it with windows=None to keep all"
             )
     elif cache is not None and not hasattr(cache, "attend"):
         raise ValueError(

@@ -66,7 +66,7 @@ def decode_groups(
     count = jax.tree.leaves(payload)[0].shape[1]
 
     def sequence(payload, state, first):
-        positions = side.num_sinks + first * group + jnp.arange(count * group)
+        positions = side.num_sinks + side.counted(first * group + jnp.arange(count * group))
         rotation = angles
         if rotary is not None and angles is None:
             rotation = rotary.at(positions)

@@ -37,6 +37,11 @@ class LayerCache:
     """One layer; `lengths` i32[B] valid tokens, `overflow` i32[B] tokens turned away.
 
     `unflushed` is only there between a token whose flush was put off, and the flush.
+
+    With a `window`, bodies are rings with room for that many tokens. All positions in a body, those
+    that keys are rotated to, too, are then counted from where the ring last began, as if a sequence
+    began there: attention depends on differences of positions alone. So quantizers and kernels see
+    an ordinary body; `attend` turns queries to where either of two rounds began, and asks twice.
     """
 
     key: Side
@@ -49,6 +54,7 @@ class LayerCache:
     head_dim: int = dataclasses.field(metadata=_STATIC)
     dtype: jnp.dtype = dataclasses.field(metadata=_STATIC)
     rotated: bool = dataclasses.field(metadata=_STATIC)  # whether keys are stored after RoPE
+    window: int | None = dataclasses.field(default=None, metadata=_STATIC)  # None: all tokens
 
     @property
     def implementation(self) -> str:
@@ -258,8 +264,10 @@ class KVCache:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of one encoded token of one sequence, in all layers; 0 without a body."""
-        sides = [s for layer in self.layers for s in (layer.key, layer.value) if s.num_groups]
+        """Bytes of one encoded token of one sequence, in all layers that keep all tokens; 0 without
+        a body."""
+        both = [s for layer in self.layers for s in (layer.key, layer.value)]
+        sides = [side for side in both if side.num_groups and not side.ring]
         return sum(
             a.size * a.dtype.itemsize / (self.batch * side.capacity)
             for side in sides

@@ -53,7 +53,9 @@ class DecodedView(StandIn):
         shape = LayerShape(
             num_kv_heads=num_kv_heads, head_dim=head_dim, layer=layer, num_layers=self.num_layers
         )
-        cache = self.scheme.layer(shape).init(shape, batch=batch, max_len=size, dtype=self.dtype)
+        cache = self.scheme.layer(shape).init(
+            shape, batch=batch, max_len=size, dtype=self.dtype, window=window, keep_all=True
+        )
         positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
         rotate = rotary is not None and cache.rotated
         if rotate:
@@ -61,15 +63,16 @@ class DecodedView(StandIn):
         k, v = k.astype(self.dtype), v.astype(self.dtype)
         queries = None
         if cache.wants_queries:
-            queries = unrotated
-            if rotate:
+            queries, num_sinks = unrotated, cache.key.num_sinks
+            if rotate or (rotary is not None and cache.key.rotates):
                 heads = unrotated.reshape(batch, size, -1, head_dim)
-                queries = rotary(heads, positions).reshape(unrotated.shape)
+                at = cache.key.counted(positions - num_sinks) + num_sinks
+                queries = rotary(heads, at).reshape(unrotated.shape)
         cache = cache.append(k, v, jnp.full(batch, size, jnp.int32), rotary, queries)
         if rotary is not None and not cache.rotated:
             k = rotary(k, positions)
         k, v = k.astype(q.dtype), v.astype(q.dtype)
-        keys, values = _decoded(cache.key, k, rotary), _decoded(cache.value, v, rotary)
+        keys, values = _decoded(cache.key, k, rotary), _decoded(cache.value, v, None)
 
         def tile(start):
             queries = jax.lax.dynamic_slice_in_dim(q, start, width, axis=3)
@@ -119,6 +122,10 @@ def _decoded(side: Side, raw: jax.Array, rotary: Rotary | None) -> jax.Array:
     first = jnp.zeros((), jnp.int32)
     decoded = decode_groups(side, side.body, first, rotary=rotary, dtype=raw.dtype, folded=False)
     decoded = decoded[:, : raw.shape[1] - side.num_sinks]
+    if side.period is not None and rotary is not None:
+        token = jnp.broadcast_to(jnp.arange(decoded.shape[1]), decoded.shape[:2])
+        rest = dataclasses.replace(rotary, attention_factor=1.0)  # which they have already
+        decoded = rest(decoded, token - side.counted(token))
     return jax.lax.dynamic_update_slice_in_dim(raw, decoded, side.num_sinks, axis=1)
 
 

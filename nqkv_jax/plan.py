@@ -35,7 +35,14 @@ class CacheShape(Protocol):
 def cache_sizes(config: CacheShape) -> dict[str, int]:
     """The arguments of `Scheme.init` that the model fixes."""
     return dict(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim)  # fmt: skip
+                head_dim=config.head_dim, windows=layer_windows(config))  # fmt: skip
+
+
+def layer_windows(config: CacheShape) -> tuple[int | None, ...] | None:
+    """The sliding windows of a model's layers; None if it has none."""
+    window = getattr(config, "window", lambda layer: None)
+    windows = tuple(window(layer) for layer in range(config.num_layers))
+    return windows if any(windows) else None
 
 
 class AbstractCaches:
@@ -48,18 +55,20 @@ class AbstractCaches:
 
     def __init__(self, config: CacheShape, scheme: Scheme, dtype: Any = jnp.bfloat16):
         self._scheme, self._dtype = str(scheme), jnp.dtype(dtype)
-        self._kinds: list[tuple[LayerShape, LayerScheme]] = []
+        self._kinds: list[tuple[LayerShape, LayerScheme, int | None]] = []
         self._kind_of: list[int] = []  # per layer
+        windows = layer_windows(config) or (None,) * config.num_layers
         for layer in range(config.num_layers):
             shape = LayerShape(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
                                layer=layer, num_layers=config.num_layers)  # fmt: skip
-            self._add(shape, scheme.layer(shape))
+            self._add(shape, scheme.layer(shape), windows[layer])
 
-    def _add(self, shape: LayerShape, scheme: LayerScheme) -> None:
+    def _add(self, shape: LayerShape, scheme: LayerScheme, window: int | None) -> None:
+        alike = lambda kind: kind[2] == window and _alike(kind[1], scheme)
         kinds = range(len(self._kinds))
-        known = next((i for i in kinds if _alike(self._kinds[i][1], scheme)), len(kinds))
+        known = next((i for i in kinds if alike(self._kinds[i])), len(kinds))
         if known == len(kinds):
-            self._kinds.append((shape, scheme))
+            self._kinds.append((shape, scheme, window))
         self._kind_of.append(known)
 
     @functools.cache  # noqa: B019  (shapes only, and the object is short-lived)
@@ -67,8 +76,9 @@ class AbstractCaches:
         """The shapes of a cache."""
         layers = [
             jax.eval_shape(functools.partial(
-                scheme.init, shape, batch=batch, max_len=max_len, dtype=self._dtype))
-            for shape, scheme in self._kinds
+                scheme.init, shape, batch=batch, max_len=max_len, dtype=self._dtype,
+                window=window))
+            for shape, scheme, window in self._kinds
         ]  # fmt: skip
         return KVCache(layers=tuple(layers[i] for i in self._kind_of), scheme=self._scheme)
 
@@ -86,9 +96,10 @@ class AbstractCaches:
 
     @property
     def sequence_bytes(self) -> float:
-        """What a sequence costs beside its encoded tokens: sinks, residual, states."""
+        """What a sequence costs beside that: sinks, residual, states, and sliding windows."""
         cache = self(batch=1, max_len=_LONG)
-        bodies = [s.body for layer in cache.layers for s in (layer.key, layer.value)]
+        sides = [s for layer in cache.layers for s in (layer.key, layer.value)]
+        bodies = [side.body for side in sides if not side.ring]
         return cache.nbytes - sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(bodies))
 
 
@@ -105,10 +116,11 @@ class PlanRow:
       scheme: its string form.
       stored_bits: per element of the body.
       token_bytes: what one more token of one sequence costs, once the sequence is long.
-      sequence_bytes: what a sequence costs beside that: sinks, residual, states.
+      sequence_bytes: what a sequence costs beside that: sinks, residual, states, and layers with a
+        sliding window.
       largest_batch: context -> sequences of so many tokens that fit.
       largest_context: batch -> tokens that so many sequences can have; by memory alone, which may
-        be more than the model's `max_positions`.
+        be more than the model's `max_positions`, but for a model with windows in all layers.
     """
 
     scheme: str
@@ -212,6 +224,13 @@ def _row(config: CacheShape, scheme: Scheme, budget: int, contexts: list[int], b
         return caches(batch=batch, max_len=length).nbytes
 
     per_token = caches.token_bytes
+
+    def longest(batch: int) -> int:
+        fits = lambda length: nbytes(batch, length) <= budget
+        if not per_token and fits(config.max_positions):  # every layer has a window
+            return config.max_positions
+        return largest(fits, guess=int(budget / batch / max(per_token, 1)))
+
     return PlanRow(
         scheme=str(scheme),
         stored_bits=caches.stored_bits,
@@ -222,11 +241,7 @@ def _row(config: CacheShape, scheme: Scheme, budget: int, contexts: list[int], b
                             guess=budget // nbytes(1, length))
             for length in contexts
         },
-        largest_context={
-            batch: largest(lambda length, batch=batch: nbytes(batch, length) <= budget,
-                           guess=int(budget / batch / per_token))
-            for batch in batches
-        },
+        largest_context={batch: longest(batch) for batch in batches},
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
         max_len=cache.max_len,
         num_kv_heads=layer.num_kv_heads,
         head_dim=layer.head_dim,
+        windows=[layer.window for layer in cache.layers],
         dtype=layer.dtype.name,
     )
     path = pathlib.Path(path).expanduser()
@@ -108,6 +109,7 @@ def _described(about: str | None, path: pathlib.Path) -> tuple[schemes.Scheme, K
     try:
         scheme = schemes.get(about["scheme"])
         sizes = {name: about[name] for name in _SIZES}
+        sizes["windows"] = about.get("windows")
         return scheme, scheme.abstract(**sizes, dtype=jnp.dtype(about["dtype"]))
     except (TypeError, ValueError) as error:
         raise ValueError(

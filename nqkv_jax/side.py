@@ -78,6 +78,9 @@ class Side:
       body: payload leaves [B, groups, ...]; group g holds tokens num_sinks + [g, g + 1) * group.
       state: the quantizer's per-sequence state, leaves [B, ...].
       quantizer: a pytree; static unless it is calibrated.
+      period: body token t is encoded as if it were token t % period; None for t itself. See
+        `LayerCache.window`.
+      rotates: keys are rotated when they are encoded, and not before.
       implementation: see `KVCache.with_implementation`.
     """
 
@@ -87,6 +90,8 @@ class Side:
     quantizer: Quantizer
     window: Window = dataclasses.field(metadata=_STATIC)
     num_sinks: int = dataclasses.field(metadata=_STATIC)
+    period: int | None = dataclasses.field(default=None, metadata=_STATIC)
+    rotates: bool = dataclasses.field(default=False, metadata=_STATIC)
     implementation: str = dataclasses.field(default="auto", metadata=_STATIC)
 
     @property
@@ -112,6 +117,15 @@ class Side:
     def waits(self) -> bool:
         """Whether a chunk can be encoded after the token that makes it due is in the residual."""
         return self.num_groups > 0 and self.window.capacity > 0
+
+    @property
+    def ring(self) -> bool:
+        """Whether the body has room for the latest `period` tokens only, t in place t % period."""
+        return self.period is not None and self.capacity == self.period
+
+    def counted(self, token: jax.Array) -> jax.Array:
+        """Which token a body token is encoded as."""
+        return token if self.period is None else token % self.period
 
     def encoded(self, lengths: jax.Array) -> jax.Array:
         """Body tokens of sequences of `lengths` tokens."""
@@ -150,6 +164,8 @@ def init_side(
     num_kv_heads: int,
     head_dim: int,
     dtype,
+    period: int | None = None,
+    rotates: bool = False,
 ) -> Side:
     """An empty side; its body has room for `capacity` tokens, in whole groups."""
     group = quantizer.group
@@ -171,6 +187,8 @@ def init_side(
         quantizer=jax.tree.map(jnp.copy, quantizer),
         window=window,
         num_sinks=num_sinks,
+        period=period,
+        rotates=rotates,
     )
 
 
@@ -212,7 +230,9 @@ def _encode(
             return rows
         return jnp.where((token < start)[:, None, None], residual[token % capacity], rows)
 
-    rows, positions = gather(residual, x), token + side.num_sinks
+    rows, positions = gather(residual, x), side.counted(token) + side.num_sinks
+    if side.rotates and rotary is not None:
+        rows = rotary(rows, positions)
     context = Context(
         positions=positions,
         rotary=rotary,
@@ -225,14 +245,35 @@ def _encode(
         context = Context(
             positions=positions, rotary=rotary, state=state, implementation=side.implementation
         )
+        if side.ring:
+            return _splice_ring(side, body, rows, first, last, context), state
         return quantizer.splice(body, rows, first, last, context), state
     split = lambda a: a.reshape(count // group, group, *a.shape[1:])
     quantize = lambda r, p: quantizer.quantize(r, Context(positions=p, rotary=rotary, state=state))
     payload = jax.vmap(quantize)(split(rows), split(positions))
     index = first // group + jnp.arange(count // group)
-    return jax.tree.map(
-        lambda b, p: _write(b, p, index, index * group < last), body, payload
-    ), state
+    wanted = index * group < last
+    if side.ring:  # of those that have one place, the latest
+        wanted &= index * group >= last - side.capacity
+        index = index % side.num_groups
+    return jax.tree.map(lambda b, p: _write(b, p, index, wanted), body, payload), state
+
+
+def _splice_ring(
+    side: Side, body: Payload, rows: jax.Array, first: jax.Array, last: jax.Array, context: Context
+) -> Payload:
+    """`Quantizer.splice` of tokens whose places in the body begin anew at its end."""
+    capacity, count = side.capacity, rows.shape[0]
+    place = first % capacity
+    # What is encoded at a time does not straddle the end.
+    rounds = 1 if count == side.window.chunk else 1 + -(-count // capacity)
+    for i in range(rounds):
+        skip = i * capacity - place  # of the tokens, those that come before this round
+        begin, end = jnp.maximum(-skip, 0), jnp.clip(last - first - skip, 0, capacity)
+        left = functools.partial(jnp.roll, shift=-jnp.maximum(skip, 0), axis=0)
+        there = dataclasses.replace(context, positions=left(context.positions))
+        body = side.quantizer.splice(body, left(rows), begin, end, there)
+    return body
 
 
 def _observe_queries(

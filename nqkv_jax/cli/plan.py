@@ -146,9 +146,11 @@ def run(args) -> None:
 def _problems(config) -> dict[str, str]:
     """Why schemes, with their defaults, cannot be used for a model; by name."""
     from nqkv_jax import schemes
-    from nqkv_jax.plan import cache_sizes
 
-    shape, problems = schemes.LayerShape(**cache_sizes(config)), {}
+    shape = schemes.LayerShape(
+        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim
+    )
+    problems = {}
     for name in schemes.names():
         try:
             schemes.get(name).layer(shape).check(shape)

@@ -15,7 +15,7 @@ import numbers
 import os
 import pkgutil
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -101,8 +101,27 @@ class LayerScheme:
             return [q if f else t for q, t, f in zip(quantizers, tiled, filled, strict=True)]
         return tiled
 
-    def init(self, shape: LayerShape, *, batch: int, max_len: int, dtype) -> LayerCache:
-        """An empty cache of this layer."""
+    def _period(
+        self, key: Quantizer, value: Quantizer, window: int | None, most: int
+    ) -> int | None:
+        """Of bodies (see `Side`) of `most` tokens, in a layer with a sliding window."""
+        # Values that look at keys do so by their positions.
+        if window is None or self.key_window != self.value_window or self.value.wants_keys:
+            return None
+        unit = math.lcm(TOKENS, key.group, value.group, self.key_window.chunk)
+        period = -(-window // unit) * unit
+        return period if period < most else None
+
+    def init(
+        self, shape: LayerShape, *, batch: int, max_len: int, dtype, window: int | None = None,
+        keep_all: bool = False,
+    ) -> LayerCache:  # fmt: skip
+        """An empty cache of this layer.
+
+        Args:
+          window: the layer's sliding window; None if it attends to all tokens.
+          keep_all: have room for all tokens even so, encoded as they would be without.
+        """
         if getattr(dtype, "__name__", str(dtype)) not in DTYPES:
             raise ValueError(f"cache: expected dtype to be one of {', '.join(DTYPES)}; got {dtype}")
         self.check(shape)
@@ -112,15 +131,26 @@ class LayerScheme:
         # Attention walks both bodies in steps of whole groups, as far as both can be encoded.
         group = math.lcm(key.group, value.group)
         common = -(-min(own) // group) * group
+        period = self._period(key, value, window, common)
+        ring = period is not None and not keep_all
+        if ring:
+            own, common = (period, period), period
         sizes = dict(batch=batch, num_kv_heads=heads, head_dim=head_dim, dtype=dtype)
-        side = lambda quantizer, window, capacity: init_side(
-            quantizer, window, num_sinks=self.sinks, capacity=max(capacity, common), **sizes
+        side = lambda quantizer, window, capacity, **how: init_side(
+            quantizer,
+            window,
+            num_sinks=self.sinks,
+            capacity=max(capacity, common),
+            period=period,
+            **sizes,
+            **how,
         )
         return LayerCache(
-            key=side(key, self.key_window, own[0]), value=side(value, self.value_window, own[1]),
+            key=side(key, self.key_window, own[0], rotates=period is not None and self.rotated),
+            value=side(value, self.value_window, own[1]),
             lengths=jnp.zeros(batch, jnp.int32), overflow=jnp.zeros(batch, jnp.int32),
             max_len=max_len, num_kv_heads=heads, head_dim=head_dim, dtype=jnp.dtype(dtype),
-            rotated=self.rotated,
+            rotated=self.rotated and period is None, window=window if ring else None,
         )  # fmt: skip
 
 
@@ -177,13 +207,17 @@ class Scheme:
         max_len: int,
         num_kv_heads: int,
         head_dim: int,
+        windows: Sequence[int | None] | None = None,
         dtype=jnp.bfloat16,
     ) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_len` tokens.
 
         Args:
+          windows: the sliding window of every layer, None for one that attends to all tokens. Those
+            that have one keep no more than they see (in steps of 128 tokens), where the scheme
+            allows; they need it in `attend`, too. None: all layers keep all tokens.
           dtype: of sinks, residual and full-precision bodies; keys and values are rounded to it on
-          entry.
+            entry.
 
         Raises:
           ValueError: the model's shape does not fit the scheme, or a size is not positive.
@@ -193,14 +227,28 @@ class Scheme:
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
                 raise ValueError(f"{self}: expected {name} >= 1, a whole number; got {size!r}")
+        windows = self._windows(windows, num_layers)
         shapes = (
             LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=i, num_layers=num_layers)
             for i in range(num_layers)
         )
         layers = tuple(
-            self.layer(s).init(s, batch=batch, max_len=max_len, dtype=dtype) for s in shapes
+            self.layer(s).init(s, batch=batch, max_len=max_len, dtype=dtype, window=window)
+            for s, window in zip(shapes, windows, strict=True)
         )
         return KVCache(layers=layers, scheme=str(self))
+
+    def _windows(
+        self, windows: Sequence[int | None] | None, num_layers: int
+    ) -> Sequence[int | None]:
+        windows = (None,) * num_layers if windows is None else tuple(windows)
+        whole = lambda w: isinstance(w, numbers.Integral) and not isinstance(w, bool) and w >= 1
+        if len(windows) != num_layers or not all(w is None or whole(w) for w in windows):
+            raise ValueError(
+                f"{self}: expected windows to be a whole number >= 1, or None, for each of "
+                f"{num_layers} layers; got {windows}"
+            )
+        return windows
 
     def abstract(self, **sizes) -> KVCache:
         """What `init` would allocate, as shapes: count its `nbytes` without spending them."""
