@@ -94,7 +94,8 @@ def attend(
       rotary: how to rotate q and k; None for models without RoPE.
       num_new: i32[B], how many of the S tokens are valid (right-padded); None for all. Clipped to
         0 .. S.
-      window: attend to the latest `window` tokens only, the current one included.
+      window: attend to the latest `window` tokens only, the current one included. Layers of a cache
+        that was made with `windows` (`Scheme.init`) need theirs, or a smaller one.
       scale: of the scores; default D ** -0.5.
       implementation: of decoding, when there is one token; for this call, in place of that of the
         cache (`KVCache.with_implementation`, which describes them).

@@ -257,6 +257,29 @@ def test_bytes_do_not_grow():
     )
 
 
+def test_decoding_is_in_place():
+    """What a loop of steps allocates does not grow with the ring."""
+
+    def loop(cache, q, k, v):
+        def step(_, carry):
+            out, cache = nq.attend(carry[1], k, v, carry[0], rotary=ROTARY, window=2048)
+            return cache, out
+
+        return jax.lax.fori_loop(0, 9, step, (cache.defer_flush(), q))[0].flush()
+
+    def temporaries(window):
+        cache = nq.schemes.get("nqkv-plus").abstract(
+            num_layers=1, batch=4, max_len=32768, num_kv_heads=4, head_dim=64, windows=(window,)
+        )
+        q, k = (jax.ShapeDtypeStruct((4, 1, heads, 64), jnp.bfloat16) for heads in (8, 4))
+        used = jax.jit(loop, donate_argnums=0).lower(cache, q, k, k).compile().memory_analysis()
+        assert used.alias_size_in_bytes == cache.nbytes
+        return used.temp_size_in_bytes, cache.nbytes
+
+    (small, fewer), (large, more) = temporaries(2048), temporaries(16384)
+    assert large - small < 2**19 < (more - fewer) / 20
+
+
 def test_layers_differ():
     cache = nq.schemes.get("nqkv:block_size=32").init(
         num_layers=3, batch=1, max_len=4096, num_kv_heads=1, head_dim=32, windows=(512, None, 300)
