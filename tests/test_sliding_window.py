@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 import nqkv_jax as nq
 from nqkv_jax.evaluation import decode_perplexity, perplexity
 from nqkv_jax.models import LanguageModel, families, generate
 from nqkv_jax.models.llama_config import LlamaConfig
+from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu
 from nqkv_jax.plan import plan
 
 BATCH, GROUP, HEADS, DIM = 2, 2, 1, 64
@@ -180,6 +182,19 @@ def test_kernel_and_steps_agree(scheme):
         out, same = fused(*new, cache)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
     chex.assert_trees_all_equal(after, same)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel for GPUs needs jax 0.11")
+def test_kernel_for_gpus_and_steps_agree(monkeypatch):
+    _, cache = prompt(make("nqkv-plus"), *part(0, 320), jnp.array([320, 120]))
+    run = functools.partial(nq.attend, rotary=ROTARY, window=WINDOW)
+    expected, _ = jax.jit(functools.partial(run, implementation="xla"))(*part(320, 321), cache)
+    interpreted = functools.partial(
+        mosaic_gpu.decode_attention, interpret=plgpu.InterpretGPUParams()
+    )
+    monkeypatch.setattr(mosaic_gpu, "decode_attention", interpreted)
+    out, _ = jax.jit(functools.partial(run, implementation="mosaic_gpu"))(*part(320, 321), cache)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-3)  # its products are in float16
 
 
 # Models
