@@ -19,7 +19,7 @@ from nqkv_jax.pallas_kernels.decode_attention import mosaic_gpu
 from nqkv_jax.plan import plan
 
 BATCH, GROUP, HEADS, DIM = 2, 2, 1, 64
-WINDOW, CAPACITY, MAX_LEN = 100, 128, 1024
+WINDOW, CAPACITY, MAX_LEN = 100, 256, 1024
 ROTARY = nq.Rotary(inverse_frequencies=np.float32(10.0) ** -np.linspace(0, 3, DIM // 2))
 YARN = nq.Rotary(inverse_frequencies=ROTARY.inverse_frequencies[:10], attention_factor=1.25)
 
@@ -91,7 +91,7 @@ def everything(num_new):
 )
 @pytest.mark.usefixtures("compile_quickly")
 def test_attention_is_that_of_a_cache_that_keeps_all(scheme, rotary):
-    """Over three rounds of the ring, prompts and tokens in turn, in a ragged batch.
+    """Over more than two rounds of the ring, prompts and tokens in turn, in a ragged batch.
 
     With these schemes a key is coded before RoPE, or not at all, so that only roundings differ.
     """
@@ -116,7 +116,7 @@ def test_attention_is_that_of_a_cache_that_keeps_all(scheme, rotary):
 @pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_evaluation_sees_what_decoding_sees(scheme):
-    """Over two rounds and a half; and the errors are of the size of a cache that keeps all."""
+    """Over more than a round; and the errors are of the size of a cache that keeps all."""
     _, cache = prompt(make(scheme), *part(0, 300), everything(300))
     out, _ = decode(cache, *part(300, 330), everything(30))
     view = nq.DecodedView(scheme=nq.schemes.get(scheme), num_layers=1, dtype=jnp.dtype("float32"))
@@ -129,7 +129,7 @@ def test_evaluation_sees_what_decoding_sees(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES[1:-1])
 def test_bits_do_not_depend_on_how_tokens_came(scheme):
-    """All at once, over more than two rounds; and in parts, the last of them token by token."""
+    """All at once, over more than a round; and in parts, the last of them token by token."""
     counts = jnp.array([320, 273])
     _, once = prompt(make(scheme), *part(0, 320), counts)
     _, cache = prompt(make(scheme), *part(0, 180), everything(180))
@@ -223,7 +223,7 @@ def test_generation(lm):
     result = generate(lm, prompts, scheme="none", max_new_tokens=90, prefill_chunk=64)
     sizes = dict(num_layers=3, batch=2, max_len=320, num_kv_heads=1, head_dim=64)
     keeping_all = nq.schemes.get("none").abstract(**sizes, dtype=jnp.float32)
-    assert result.cache_bytes < 0.65 * keeping_all.nbytes
+    assert result.cache_bytes < 0.9 * keeping_all.nbytes  # 256, 320 and 256 tokens
     for prompt_, new in zip(prompts, result.tokens, strict=True):
         logits = np.asarray(lm.logits([prompt_ + new]))[0, len(prompt_) - 1 : -1]
         chosen = logits[np.arange(len(new)), new]
@@ -262,13 +262,13 @@ def test_plan_counts_windows():
 
 
 def test_bytes_do_not_grow():
-    short, long = (make("nqkv:block_size=32", max_len=n) for n in (256, 4096))
+    short, long = (make("nqkv:block_size=32", max_len=n) for n in (512, 4096))
     assert short.nbytes == long.nbytes
     assert short.stored_bits == make("nqkv:block_size=32", windows=None).stored_bits
     assert short.token_bytes == 0 and make("int4", windows=None).token_bytes > 0
     # A cache that is no longer than the window keeps all: it is the ordinary one.
     chex.assert_trees_all_equal_structs(
-        make("nqkv:block_size=32", max_len=128), make("nqkv:block_size=32", None, max_len=128)
+        make("nqkv:block_size=32", max_len=256), make("nqkv:block_size=32", None, max_len=256)
     )
 
 

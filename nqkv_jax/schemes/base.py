@@ -109,7 +109,7 @@ class LayerScheme:
         if window is None or self.key_window != self.value_window or self.value.wants_keys:
             return None
         unit = math.lcm(TOKENS, key.group, value.group, self.key_window.chunk)
-        period = -(-window // unit) * unit
+        period = max(-(-window // unit), 2) * unit  # one tile alone no kernel for GPUs would read
         return period if period < most else None
 
     def init(
@@ -214,8 +214,9 @@ class Scheme:
 
         Args:
           windows: the sliding window of every layer, None for one that attends to all tokens. Those
-            that have one keep no more than they see (in steps of 128 tokens), where the scheme
-            allows; they need it in `attend`, too. None: all layers keep all tokens.
+            that have one keep no more than they see (in steps of 128 tokens, and at least 256)
+            where the scheme allows it, and need it in `attend`, too. None: all layers keep all
+            tokens.
           dtype: of sinks, residual and full-precision bodies; keys and values are rounded to it on
             entry.
 
