@@ -50,7 +50,7 @@ test-slow: $(VENV)/test.stamp
 
 # Compiles every kernel and whole generation loops for TPUs and GPUs, without any of them.
 test-aot:
-	@command -v $(AOT_PYTHON) >/dev/null || { echo "make test-aot needs Python 3.12: AOT_PYTHON=..."; exit 1; }
+	@$(AOT_PYTHON) --version >/dev/null 2>&1 || { echo "make test-aot needs Python 3.12: AOT_PYTHON=..."; exit 1; }
 	test -d .venv-aot || $(AOT_PYTHON) -m venv .venv-aot
 	.venv-aot/bin/python -m pip install --quiet --editable ".[aot]"
 	.venv-aot/bin/python -m pytest -m "" -W default tests/aot

@@ -115,3 +115,20 @@ def test_measured_tables_are_the_recorded_ones():
     for scheme, row in shown.items():
         assert row.items() <= recorded[scheme].items()
     assert {row["scheme"].partition(":")[0] for row in board["rows"]} == set(schemes.names())
+
+
+def test_the_second_table_is_the_recorded_one():
+    path = LEADERBOARD.parent / "gemma-3-270m.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    results = (LEADERBOARD.parents[1] / "RESULTS.md").read_text(encoding="utf-8")
+    second = results.partition("## CPU: a second model")[2].partition("\n## ")[0]
+    shown = {row[0]: row[1:4] for row in re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \|", second, re.M)}
+    assert list(shown) == [record["scheme"] for record in records] and len(shown) > 12
+    for record in records:
+        more = 100 * (record["perplexity"] / record["full_perplexity"] - 1)
+        expected = f"{record['stored_bits']:.2f}", f"{record['perplexity']:.2f}", f"{more:+.1f} %"
+        assert shown[record["scheme"]] == expected
+        assert f"{record['kl']:.3g} ± " in second
+    (sentence,) = re.findall(r"On a second model.*?\(\[table", README, re.DOTALL)
+    for scheme in ("nqkv-plus", "nqkv-plus:bits=3", "nqkv-plus:bits=2", "kivi", "nqkv", "nsnquant"):
+        assert f"{shown[scheme][2][1:]}" in " ".join(sentence.split())
