@@ -122,7 +122,10 @@ def test_the_second_table_is_the_recorded_one():
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     results = (LEADERBOARD.parents[1] / "RESULTS.md").read_text(encoding="utf-8")
     second = results.partition("## CPU: a second model")[2].partition("\n## ")[0]
-    shown = {row[0]: row[1:4] for row in re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \|", second, re.M)}
+    shown = {
+        row[0]: row[1:4]
+        for row in re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \| (.+?) \|", second, re.M)
+    }
     assert list(shown) == [record["scheme"] for record in records] and len(shown) > 12
     for record in records:
         more = 100 * (record["perplexity"] / record["full_perplexity"] - 1)
