@@ -86,13 +86,14 @@ def test_prompts_of_drift_begin_with_it():
         prompts.extend(batch)
         return types.SimpleNamespace(tokens=[[1, 2, 3, 4]])
 
-    drift(LM, TOKENS, generate=stand_in, scheme="int4", prompts=2, prompt=8, length=4)
+    text = [BOS, *TOKENS]  # as its tokenizer gives it
+    drift(LM, text, generate=stand_in, scheme="int4", prompts=2, prompt=8, length=4)
     assert [p[0] for p in prompts] == [BOS] * 4 and {len(p) for p in prompts} == {8}
     assert prompts[0][1:] == TOKENS[:7].tolist()
 
 
 def test_calibrations_and_analyses_read_it():
-    read = recorder.windows(LM, TOKENS, samples=2, seqlen=10)
+    read = recorder.windows(LM, [BOS, *TOKENS], samples=2, seqlen=10)
     assert read.shape == (2, 10) and (read[:, 0] == BOS).all()
     np.testing.assert_array_equal(read[0, 1:], TOKENS[:9])
     assert read.dtype == recorder.windows(PLAIN, TOKENS, samples=2, seqlen=10).dtype == np.int32

@@ -95,10 +95,7 @@ def windows(
         raise ValueError(
             f"{what}: max_tokens must be at least 2, of which one is scored; got {max_tokens}"
         )
-    tokens = encode(what, lm, text)
-    if begin and tokens[: len(begin)].tolist() == list(begin):
-        tokens = tokens[len(begin) :]
-    tokens = tokens[:max_tokens]
+    tokens = encode(what, lm, text)[:max_tokens]
     if tokens.size < 2:
         raise ValueError(
             f"{what}: text must have at least 2 tokens, of which one is scored; got {tokens.size}"
@@ -114,17 +111,21 @@ def opening(lm: LanguageModel) -> tuple[int, ...]:
 
 def opened(lm: LanguageModel, tokens: Sequence[int], room: int | None = None) -> list[int]:
     """The tokens of a text, beginning with `opening`; with `room` for so many, the last of them."""
-    begin, tokens = list(opening(lm)), [int(token) for token in tokens]
-    if begin and tokens[: len(begin)] == begin:
-        tokens = tokens[len(begin) :]
+    begin, tokens = list(opening(lm)), [int(token) for token in _unopened(lm, tokens)]
     if room is not None and len(begin) + len(tokens) > room:
         begin = begin if room > len(begin) else []
         tokens = tokens[len(tokens) - room + len(begin) :]
     return begin + tokens
 
 
+def _unopened(lm: LanguageModel, tokens: Any) -> Any:
+    begin = list(opening(lm))
+    return tokens[len(begin) :] if begin and list(tokens[: len(begin)]) == begin else tokens
+
+
 def encode(what: str, lm: LanguageModel, text: Any) -> np.ndarray:
-    """i32[tokens] of a string, without special tokens, or of ids, which are checked.
+    """i32[tokens] of a string, without special tokens, or of ids, which are checked; in either case
+    without `opening`.
 
     Raises: ValueError: ids are wrong, or there is no tokenizer.
     """
@@ -148,7 +149,7 @@ def encode(what: str, lm: LanguageModel, text: Any) -> np.ndarray:
             f"{what}: token ids must be in [0, {lm.config.vocab_size}), the "
             f"vocabulary of {lm.name}; got {tokens.min()} to {tokens.max()}"
         )
-    return tokens.astype(np.int32)
+    return np.asarray(_unopened(lm, tokens), np.int32)
 
 
 def _spans(length: int, size: int, stride: int, *, unscored: int):
