@@ -4,6 +4,7 @@ Scores, softmax and sums are float32. Every segment contributes a `Partial`; the
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,7 @@ def attend(
     num_new: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Appends the new tokens to the cache and attends to everything that they may see.
@@ -97,6 +99,7 @@ def attend(
       window: attend to the latest `window` tokens only, the current one included. Layers of a cache
         that was made with `windows` (`Scheme.init`) need theirs, or a smaller one.
       scale: of the scores; default D ** -0.5.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2); None for no cap.
       implementation: of decoding, when there is one token; for this call, in place of that of the
         cache (`KVCache.with_implementation`, which describes them).
 
@@ -109,7 +112,7 @@ def attend(
     """
     if num_new is not None:
         num_new = jnp.asarray(num_new)
-    _check(q, k, v, cache, layer, rotary, num_new, window, implementation)
+    _check(q, k, v, cache, layer, rotary, num_new, window, soft_cap, implementation)
     q, k, v = map(jnp.asarray, (q, k, v))
     usual = None
     if implementation is not None and isinstance(cache, KVCache):
@@ -139,18 +142,19 @@ def attend(
 
     if isinstance(cache, KVCache):
         out, cache = _attend_cache(
-            turned, unrotated, k, v, cache, layer, positions, num_new, rotary, window
+            turned, unrotated, k, v, cache, layer, positions, num_new, rotary, window, soft_cap
         )
         if usual is not None:
             cache = _with_implementation(cache, layer, usual)
     elif cache is None:
         k = k if rotary is None else rotary(k, positions)
         valid = jnp.arange(size)[None] < num_new[:, None]
-        out = attend_new(turned(positions)[1], k, v, positions, valid, window)
+        out = attend_new(turned(positions)[1], k, v, positions, valid, window, soft_cap)
     else:
         out, cache = cache.attend(
-            turned(positions)[1], k, v, unrotated, layer=layer, rotary=rotary, window=window
-        )
+            turned(positions)[1], k, v, unrotated,
+            layer=layer, rotary=rotary, window=window, soft_cap=soft_cap,
+        )  # fmt: skip
     out = out.output().transpose(0, 3, 1, 2, 4).reshape(batch, size, num_heads, head_dim)
     return out.astype(dtype), cache
 
@@ -164,6 +168,7 @@ def _with_implementation(cache: KVCache, layer: int, implementation: str) -> KVC
 
 def _attend_cache(
     turned, unrotated, k, v, cache: KVCache, index: int, query_positions, num_new, rotary, window,
+    soft_cap,
 ) -> tuple[Partial, KVCache]:  # fmt: skip
     """`turned` gives the queries at positions i32[B, S]: rotated [B, S, Hkv, G, D], and scaled
     [B, Hkv, G, S, D]. k, v and `unrotated` are as the model made them.
@@ -205,20 +210,23 @@ def _attend_cache(
         values = _read_exact(value, key, token, common, value_encoded, None, q.dtype)
         slots = Slots(num_sinks=key.num_sinks, ring=tail, window=window)
         partial = _attend_exact(
-            q, keys, values, common, length, query_positions, slots, implementation
+            q, keys, values, common, length, query_positions, slots, soft_cap, implementation
         )
     if not decoding:
         fresh = k if rotary is None or layer.rotated else rotary(k, query_positions)
         ok = jnp.arange(size)[None] < num_new[:, None]
         new = attend_prompt(
-            q, fresh.astype(q.dtype), v.astype(q.dtype), query_positions, ok, window, implementation
-        )
+            q, fresh.astype(q.dtype), v.astype(q.dtype), query_positions, ok, window, soft_cap,
+            implementation,
+        )  # fmt: skip
         partial = partial.merge(new)
+    body = functools.partial(
+        attend_body, rotary=rotary, window=window, soft_cap=soft_cap, implementation=implementation
+    )
     if layer.window is None:
         # The body is read from the updated cache: an append never changes what is encoded, and
         # reading the old one would keep two copies alive.
-        body = attend_body(q, updated, common, query_positions, rotary, window, implementation)
-        return partial.merge(body), cache
+        return partial.merge(body(q, updated, common, query_positions)), cache
     # A ring has what is left of one round, and what has come of the next. Seen from where either
     # began, it is an ordinary body, whose other tokens no query can see.
     capacity = layer.key.capacity
@@ -229,9 +237,7 @@ def _attend_cache(
     ):
         positions = query_positions - began[:, None]
         _, there = turned(positions)
-        partial = partial.merge(
-            attend_body(there, source, tokens, positions, rotary, window, implementation)
-        )
+        partial = partial.merge(body(there, source, tokens, positions))
     return partial, cache
 
 
@@ -243,6 +249,7 @@ def _attend_exact(
     length: jax.Array,
     query_positions: jax.Array,
     slots: Slots,
+    soft_cap: float | None,
     implementation: str,
 ) -> Partial:
     """Attention over sinks and residual; see `exact_attention`, of which this is the general form:
@@ -252,11 +259,13 @@ def _attend_exact(
         slot = jnp.arange(keys.shape[1])[None, None]
         of_sequence = (a[:, None, None] for a in (first, length))
         mask = slots.seen(slot, *of_sequence, query_positions[:, :, None])
-        return attend_tokens(q, keys, values, mask)
+        return attend_tokens(q, keys, values, mask, soft_cap=soft_cap)
 
     def by_kernel(q, keys, values, first, length, query_positions):
         numbers = first, length, query_positions[:, 0]
-        found = exact_attention.exact_attention(q[..., 0, :], keys, values, *numbers, slots)
+        found = exact_attention.exact_attention(
+            q[..., 0, :], keys, values, *numbers, slots, soft_cap=soft_cap
+        )
         names = "numerator", "denominator", "maximum"
         return Partial(**{n: jnp.expand_dims(a, 3) for n, a in zip(names, found, strict=True)})
 
@@ -269,7 +278,7 @@ def _attend_exact(
     return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
 
 
-def _check(q, k, v, cache, layer, rotary, num_new, window, implementation) -> None:
+def _check(q, k, v, cache, layer, rotary, num_new, window, soft_cap, implementation) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             "attend: expected q [batch, tokens, num_heads, head_dim] and k, v [batch, tokens, "
@@ -311,6 +320,8 @@ def _check(q, k, v, cache, layer, rotary, num_new, window, implementation) -> No
         isinstance(window, bool) or not isinstance(window, int) or window < 1
     ):
         raise ValueError(f"attend: expected window >= 1, a whole number, or None; got {window!r}")
+    if soft_cap is not None and not (isinstance(soft_cap, int | float) and 0 < soft_cap < jnp.inf):
+        raise ValueError(f"attend: expected soft_cap > 0, a number, or None; got {soft_cap!r}")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"attend: expected implementation to be one of {IMPLEMENTATIONS}, or None; got "

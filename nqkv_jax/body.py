@@ -90,6 +90,7 @@ def attend_body(
     query_positions: jax.Array,
     rotary: Rotary | None,
     window: int | None,
+    soft_cap: float | None = None,
     implementation: str = "auto",
 ) -> Partial:
     """Attention over the first `tokens` i32[B] encoded tokens; those are encoded on both sides.
@@ -117,17 +118,23 @@ def attend_body(
 
     folded, shift = jax.vmap(fold)(q, key.state)
     walk = lambda large: functools.partial(
-        _walk_body, rotary=rotary, window=window, capacity=capacity,
+        _walk_body, rotary=rotary, window=window, soft_cap=soft_cap, capacity=capacity,
         **_steps(folded, group, capacity, large),
     )  # fmt: skip
     arguments = (folded, shift, layer, tokens, query_positions)
     codes = jax.eval_shape(lambda: _tiled_codes(layer, rotary))
-    unsupported = functools.partial(_unsupported, layer=layer, codes=codes, queries=q.shape[2:4])
-    fused = functools.partial(_fused, rotary=rotary, window=window)
+    # Kernels leave a shift of all scores to the maximum, which a cap does not.
+    apart = soft_cap is None or shift is None
+    unsupported = functools.partial(
+        _unsupported, layer=layer, codes=codes, queries=q.shape[2:4], apart=apart
+    )
+    fused = functools.partial(_fused, rotary=rotary, window=window, soft_cap=soft_cap)
     default, by_platform = walk(large=False), dict.fromkeys(GPUS, walk(large=True))
-    if q.shape[3] == 1 and all(isinstance(side, kernels.VectorCodes) for side in codes):
+    if q.shape[3] == 1 and apart and all(isinstance(s, kernels.VectorCodes) for s in codes):
         width = codes[1].head_dim
-        default = functools.partial(_look_up, rotary=rotary, window=window, width=width)
+        default = functools.partial(
+            _look_up, rotary=rotary, window=window, soft_cap=soft_cap, width=width
+        )
         by_platform = {}
     if implementation in kernels.KERNELS:
         if reason := unsupported(implementation):
@@ -166,11 +173,12 @@ def _tiled_codes(
 
 
 def _unsupported(
-    kernel: str, layer: LayerCache, codes: list, queries: tuple[int, int]
+    kernel: str, layer: LayerCache, codes: list, queries: tuple[int, int], apart: bool
 ) -> str | None:
     """What a kernel would need to serve this body, or None if it can.
 
-    `codes` are the body's, `queries` the query heads per KV head and the queries per sequence.
+    `codes` are the body's, `queries` the query heads per KV head and the queries per sequence;
+    `apart` says that no shift of scores comes before a cap.
     """
     (key, value), (group, tokens) = codes, queries
     if key is None or value is None:
@@ -181,6 +189,8 @@ def _unsupported(
         )
     if tokens > 1:
         return f"one query per sequence; got {tokens}"
+    if not apart:
+        return "no soft_cap where means of keys that RoPE does not turn shift the scores"
     return kernels.unsupported(kernel, key, value, group)
 
 
@@ -194,6 +204,7 @@ def _fused(
     *,
     rotary: Rotary | None,
     window: int | None,
+    soft_cap: float | None,
     part: tuple[jax.Array, int] | None = None,
     fresh: jax.Array | None = None,
 ) -> Partial:
@@ -211,7 +222,7 @@ def _fused(
         tokens = jnp.clip(tokens - begin, 0, part[1] * tiles.TOKENS)
     key, value = _tiled_codes(layer, rotary, part)
     numerator, denominator, maximum = kernels.decode_attention(
-        folded[..., 0, :], key, value, tokens, first=first, implementation=kernel
+        folded[..., 0, :], key, value, tokens, first=first, soft_cap=soft_cap, implementation=kernel
     )
     if shift is not None:
         maximum = maximum + shift[..., 0]
@@ -228,6 +239,7 @@ def _look_up(
     *,
     rotary: Rotary | None,
     window: int | None,
+    soft_cap: float | None,
     width: int,
 ) -> Partial:
     """Like `_walk_body`, for vectors, of which nothing is decoded, or less; `width` is of values.
@@ -244,7 +256,7 @@ def _look_up(
         begin = jnp.minimum(i * size, num_tiles - size)
         found = _fused(
             "xla", folded, shift, layer, tokens, query_positions, rotary=rotary, window=window,
-            part=(begin, size), fresh=i * step_tokens,
+            soft_cap=soft_cap, part=(begin, size), fresh=i * step_tokens,
         )  # fmt: skip
         return partial.merge(found)
 
@@ -265,7 +277,9 @@ def _steps(folded: jax.Array, group: int, capacity: int, large: bool) -> dict:
     return dict(tile=tile, large=large, once=once)
 
 
-@functools.partial(jax.jit, static_argnames=("window", "capacity", "tile", "large", "once"))
+@functools.partial(
+    jax.jit, static_argnames=("window", "soft_cap", "capacity", "tile", "large", "once")
+)
 def _walk_body(
     folded: jax.Array,
     shift: jax.Array | None,
@@ -275,6 +289,7 @@ def _walk_body(
     *,
     rotary: Rotary | None,
     window: int | None,
+    soft_cap: float | None,
     capacity: int,
     tile: int,
     large: bool,
@@ -322,7 +337,9 @@ def _walk_body(
         positions = jnp.broadcast_to(token + key.num_sinks, valid.shape)
         mask = visible(query_positions, positions, valid, window)
         waves = key.quantizer.waves(Context(rotary=angles(i)), folded.dtype)
-        return attend_tokens(folded, decode(key, keys), decode(value, values), mask, shift, waves)
+        return attend_tokens(
+            folded, decode(key, keys), decode(value, values), mask, shift, waves, soft_cap=soft_cap
+        )
 
     if once:
         return one(0, fetch(key, 0), fetch(value, 0))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax.body import decode_groups
-from nqkv_jax.partial import Partial, mix, visible
+from nqkv_jax.partial import Partial, capped, mix, visible
 from nqkv_jax.rotary import Rotary
 from nqkv_jax.schemes.base import LayerShape, Scheme
 from nqkv_jax.side import Side
@@ -45,7 +45,7 @@ class DecodedView(StandIn):
                 f"{self.scheme!r}"
             )
 
-    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window, soft_cap):
         """Attention as decoding would see it, and the view itself."""
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"DecodedView: has layers 0..{self.num_layers - 1}; got {layer}")
@@ -83,7 +83,7 @@ class DecodedView(StandIn):
             at = jnp.broadcast_to(at, (batch, width))
             mask = visible(at, positions, jnp.ones((batch, size), bool), window)
             scores = _choose(cache.key, at, size, score(keys), lambda: score(k))
-            scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+            scores = jnp.where(mask[:, None, None], capped(scores, soft_cap), -jnp.inf)
             maximum = jnp.max(scores, axis=-1)
             weights = jnp.exp(scores - maximum[..., None])
             chosen = _encoded(cache.value, at, size)

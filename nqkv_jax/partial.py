@@ -58,6 +58,11 @@ class Partial:
         return self.numerator / jnp.where(nothing, 1, self.denominator)[..., None]
 
 
+def capped(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+    """soft_cap * tanh(scores / soft_cap); None for no cap."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
 def in_steps(attend: Callable, *arguments, tiles: int, tile_bytes: int):
     """attend(*arguments, tiles_of_step=...): of `tiles`, and on GPUs of as many more as steps take,
     where one is decoded to so many bytes."""
@@ -73,11 +78,13 @@ def attend_tokens(
     mask: jax.Array,
     shift: jax.Array | None = None,
     waves: jax.Array | None = None,
+    *,
+    soft_cap: float | None = None,
 ) -> Partial:
     """Attention of q [B, Hkv, G, S, D], scaled, over k, v [B, T, Hkv, D] where mask [B, S, T].
 
-    `shift` f32[B, Hkv, G, S] is added to scores. `waves` [T, C] are more channels of keys, alike
-    for all sequences and heads; q has C more, too.
+    `shift` f32[B, Hkv, G, S] is added to scores, before `soft_cap` (see `capped`). `waves` [T, C]
+    are more channels of keys, alike for all sequences and heads; q has C more, too.
     """
     if waves is not None:
         q, more = jnp.split(q, [q.shape[-1] - waves.shape[-1]], axis=-1)
@@ -94,7 +101,7 @@ def attend_tokens(
         )
     if shift is not None:
         scores = scores + shift[..., None]
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(mask[:, None, None], capped(scores, soft_cap), -jnp.inf)
     maximum = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - jnp.where(maximum == -jnp.inf, 0, maximum)[..., None])
     return Partial(
@@ -148,6 +155,7 @@ def attend_new(
     query_positions: jax.Array,
     valid: jax.Array,
     window: int | None,
+    soft_cap: float | None = None,
 ) -> Partial:
     """Causal attention among new tokens as they are; k, v [B, S, Hkv, D], valid bool[B, S]."""
     size = k.shape[1]
@@ -163,6 +171,7 @@ def attend_new(
             cut(k),
             cut(v),
             visible(query_positions, cut(query_positions), cut(valid) & fresh[None], window),
+            soft_cap=soft_cap,
         )
 
     return _walk(-(-size // tile), q, one)

@@ -26,6 +26,7 @@ def attend_prompt(
     query_positions: jax.Array,
     valid: jax.Array,
     window: int | None,
+    soft_cap: float | None,
     implementation: str,
 ) -> Partial:
     """Causal attention of q [B, Hkv, G, S, D], scaled, to k, v [B, S, Hkv, D] where valid [B, S].
@@ -33,13 +34,14 @@ def attend_prompt(
     Valid tokens come before all others. `implementation` is "auto" or "xla"; only the latter can be
     differentiated, and keeps NaN from queries that do not see it.
     """
-    walk = functools.partial(attend_new, window=window)
+    walk = functools.partial(attend_new, window=window, soft_cap=soft_cap)
     arguments = (q, k, v, query_positions, valid)
     size, head_dim = q.shape[3:]
     branches = {}
     if size % SPLASH_BLOCK == 0 and head_dim % 64 == 0:
-        branches["tpu"] = functools.partial(_splash, window=window)
-    if head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM and q.dtype in (jnp.bfloat16, jnp.float16):
+        branches["tpu"] = functools.partial(_splash, window=window, soft_cap=soft_cap)
+    cudnn = head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM and soft_cap is None
+    if cudnn and q.dtype in (jnp.bfloat16, jnp.float16):
         branches["cuda"] = functools.partial(_cudnn, window=window)
     if implementation == "xla" or not branches:
         return walk(*arguments)
@@ -58,7 +60,7 @@ def _without_pads(k, v, valid):
     return [jnp.where(valid[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in (k, v)]
 
 
-def _splash(q, k, v, query_positions, valid, *, window, interpret=False) -> Partial:
+def _splash(q, k, v, query_positions, valid, *, window, soft_cap, interpret=False) -> Partial:
     size = q.shape[3]
     if window is None:
         mask = splash_attention_mask.CausalMask((size, size))
@@ -67,6 +69,7 @@ def _splash(q, k, v, query_positions, valid, *, window, interpret=False) -> Part
     kernel = splash_attention_kernel.make_splash_mqa_single_device(
         splash_attention_mask.MultiHeadMask([mask] * q.shape[2]),
         save_residuals=True,
+        attn_logits_soft_cap=soft_cap,
         interpret=interpret,
     )
     k, v = (jnp.swapaxes(x, 1, 2) for x in _without_pads(k, v, valid))

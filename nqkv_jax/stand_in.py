@@ -28,6 +28,7 @@ class StandIn:
         layer: int,
         rotary: Rotary | None,
         window: int | None,
+        soft_cap: float | None,
     ) -> tuple[Partial, "StandIn"]:
         """Causal attention of one layer, and what the next layer is to be called with.
 
@@ -36,6 +37,6 @@ class StandIn:
           k, v: [B, S, Hkv, D], as the model made them.
           unrotated: the queries as the model made them, [B, S, Hkv, G, D].
           layer: its index.
-          rotary, window: as for `nqkv_jax.attend`.
+          rotary, window, soft_cap: as for `nqkv_jax.attend`.
         """
         raise NotImplementedError

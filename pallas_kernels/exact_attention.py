@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
+from nqkv_jax.pallas_kernels.triton_backend import capped, missing, pltriton
 
 # The platforms of `jax.lax.platform_dependent` on which `attend` takes it, if it is asked to
 # (`triton_backend.ASKING`).
@@ -69,6 +69,7 @@ def exact_attention(
     query: jax.Array,
     slots: Slots,
     *,
+    soft_cap: float | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax attention over the slots that hold what a query sees.
@@ -79,6 +80,7 @@ def exact_attention(
       first: i32[batch], the first token of the ring, counted from the first after the sinks.
       length: i32[batch], tokens that are there, sinks included.
       query: i32[batch], positions of the queries.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap); None for no cap.
 
     Returns: as `decode_attention`: numerator, denominator and maximum.
     """
@@ -86,7 +88,7 @@ def exact_attention(
     whole = pl.BlockSpec()
     shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, group, *s), jnp.float32)
     return pl.pallas_call(
-        functools.partial(_kernel, slots=slots),
+        functools.partial(_kernel, slots=slots, soft_cap=soft_cap),
         grid=(heads, batch),
         in_specs=[whole] * 6,
         out_specs=[whole] * 3,
@@ -97,7 +99,9 @@ def exact_attention(
     )(first, length, query, q, keys, values)
 
 
-def _kernel(first, length, query, q_ref, keys, values, *outputs, slots: Slots):
+def _kernel(
+    first, length, query, q_ref, keys, values, *outputs, slots: Slots, soft_cap: float | None
+):
     h, b = (pl.program_id(axis) for axis in range(2))
     numbers = first[b], length[b], query[b]
     group, head_dim = q_ref.shape[2:]
@@ -116,6 +120,7 @@ def _kernel(first, length, query, q_ref, keys, values, *outputs, slots: Slots):
         seen = slots.seen(slot, *numbers)
         at = jnp.minimum(slot, count - 1)
         s = pltriton.dot(keys[b, at, h, every], q, trans_b=True)
+        s = capped(s, soft_cap)
         s = jnp.where(jnp.broadcast_to(seen[:, None], square), s, jnp.float32(UNSEEN))
         top = jnp.maximum(maximum, jnp.max(s, axis=0))
         old, p = jnp.exp(maximum - top), jnp.exp(s - by_column(top))

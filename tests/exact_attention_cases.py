@@ -16,6 +16,7 @@ class ExactCase:
     group: int = 4
     head_dim: int = 128
     dtype: np.dtype = jnp.bfloat16
+    soft_cap: float | None = None
 
     def __str__(self):
         return self.name
@@ -35,6 +36,7 @@ CASES = {
         _case("sinks", 5, 0, group=8, dtype=jnp.float16),
         _case("window-d256", 2, 66, window=40, head_dim=256, group=20),
         _case("residual-256", 0, 256, head_dim=64),
+        _case("soft-cap", 4, 128, group=2, soft_cap=1.0),
     ]
 }
 # Tokens of each sequence that are encoded.
@@ -84,13 +86,17 @@ def check(case: ExactCase, interpret: bool = False) -> None:
     Raises: AssertionError if it is not what NumPy gives in float64.
     """
     given = arguments(case)
-    run = jax.jit(lambda *a: exact_attention(*a, case.slots, interpret=interpret))
+    options = dict(soft_cap=case.soft_cap, interpret=interpret)
+    run = jax.jit(lambda *a: exact_attention(*a, case.slots, **options))
     numerator, denominator, maximum = (np.asarray(a, np.float64) for a in run(*given))
     q, k, v = (np.asarray(a, np.float64) for a in given[:3])
     seen = visible(case, *map(np.asarray, given[3:]))
     mask = seen[:, None, None]  # [B, 1, 1, T]
     k, v = (np.where(seen[:, :, None, None], a, 0) for a in (k, v))
-    scores = np.where(mask, np.einsum("bhgd,bthd->bhgt", q, k), -np.inf)
+    scores = np.einsum("bhgd,bthd->bhgt", q, k)
+    if case.soft_cap is not None:
+        scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+    scores = np.where(mask, scores, -np.inf)
     some = np.broadcast_to(mask.any(-1), maximum.shape)
     np.testing.assert_array_equal(np.isfinite(maximum), some)
     np.testing.assert_array_equal(denominator > 0, some)

@@ -25,9 +25,9 @@ def taken(monkeypatch):
     """`attend` takes the kernel here, in the interpreter; a list of what it was asked for."""
     calls, kernel = [], exact_attention.exact_attention
 
-    def interpreted(*args):
+    def interpreted(*args, **options):
         calls.append(args)
-        return kernel(*args, interpret=True)
+        return kernel(*args, **options, interpret=True)
 
     monkeypatch.setattr(triton_backend, "ASKING", ("auto",))
     monkeypatch.setattr(exact_attention, "PLATFORMS", {"cpu"})
@@ -53,7 +53,8 @@ def decoded(scheme, dtype=jnp.bfloat16, **options):
 @pytest.mark.parametrize(
     "scheme, options",
     [
-        ("nqkv:residual=128", {}), ("nqkv:residual=32,sinks=4", dict(window=20)), ("kivi", {}),
+        ("nqkv:residual=128", {}), ("nqkv:residual=32,sinks=4", dict(window=20)),
+        ("kivi", dict(soft_cap=1.0)),
         ("nqkv:sinks=3", {}), pytest.param("nqkv-plus", {}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip

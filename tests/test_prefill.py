@@ -22,12 +22,12 @@ def prompt(size=256, head_dim=64, dtype=jnp.float32):
     return q, k, v, jnp.broadcast_to(jnp.arange(size), valid.shape), valid
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_splash_attention(window):
-    arguments = prompt()
+@pytest.mark.parametrize("window, soft_cap", [(None, None), (40, None), (None, 1.0)])
+def test_splash_attention(window, soft_cap):
+    arguments, options = prompt(), dict(window=window, soft_cap=soft_cap)
     valid = arguments[-1][:, None, None]
-    expected = jax.jit(functools.partial(attend_new, window=window))(*arguments)
-    splash = functools.partial(prefill._splash, window=window, interpret=True)
+    expected = jax.jit(functools.partial(attend_new, **options))(*arguments)
+    splash = functools.partial(prefill._splash, **options, interpret=True)
     out = jax.jit(splash)(*arguments)
     log_sum = lambda p: jnp.where(valid, p.maximum + jnp.log(p.denominator), 0)
     np.testing.assert_allclose(log_sum(out), log_sum(expected), rtol=0, atol=1e-5)
@@ -39,7 +39,8 @@ def test_splash_attention(window):
     "size, head_dim, flash", [(256, 64, True), (256, 80, False), (100, 64, False)]
 )
 def test_a_tpu_gets_flash_attention_where_it_can_serve(size, head_dim, flash):
-    run = functools.partial(prefill.attend_prompt, window=None, implementation="auto")
+    options = dict(window=None, soft_cap=None, implementation="auto")
+    run = functools.partial(prefill.attend_prompt, **options)
     traced = jax.jit(run).trace(*prompt(size, head_dim, jnp.bfloat16))
     lowered = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("tpu_custom_call" in lowered("tpu")) == flash

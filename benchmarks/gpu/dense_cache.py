@@ -32,11 +32,11 @@ class DenseCache(StandIn):
     def positions(self, num_tokens: int) -> jax.Array:
         return self.lengths[:, None] + jnp.arange(num_tokens)[None]
 
-    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window, soft_cap):
         """See `StandIn.attend`; one new token per sequence."""
         batch, heads, group, size, head_dim = q.shape
-        if size != 1 or window is not None:
-            raise NotImplementedError("DenseCache: one new token at a time, and no window")
+        if size != 1 or window is not None or soft_cap is not None:
+            raise NotImplementedError("DenseCache: one new token at a time, no window, and no cap")
         # `q` was rotated as if it came first.
         query = unrotated.reshape(batch, 1, heads * group, head_dim)
         if rotary is not None:

@@ -26,6 +26,7 @@ class LayerActivations:
       values: [S, Hkv, D].
       rotary: how the layer rotates; None if it does not.
       window: of its attention, in tokens; None for all.
+      soft_cap: of its scores; None for no cap.
     """
 
     queries: jax.Array
@@ -35,6 +36,7 @@ class LayerActivations:
     values: jax.Array
     rotary: Rotary | None
     window: int | None = dataclasses.field(metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(metadata={"static": True})
 
     @property
     def sides(self) -> dict[str, np.ndarray]:
@@ -78,7 +80,7 @@ def record(lm: LanguageModel, tokens: np.ndarray) -> list[LayerActivations]:
 class _Recorder(StandIn):
     layers: tuple[LayerActivations, ...] = ()
 
-    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window, soft_cap):
         positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
         rotated = k if rotary is None else rotary(k, positions)
         activations = LayerActivations(
@@ -89,7 +91,8 @@ class _Recorder(StandIn):
             values=v[0],
             rotary=rotary,
             window=window,
+            soft_cap=soft_cap,
         )
         valid = jnp.ones(k.shape[:2], jnp.bool_)
-        out = attend_new(q, rotated, v, positions, valid, window)
+        out = attend_new(q, rotated, v, positions, valid, window, soft_cap)
         return out, _Recorder(layers=(*self.layers, activations))

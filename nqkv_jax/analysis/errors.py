@@ -166,11 +166,11 @@ def _measure(
     )
     exact = attend_new(
         x.rotated_queries, rotate(x.keys[None]), x.values[None], positions,
-        jnp.ones((1, size), jnp.bool_), x.window,
+        jnp.ones((1, size), jnp.bool_), x.window, x.soft_cap,
     )  # fmt: skip
     seen, _ = view.attend(
         x.rotated_queries, x.keys[None], x.values[None], x.queries[None],
-        layer=shape.layer, rotary=x.rotary, window=x.window,
+        layer=shape.layer, rotary=x.rotary, window=x.window, soft_cap=x.soft_cap,
     )  # fmt: skip
     return dict(
         keys=_body_error(cache.key, rotate(x.keys[None]), x.rotary),

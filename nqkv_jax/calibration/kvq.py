@@ -235,7 +235,7 @@ class OneSideQuantized(StandIn):
     layer: jax.Array
     branch: jax.Array
 
-    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window, soft_cap):
         positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
         k = k if rotary is None else rotary(k, positions)
         branches = [lambda k, v: (k, v)]
@@ -246,4 +246,4 @@ class OneSideQuantized(StandIn):
         branch = jnp.where(self.layer == layer, self.branch, 0)
         k, v = jax.lax.switch(branch, branches, k, v)
         valid = jnp.ones(k.shape[:2], jnp.bool_)
-        return attend_new(q, k.astype(q.dtype), v, positions, valid, window), self
+        return attend_new(q, k.astype(q.dtype), v, positions, valid, window, soft_cap), self

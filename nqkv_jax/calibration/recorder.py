@@ -37,7 +37,7 @@ class Recorder(StandIn):
     deltas: tuple[KeysValues, ...] | None = None
     layers: tuple[KeysValues, ...] = ()
 
-    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window, soft_cap):
         """Raises ValueError if layers do not come in order."""
         if layer != len(self.layers):
             raise ValueError(
@@ -51,7 +51,8 @@ class Recorder(StandIn):
 
         def exact(q, k, v):
             k = k if rotary is None else rotary(k, positions)
-            return attend_new(q, k, v, positions, jnp.ones(k.shape[:2], jnp.bool_), window)
+            valid = jnp.ones(k.shape[:2], jnp.bool_)
+            return attend_new(q, k, v, positions, valid, window, soft_cap)
 
         # The scores are computed again for the gradient: kept, they would take S^2 per layer.
         out = jax.checkpoint(exact)(q, k, v)
@@ -70,8 +71,10 @@ class AttentionRecorder(Recorder):
 
     scores: tuple[KeysValues, ...] = ()
 
-    def attend(self, q, k, v, unrotated, *, layer, rotary, window):
-        out, after = super().attend(q, k, v, unrotated, layer=layer, rotary=rotary, window=window)
+    def attend(self, q, k, v, unrotated, *, layer, rotary, window, soft_cap):
+        out, after = super().attend(
+            q, k, v, unrotated, layer=layer, rotary=rotary, window=window, soft_cap=soft_cap
+        )
         keys = after.layers[-1][0]
         if rotary is not None:
             keys = rotary(keys, jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]))

@@ -143,7 +143,8 @@ class DigitQuantizer(Ranking):
             return slots, rest[..., 0]
         waves = jnp.concatenate([cosine, sine], axis=-1)
         waves = (waves * rotary.attention_factor).astype(q.dtype)
-        return jnp.concatenate([slots, waves], axis=-1), rest[..., 0]
+        shift = rest[..., 0] if 2 * half < q.shape[-1] else None
+        return jnp.concatenate([slots, waves], axis=-1), shift
 
     def dequantize_folded(
         self, payload: TiledPayload, context: Context, dtype=jnp.float32

@@ -17,7 +17,7 @@ from nqkv_jax.pallas_kernels.decode_attention.codes import as_float32
 from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_machine import SHARED_MEMORY, machine
 from nqkv_jax.pallas_kernels.decode_attention.splits import number_of_splits
 from nqkv_jax.pallas_kernels.decode_attention.vectors import CHANNELS, VectorCodes
-from nqkv_jax.pallas_kernels.triton_backend import missing, pltriton
+from nqkv_jax.pallas_kernels.triton_backend import capped, missing, pltriton
 
 COLUMNS = 16  # of a tensor core's operand, at least: queries are padded to them
 PROGRAMS = 2 * 132  # that an H100 can run at a time: 2 on each multiprocessor
@@ -142,9 +142,7 @@ def _kernel(lengths, first, q_ref, *refs, plan: _Plan):
             # Rows beyond the queries repeat the last one; nobody reads what comes of them.
             place = jnp.minimum(query, plan.queries - 1)
             s = s + shift[b, tile, h, place, iota(square, 0)]
-        if plan.soft_cap is not None:
-            x = s * jnp.float32(1 / plan.soft_cap)
-            s = jnp.float32(plan.soft_cap) * (2 / (1 + jnp.exp(-2 * x)) - 1)  # tanh
+        s = capped(s, plan.soft_cap)
         token = tile * tiles.TOKENS + iota(square, 0)
         seen = (token < length) & (token >= oldest)
         s = jnp.where(seen, s, jnp.float32(UNSEEN))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nqkv_jax import tiles
 from nqkv_jax.pallas_kernels.decode_attention.codes import TiledCodes
-from nqkv_jax.partial import in_steps
+from nqkv_jax.partial import capped, in_steps
 
 
 def decode_attention(
@@ -43,11 +43,9 @@ def _attend(q, key, value, lengths, first, *, soft_cap, tiles_of_step):
         if key.waves is not None:
             shift = jnp.moveaxis(key.waves.of_tiles(tile, count).shift(waves), 1, 3)
             scores = scores + shift.reshape(scores.shape)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
         token = tile * tiles.TOKENS + jnp.arange(step_tokens)[None]
         seen = (token < lengths[:, None]) & (token >= first[:, None]) & (token >= i * step_tokens)
-        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+        scores = jnp.where(seen[:, None, None], capped(scores, soft_cap), -jnp.inf)
         top = jnp.maximum(maximum, jnp.max(scores, axis=-1))
         base = jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf would be NaN
         weights, old = jnp.exp(scores - base[..., None]), jnp.exp(maximum - base)

@@ -19,7 +19,7 @@ from nqkv_jax.pallas_kernels.decode_attention.vectors import (
     VectorCodes,
     unpack,
 )
-from nqkv_jax.partial import in_steps
+from nqkv_jax.partial import capped, in_steps
 
 TILES_PER_STEP = 8
 
@@ -57,12 +57,10 @@ def _attend(q, key, value, lengths, first, *, soft_cap, tiles_of_step):
         scores = scores * _per_token(keys.scale)
         if key.mean is not None:
             scores = scores + _in_line(keys.shift(means if key.apart else codes))
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
         token = begin * tiles.TOKENS + jnp.arange(size * tiles.TOKENS)[None]
         seen = (token < lengths[:, None]) & (token >= first[:, None])
         seen = (seen & (token >= i * size * tiles.TOKENS))[:, None, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = jnp.where(seen, capped(scores, soft_cap), -jnp.inf)
         top = jnp.maximum(maximum, jnp.max(scores, axis=-1))
         base = jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf would be NaN
         weights, old = jnp.exp(scores - base[..., None]), jnp.exp(maximum - base)
