@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
 }
 
@@ -240,6 +241,13 @@ presets: dict[str, ModelConfig] = {
         num_kv_heads=8, head_dim=128, max_positions=40960, tie_embeddings=False,
         bos_token_id=151643, eos_token_ids=(151645,), ffn_size=12288, norm_eps=1e-6,
         rope=RopeConfig(theta=1e6), qk_norm=True,
+    ),
+    "gemma-2-2b": LlamaConfig(
+        model_type="gemma2", vocab_size=256000, hidden_size=2304, num_layers=26, num_heads=8,
+        num_kv_heads=4, head_dim=256, max_positions=8192, tie_embeddings=True, bos_token_id=2,
+        eos_token_ids=(1,), pad_token_id=0, ffn_size=9216, norm_eps=1e-6, norm_offset=1.0,
+        post_norms=True, embed_scale=2304**0.5, score_scale=256**-0.5, score_cap=50.0,
+        logit_cap=30.0, windows=(4096, None) * 13, activation="gelu_pytorch_tanh",
     ),
     "gemma-3-270m": LlamaConfig(
         model_type="gemma3_text", vocab_size=262144, hidden_size=640, num_layers=18, num_heads=4,

@@ -1,12 +1,13 @@
-"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 3), and weight maps.
+"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 2 and 3), and their
+weights' names.
 
     x = x + out(attend(rope(q), rope(k), v));   q, k, v = qkv(norm(x))
     x = x + down(silu(gate(norm(x))) * up(norm(x)))
 
-Gemma 3 also normalises what is added.
+Gemma also normalises what is added; Gemma 2 caps scores and logits.
 
 Touvron et al. (2023), LLaMA: Open and Efficient Foundation Language Models, section 2.2; Gemma team
-(2025), Gemma 3 Technical Report, section 2.
+(2024), Gemma 2, section 2; Gemma team (2025), Gemma 3 Technical Report, section 2.
 """
 
 import functools
@@ -27,6 +28,7 @@ from nqkv_jax.models.layers import (
 )
 from nqkv_jax.models.llama_config import LlamaConfig
 from nqkv_jax.models.weights import Path, Weight
+from nqkv_jax.partial import capped
 from nqkv_jax.rotary import Rotary
 
 
@@ -77,7 +79,7 @@ class LlamaLayer(nnx.Module):
         out, cache = attend(
             q, k, v, cache,
             layer=self.layer, rotary=rotary, num_new=num_new, window=config.window(self.layer),
-            scale=config.score_scale,
+            scale=config.score_scale, soft_cap=config.score_cap,
         )  # fmt: skip
         return self.out(out.reshape(*x.shape[:2], q_size)), cache
 
@@ -110,7 +112,7 @@ class Llama(Decoder):
         return self.norm(x), cache
 
     def head(self, hidden):
-        return (self.lm_head or self.embed).logits(hidden)
+        return capped((self.lm_head or self.embed).logits(hidden), self.config.logit_cap)
 
 
 def _norm(config: LlamaConfig, features: int, *, dtype: Any) -> RMSNorm:

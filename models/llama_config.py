@@ -19,24 +19,26 @@ from nqkv_jax.models.rope import RopeConfig, setting
 class LlamaConfig(ModelConfig):
     """The Llama family: RoPE, RMSNorm, a gated MLP, grouped-query attention.
 
-    Llama, Mistral, Qwen2, Qwen3, SmolLM2 and Gemma 3 differ only in these fields.
+    Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 2 and Gemma 3 differ only in these fields.
 
     Attributes:
       ffn_size: hidden width of the MLP.
       norm_eps: of all RMSNorms.
-      norm_offset: added to the scales of all RMSNorms (Gemma 3: 1).
-      post_norms: RMSNorms of what attention and MLP give, too, before it is added (Gemma 3).
-      embed_scale: of embeddings on their way in; None for 1 (Gemma 3: sqrt(hidden_size)).
+      norm_offset: added to the scales of all RMSNorms (Gemma: 1).
+      post_norms: RMSNorms of what attention and MLP give, too, before it is added (Gemma).
+      embed_scale: of embeddings on their way in; None for 1 (Gemma: sqrt(hidden_size)).
       rope: rotary position embedding.
       local_rope: that of layers with a sliding window, where it is another (Gemma 3).
       score_scale: of queries times keys; None for head_dim ** -0.5.
+      score_cap: scores become score_cap * tanh(scores / score_cap); None for no cap (Gemma 2: 50).
+      logit_cap: of logits, likewise (Gemma 2: 30).
       qkv_bias, out_bias, mlp_bias: biases of these linear maps.
       qk_norm: RMSNorm over each head's channels of queries and keys, before RoPE (Qwen3, Gemma 3).
       windows: sliding window of every layer, None for all tokens; empty if no layer has one.
       activation: of the MLP's gate.
 
     Source: Touvron et al. (2023), LLaMA; Jiang et al. (2023), Mistral 7B; Qwen team (2024, 2025);
-      Gemma team (2025), Gemma 3, section 2.
+      Gemma team (2024), Gemma 2, section 2; Gemma team (2025), Gemma 3, section 2.
     """
 
     model_type: str = "llama"
@@ -48,6 +50,8 @@ class LlamaConfig(ModelConfig):
     rope: RopeConfig = RopeConfig()
     local_rope: RopeConfig | None = None
     score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -66,6 +70,10 @@ class LlamaConfig(ModelConfig):
             )
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"LlamaConfig.windows must be positive or None; got {self.windows}")
+        for name in ("score_cap", "logit_cap"):
+            cap = getattr(self, name)
+            if cap is not None and not cap > 0:
+                raise ValueError(f"LlamaConfig.{name} must be positive or None; got {cap}")
         check_activation(self, ("silu", "swish", "gelu_pytorch_tanh"))
 
     def window(self, layer: int) -> int | None:
@@ -90,14 +98,14 @@ class LlamaConfig(ModelConfig):
         kind = config["model_type"]
         default = _DEFAULTS[kind]
         get = functools.partial(setting, config)
-        gemma = kind == "gemma3_text"
+        gemma = kind in _GEMMA
         hidden = get("hidden_size", default.get("hidden_size", 4096))
         heads = num_heads(config, default.get("num_heads", 32))
         kv_heads = config.get("num_key_value_heads", default["num_kv_heads"])
         layers = get("num_hidden_layers", default.get("num_layers", 32))
         max_positions = get("max_position_embeddings", default["max_positions"])
         # Which of Qwen2's projections have a bias is part of the architecture, not of its settings.
-        bias = get("attention_bias", False) if kind in ("llama", "qwen3", "gemma3_text") else False
+        bias = get("attention_bias", False) if kind in ("llama", "qwen3", *_GEMMA) else False
         return cls(
             model_type=kind,
             vocab_size=get("vocab_size", default["vocab_size"]),
@@ -119,7 +127,7 @@ class LlamaConfig(ModelConfig):
             mlp_bias=get("mlp_bias", False) if kind == "llama" else False,
             qk_norm=kind in ("qwen3", "gemma3_text"),
             windows=_windows(config, layers),
-            **(_gemma3(config, hidden, max_positions) if gemma else _llama(config, max_positions)),
+            **(_gemma(config, hidden, max_positions) if gemma else _llama(config, max_positions)),
         )
 
 
@@ -141,11 +149,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         vocab_size=151936, max_positions=32768, num_kv_heads=32, head_dim=128, ffn_size=22016,
         bos=None, eos=None,
     ),
+    "gemma2": dict(
+        vocab_size=256000, max_positions=8192, num_kv_heads=4, head_dim=256, ffn_size=9216,
+        bos=2, eos=1, pad=0, hidden_size=2304, num_heads=8, num_layers=26,
+    ),
     "gemma3_text": dict(
         vocab_size=262208, max_positions=131072, num_kv_heads=4, head_dim=256, ffn_size=9216,
         bos=2, eos=1, pad=0, hidden_size=2304, num_heads=8, num_layers=26,
     ),
 }  # fmt: skip
+# Every so many layers one sees all tokens, the others have a sliding window.
+_GEMMA = {"gemma2": 2, "gemma3_text": 6}
 
 
 def _llama(config: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
@@ -156,13 +170,33 @@ def _llama(config: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
     )
 
 
-def _gemma3(config: Mapping[str, Any], hidden: int, max_positions: int) -> dict[str, Any]:
-    """What sets Gemma 3 apart. Layers with a window have frequencies of their own."""
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if config.get(name) is not None:
-            raise NotImplementedError(f"{name} must be null; got {config[name]}")
+def _gemma(config: Mapping[str, Any], hidden: int, max_positions: int) -> dict[str, Any]:
+    """What sets Gemma apart."""
     if config.get("use_bidirectional_attention"):
         raise NotImplementedError("use_bidirectional_attention must be false; got true")
+    get = functools.partial(setting, config)
+    if config["model_type"] == "gemma2":
+        caps, ropes = (
+            (50.0, 30.0),
+            dict(rope=RopeConfig.from_hf(config, max_positions=max_positions)),
+        )
+    else:
+        caps, ropes = (None, None), _ropes_of_gemma3(config, max_positions)
+    return dict(
+        activation=get("hidden_activation", "gelu_pytorch_tanh"),
+        norm_offset=1.0,
+        post_norms=True,
+        embed_scale=hidden**0.5,
+        score_scale=get("query_pre_attn_scalar", 256) ** -0.5,
+        # An explicit null is a setting of its own here, "no cap".
+        score_cap=config.get("attn_logit_softcapping", caps[0]),
+        logit_cap=config.get("final_logit_softcapping", caps[1]),
+        **ropes,
+    )
+
+
+def _ropes_of_gemma3(config: Mapping[str, Any], max_positions: int) -> dict[str, RopeConfig]:
+    """Layers with a window have frequencies of their own."""
     get = functools.partial(setting, config)
     full, local = {"rope_theta": 1e6}, {"rope_theta": 1e4}
     if parameters := get("rope_parameters", {}):
@@ -177,13 +211,8 @@ def _gemma3(config: Mapping[str, Any], hidden: int, max_positions: int) -> dict[
         full = {"rope_theta": get("rope_theta", 1e6), "rope_scaling": get("rope_scaling", {})}
         local["rope_theta"] = get("rope_local_base_freq", 1e4)
     return dict(
-        activation=get("hidden_activation", "gelu_pytorch_tanh"),
         rope=RopeConfig.from_hf(full, max_positions=max_positions),
         local_rope=RopeConfig.from_hf(local, max_positions=max_positions),
-        norm_offset=1.0,
-        post_norms=True,
-        embed_scale=hidden**0.5,
-        score_scale=get("query_pre_attn_scalar", 256) ** -0.5,
     )
 
 
@@ -196,7 +225,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     size = config.get("sliding_window", 4096)
     if kind == "mistral":
         return (size,) * layers if size is not None else ()
-    optional = kind != "gemma3_text"
+    optional = kind not in _GEMMA
     if size is None or (optional and not config.get("use_sliding_window", False)):
         return ()
     kinds = config.get("layer_types")
@@ -204,7 +233,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
         full = setting(config, "max_window_layers", 28)
         kinds = ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
     elif kinds is None:
-        period = setting(config, "sliding_window_pattern", 6)
+        period = setting(config, "sliding_window_pattern", _GEMMA[kind])
         if period < 1:
             raise ValueError(f"sliding_window_pattern must be positive; got {period}")
         kinds = [

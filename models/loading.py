@@ -257,9 +257,9 @@ class _TiedHead:
 
 
 def _check_range(config: ModelConfig, dtype: np.dtype) -> None:
-    if config.model_type == "gemma3_text" and dtype == np.float16:
+    if config.model_type.startswith("gemma") and dtype == np.float16:
         raise ValueError(
-            "dtype must be bfloat16 or float32 for Gemma 3, whose activations are beyond the range "
+            "dtype must be bfloat16 or float32 for Gemma, whose activations are beyond the range "
             "of float16; got float16"
         )
 

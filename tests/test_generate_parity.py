@@ -20,7 +20,14 @@ PARITY = {
     "mistral": ("Mistral", LLAMA | dict(sliding_window=9)),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", LLAMA | dict(head_dim=16)),
-}
+    "gemma 2": (
+        "Gemma2",
+        LLAMA
+        | dict(
+            head_dim=16, sliding_window=9, attn_logit_softcapping=3.0, tie_word_embeddings=False
+        ),
+    ),
+}  # fmt: skip
 
 
 def greedy_reference(reference, prompts, count):
@@ -50,6 +57,7 @@ def test_greedy_tokens_are_those_of_transformers(variant):
     torch.manual_seed(1)
     hf_config = getattr(transformers, f"{name}Config")(**settings, eos_token_id=None)
     reference = getattr(transformers, f"{name}ForCausalLM")(hf_config).eval()
+    reference.set_attn_implementation("eager")
     reference.generation_config.eos_token_id = None
     with torch.no_grad():
         for parameter in reference.parameters():

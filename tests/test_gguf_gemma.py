@@ -1,4 +1,4 @@
-"""Gemma 3 from a GGUF file, against transformers: names, norms, two ropes, SentencePiece."""
+"""Gemma from GGUF files, against transformers: names, norms, two ropes, SentencePiece."""
 
 import numpy as np
 import pytest
@@ -12,16 +12,18 @@ transformers = pytest.importorskip("transformers", reason="the oracle is transfo
 TOKENS = np.random.default_rng(0).integers(0, 120, (2, 20))
 
 
-def reference(**changes):
+def reference(kind="gemma3", **changes):
     torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
+    name = dict(gemma2="Gemma2Config", gemma3="Gemma3TextConfig")[kind]
+    config = getattr(transformers, name)(
         **dict(
             vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=7,
             num_attention_heads=4, num_key_value_heads=1, head_dim=16, sliding_window=5,
             max_position_embeddings=64, query_pre_attn_scalar=16,
         ) | changes,
     )  # fmt: skip
-    model = transformers.Gemma3ForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -31,7 +33,8 @@ def reference(**changes):
 def write(path, model, **keys):
     """As llama.cpp's converter does it."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "gemma3")
+    architecture = config.model_type.removesuffix("_text")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -43,7 +46,8 @@ def write(path, model, **keys):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
-    writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+    if architecture == "gemma3":
+        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
     for name, value in keys.items():
         getattr(writer, f"add_{name}")(value)
     writer.add_tokenizer_model("llama")
@@ -57,7 +61,8 @@ def write(path, model, **keys):
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(3)
     writer.add_add_space_prefix(False)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
+    kind = gguf.MODEL_ARCH[architecture.upper()]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # tied
             array = tensor.numpy() + (1 if name.endswith("norm.weight") else 0)
@@ -100,26 +105,41 @@ def test_scaling_is_of_the_layers_that_see_everything(tmp_path):
 
 
 def test_what_a_file_may_leave_out_or_add(tmp_path):
-    """Without windows no key is written; a cap on logits is one of its own."""
+    """Without windows no key is written; a cap on logits may be."""
     model = reference(num_hidden_layers=2, sliding_window=None)
     model.config.sliding_window = 0
     write(tmp_path / "tiny.gguf", model)
     assert from_pretrained(tmp_path / "tiny.gguf", progress=False).config.windows == ()
     model.config.sliding_window = 5
     write(tmp_path / "tiny.gguf", model, final_logit_softcapping=30.0)
-    with pytest.raises(NotImplementedError, match=r"softcapping must be null; got 30\.0"):
-        from_pretrained(tmp_path / "tiny.gguf", progress=False)
+    config = from_pretrained(tmp_path / "tiny.gguf", progress=False).config
+    assert (config.windows, config.score_cap, config.logit_cap) == ((5, 5), None, 30.0)
+
+
+def test_gemma_2(tmp_path):
+    """Caps are in the file, or those of the four published sizes."""
+    model = reference("gemma2", attn_logit_softcapping=1.0, final_logit_softcapping=3.0)
+    caps = dict(attn_logit_softcapping=1.0, final_logit_softcapping=3.0)
+    write(tmp_path / "tiny.gguf", model, **caps)
+    lm = assert_same_logits(tmp_path / "tiny.gguf", model)
+    assert lm.config.windows == (5, None, 5, None, 5, None, 5)
+    assert lm.config.opening == (2,)
+    model.config.sliding_window = 0
+    write(tmp_path / "tiny.gguf", model)
+    config = from_pretrained(tmp_path / "tiny.gguf", progress=False).config
+    assert (config.score_cap, config.logit_cap, config.windows[0]) == (50.0, 30.0, 4096)
 
 
 def test_float16_is_refused(tmp_path):
     """Its activations are beyond 65,504."""
     write(tmp_path / "tiny.gguf", reference(num_hidden_layers=1))
-    with pytest.raises(ValueError, match="bfloat16 or float32 for Gemma 3"):
+    with pytest.raises(ValueError, match="bfloat16 or float32 for Gemma"):
         from_pretrained(tmp_path / "tiny.gguf", dtype="float16", progress=False)
 
 
-def test_the_largest_scales_scores_by_another_width(tmp_path):
-    """As llama.cpp tells 27b from others: by its 62 layers."""
-    write(tmp_path / "tiny.gguf", reference(num_hidden_layers=62))
+@pytest.mark.parametrize("kind, layers", [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_scales_scores_by_another_width(tmp_path, kind, layers):
+    """As llama.cpp tells 27b from others: by the number of its layers."""
+    write(tmp_path / "tiny.gguf", reference(kind, num_hidden_layers=layers))
     lm = from_pretrained(tmp_path / "tiny.gguf", progress=False)
     assert lm.config.score_scale == (32 // 4) ** -0.5  # the others': head_dim ** -0.5

@@ -400,7 +400,8 @@ def test_unknown_architecture(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(
-        ValueError, match=r"model_type must be one of gemma3, gemma3_text, llama,.*got 'mamba'"
+        ValueError,
+        match=r"model_type must be one of gemma2, gemma3, gemma3_text, llama,.*got 'mamba'",
     ):
         from_pretrained(tmp_path)
 

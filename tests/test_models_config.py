@@ -74,6 +74,20 @@ def test_old_and_new_spelling_of_gemmas_two_ropes_agree():
     assert (silent.rope.theta, silent.local_rope.theta) == (1e6, 1e4)
 
 
+def test_caps_of_gemma():
+    """Absent keys have the defaults of the family, an explicit null is no cap."""
+    caps = lambda config: (config.score_cap, config.logit_cap)
+    second, third = (TINY | dict(model_type=name) for name in ("gemma2", "gemma3_text"))
+    null = dict(attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert caps(families.config_from_hf(second)) == (50.0, 30.0)
+    assert caps(families.config_from_hf(second | null)) == (None, None)
+    assert caps(families.config_from_hf(third)) == (None, None)
+    assert caps(families.config_from_hf(third | dict(final_logit_softcapping=20.0))) == (None, 20.0)
+    preset = families.presets["gemma-2-2b"]
+    silent = dict(model_type="gemma2", tie_word_embeddings=True)
+    assert families.config_from_hf(silent) == preset  # all of its settings are the defaults
+
+
 def test_yarn_infers_its_factor():
     scaling = dict(type="yarn", original_max_position_embeddings=8)
     config = families.config_from_hf(TINY | dict(rope_scaling=scaling | dict(factor=None)))
@@ -116,7 +130,7 @@ def test_windows_of_layers():
         (
             dict(model_type="gpt2"),
             ValueError,
-            "gemma3, gemma3_text, llama, mistral, .*; got 'gpt2'",
+            "gemma2, gemma3, gemma3_text, llama, mistral, .*; got 'gpt2'",
         ),
         (dict(model_type=None), ValueError, "got None"),
         (dict(num_key_value_heads=3), ValueError, "multiple of num_kv_heads=3; got 4"),
@@ -147,9 +161,14 @@ def test_windows_of_layers():
         ),
         (dict(model_type="gemma3_text", layer_types=["x"] * 2), NotImplementedError, "must name"),
         (
-            dict(model_type="gemma3_text", attn_logit_softcapping=50.0),
-            NotImplementedError,
-            "attn_logit_softcapping must be null; got 50.0",
+            dict(model_type="gemma2", attn_logit_softcapping=-1.0),
+            ValueError,
+            r"score_cap must be positive or None; got -1\.0",
+        ),
+        (
+            dict(model_type="gemma3_text", final_logit_softcapping=0.0),
+            ValueError,
+            r"logit_cap must be positive or None; got 0\.0",
         ),
         (
             dict(model_type="gemma3_text", rope_parameters=dict(rope_theta=5e5)),

@@ -57,6 +57,16 @@ VARIANTS = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
+    "gemma 2": (
+        "Gemma2", GEMMA | dict(attn_logit_softcapping=1.0, final_logit_softcapping=3.0)
+    ),
+    "gemma 2, without caps": (
+        "Gemma2",
+        GEMMA
+        | dict(
+            attn_logit_softcapping=None, final_logit_softcapping=None, query_pre_attn_scalar=5,
+        ),
+    ),
     "gemma 3": ("Gemma3Text", GEMMA),
     "gemma 3, scaled": (
         "Gemma3Text",
@@ -235,6 +245,7 @@ def test_windows_and_layers_reach_attend(monkeypatch):
         ("mistral-7b", 7_241_732_096),
         ("qwen2.5-7b", 7_615_616_512),
         ("qwen3-8b", 8_190_735_360),
+        ("gemma-2-2b", 2_614_341_888),
         ("smollm2-135m", 134_515_008),
     ],
 )

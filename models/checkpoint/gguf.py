@@ -16,7 +16,7 @@ import numpy as np
 
 from nqkv_jax.models.checkpoint.base import Checkpoint, CheckpointFileError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 
 _TOP = {
     "token_embd": "model.embed_tokens",
@@ -36,7 +36,7 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA3_BLOCK = _BLOCK | {
+_GEMMA_BLOCK = _BLOCK | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -126,8 +126,8 @@ def _config(
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    if architecture == "gemma3":
-        config |= _gemma3(value, config)
+    if architecture.startswith("gemma"):
+        config |= _gemma(value, config)
     if architecture == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
@@ -139,18 +139,22 @@ def _config(
     return config
 
 
-def _gemma3(value, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What llama.cpp knows about this architecture, and does not keep in files."""
-    # The largest of the four sizes (27b) scales by the width of a head as it would usually be.
-    largest = config["num_hidden_layers"] == 62
+def _gemma(value, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What llama.cpp knows about these architectures, and does not keep in files."""
+    third = config["model_type"] == "gemma3_text"
+    # The largest size of each (27b) scales by the width of a head as it would usually be.
+    largest = config["num_hidden_layers"] == (62 if third else 46)
     usual = config["hidden_size"] // config["num_attention_heads"]
-    return {
-        "sliding_window": value("attention.sliding_window", None),
-        "final_logit_softcapping": value("final_logit_softcapping", None),
-        "rope_theta": float(value("rope.freq_base", 1e6)),
-        "rope_local_base_freq": float(value("rope.freq_base_swa", 1e4)),
+    found = {
         "query_pre_attn_scalar": usual if largest else config["head_dim"],
+        "attn_logit_softcapping": value("attn_logit_softcapping", None if third else 50.0),
+        "final_logit_softcapping": value("final_logit_softcapping", None if third else 30.0),
+        "sliding_window": value("attention.sliding_window", None if third else 4096),
     }
+    if third:
+        found["rope_theta"] = float(value("rope.freq_base", 1e6))
+        found["rope_local_base_freq"] = float(value("rope.freq_base_swa", 1e4))
+    return found
 
 
 def _rope_scaling(path: pathlib.Path, value, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -206,7 +210,7 @@ class _GGUFShard:
                     f"{self.path}: tensor {tensor.name!r} has the type {tensor.tensor_type.name}, "
                     "which the package gguf cannot dequantise; use another file of this model"
                 ) from error
-            if self._config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+            if self._config["model_type"].startswith("gemma") and name.endswith("norm.weight"):
                 array = array - 1
             yield name, self._rotate_half(name, array)
 
@@ -229,7 +233,7 @@ def _hf_name(name: str, model_type: str) -> str:
     if base in _TOP:
         return f"{_TOP[base]}.{kind}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", base)
-    blocks = _GEMMA3_BLOCK if model_type == "gemma3_text" else _BLOCK
+    blocks = _GEMMA_BLOCK if model_type.startswith("gemma") else _BLOCK
     if match and match[2] in blocks:
         return f"model.layers.{match[1]}.{blocks[match[2]]}.{kind}"
     return name
