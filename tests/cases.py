@@ -7,6 +7,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nqkv_jax import codebooks, schemes
 from nqkv_jax.calibration import artifact
@@ -48,6 +49,16 @@ SCHEMES = [
     "nsnquant:window=16,residual=32",
     f"commvq:bits=1,residual=8,calibration={COMMVQ_FILE}",
 ]
+
+# What these show of shapes the others show too: they take their turn with `make test-more`.
+RARE = {
+    "int8", "int2:group_size=16,residual=8", "nqkv:bits=3,block_size=32,sinks=3",
+    "nqkv:residual=16,centre=True,keys=unrotated", "kivi:residual=32",
+    f"kvquant:bits=2,outliers=0,calibration={KVQUANT_FILE},sinks=0",
+    "nqkv-plus:bits=2,fused=False,group_size=8,recent=0,sinks=0,keys=rotated,hadamard=False",
+    "squat:block=8",
+}  # fmt: skip
+EACH_SCHEME = [pytest.param(s, marks=pytest.mark.more) if s in RARE else s for s in SCHEMES]
 
 BATCH, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 6, 2, 32
 ROTARY = Rotary(inverse_frequencies=np.float32(10.0) ** -np.arange(0, 2, 0.25, dtype=np.float32))

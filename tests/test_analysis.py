@@ -351,6 +351,7 @@ def without_some(layers, zero):
     return LanguageModel(model=model, config=config, tokenizer=None, name="zero", dtype=jnp.float32)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "layers, zero", [(1, ()), (2, ("values",)), (2, ("keys",)), (2, ("keys", "values"))]
 )

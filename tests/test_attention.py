@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import oracle_outputs
-from cases import BATCH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
+from cases import (
+    BATCH,
+    EACH_SCHEME,
+    HEAD_DIM,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    ROTARY,
+    SCHEMES,
+    make_cache,
+    make_qkv,
+)
 
 import nqkv_jax as nq
 
@@ -42,11 +52,18 @@ def prompt_then_decode(spec, q, k, v, prompts, *, window=None, rotary=True):
     return [np.concatenate(o) for o in outputs]
 
 
-UNROTATED = "kivi:bits=4,group_size=16,residual=48,sinks=1,keys=unrotated"
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("spec", EACH_SCHEME)
+def test_prompt_then_decode_matches_the_oracle(spec):
+    check_prompt_then_decode(spec)
 
 
-@pytest.mark.parametrize("spec, window", [(s, None) for s in SCHEMES] + [(UNROTATED, 37)])
-def test_prompt_then_decode_matches_the_oracle(spec, window):
+@pytest.mark.usefixtures("compile_quickly")
+def test_prompt_then_decode_with_a_window():
+    check_prompt_then_decode("kivi:bits=4,group_size=16,residual=48,sinks=1,keys=unrotated", 37)
+
+
+def check_prompt_then_decode(spec, window=None):
     qkv = [np.asarray(a) for a in make_qkv(TOKENS)]
     outputs = prompt_then_decode(spec, *qkv, PROMPTS, window=window)
     for b, mine in enumerate(outputs):
@@ -55,7 +72,8 @@ def test_prompt_then_decode_matches_the_oracle(spec, window):
         np.testing.assert_allclose(mine, expected, atol=5e-6)
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_non_finite_tokens_stay_visible(spec):
     q, k, v = (np.asarray(a) for a in make_qkv(TOKENS))
     for bad, where in (
@@ -71,8 +89,18 @@ def test_non_finite_tokens_stay_visible(spec):
         assert np.isfinite(out[1]).all(), (bad, where)
 
 
-@pytest.mark.parametrize("spec, window", [(s, None) for s in SCHEMES] + [("kivi:residual=32", 37)])
-def test_decoded_view_equals_decoding_token_by_token(spec, window):
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("spec", EACH_SCHEME)
+def test_decoded_view_equals_decoding_token_by_token(spec):
+    check_decoded_view(spec)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_decoded_view_with_a_window():
+    check_decoded_view("kivi:residual=32", 37)
+
+
+def check_decoded_view(spec, window=None):
     q, k, v = make_qkv(TOKENS, seed=1)
     cache, outputs = make_cache(spec, max_len=TOKENS), []
     for t in range(TOKENS):
@@ -183,7 +211,7 @@ def test_body_longer_than_a_tile(monkeypatch):
         np.testing.assert_allclose(out[0, 0], expected[-1], atol=5e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.more)])
 @pytest.mark.parametrize(
     "spec",
     [

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, HEAD_DIM, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
+from cases import BATCH, EACH_SCHEME, HEAD_DIM, NUM_KV_HEADS, ROTARY, SCHEMES, make_cache, make_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +71,7 @@ def test_a_donated_cache_leaves_the_scheme_its_arrays():
     scheme.init(shape, batch=BATCH, max_len=8, dtype=jnp.float32)
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_append_one_by_one_equals_bulk_bit_for_bit(spec):
     _, k, v = make_qkv(109)
     lengths = [109, 70]
@@ -83,7 +83,7 @@ def test_append_one_by_one_equals_bulk_bit_for_bit(spec):
     np.testing.assert_array_equal(one_by_one.lengths, lengths)
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_ragged_batch_equals_each_sequence_alone(spec):
     _, k, v = make_qkv(80)
     lengths = [80, 37]
@@ -100,7 +100,7 @@ def test_ragged_batch_equals_each_sequence_alone(spec):
         chex.assert_trees_all_equal(row, own(alone))
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_overflow_is_counted_and_leaves_the_cache_intact(spec):
     _, k, v = make_qkv(MAX_LEN + 15)
     empty = lambda: make_cache(spec, max_len=MAX_LEN)
@@ -195,7 +195,7 @@ def test_check_looks_at_every_layer():
         forgotten.check()
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_bits_and_bytes_add_up(spec):
     cache = make_cache(spec, max_len=4000)
     layer = cache.layers[0]

@@ -37,6 +37,7 @@ def interpreted():
         yield
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_xla(case):
     check(case, jnp.float32, 1e-5, implementation="xla")

@@ -13,6 +13,7 @@ from nqkv_jax.pallas_kernels import exact_attention, triton_backend
 from nqkv_jax.pallas_kernels.exact_attention import unsupported
 
 HEADS, HEAD_DIM = 2, 64
+MORE = functools.partial(pytest.param, marks=pytest.mark.more)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
@@ -50,12 +51,12 @@ def decoded(scheme, dtype=jnp.bfloat16, **options):
     return np.asarray(out, np.float32)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "scheme, options",
     [
-        ("nqkv:residual=128", {}), ("nqkv:residual=32,sinks=4", dict(window=20)),
-        ("kivi", dict(soft_cap=1.0)),
-        ("nqkv:sinks=3", {}), pytest.param("nqkv-plus", {}, marks=pytest.mark.slow),
+        ("nqkv:residual=32,sinks=4", dict(window=20)), ("kivi", dict(soft_cap=1.0)),
+        MORE("nqkv:residual=128", {}), MORE("nqkv:sinks=3", {}), MORE("nqkv-plus", {}),
     ],
 )  # fmt: skip
 def test_attend_gives_the_same_with_it(scheme, options, request):

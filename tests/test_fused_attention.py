@@ -28,34 +28,40 @@ YARN = Rotary(inverse_frequencies=ROTARY.inverse_frequencies[:24], attention_fac
 ROTARIES = {"rope": ROTARY, "yarn": YARN, "none": None}
 
 
+MORE = functools.partial(pytest.param, marks=pytest.mark.more)
+
+
 def tokens(count, seed=0):
     rng = np.random.default_rng(seed)
     draw = lambda heads: jnp.asarray(rng.normal(size=(2, count, heads, DIM)), jnp.float32)
     return draw(HEADS * GROUP), draw(HEADS) + 1, draw(HEADS) - 1
 
 
+def empty(scheme, max_len=640):
+    return nq.schemes.get(scheme).init(
+        num_layers=1, batch=2, max_len=max_len, num_kv_heads=HEADS, head_dim=DIM
+    )
+
+
 @functools.cache
 def prompted(scheme, rotary="rope"):
     """A cache of a ragged batch: 420 and 150 tokens, of which 384 and 128 are encoded."""
-    cache = nq.schemes.get(scheme).init(
-        num_layers=1, batch=2, max_len=640, num_kv_heads=HEADS, head_dim=DIM
-    )
     attend = jax.jit(functools.partial(nq.attend, rotary=ROTARIES[rotary]))
-    return attend(*tokens(420), cache, num_new=jnp.array([420, 150]))[1]
+    return attend(*tokens(420), empty(scheme), num_new=jnp.array([420, 150]))[1]
 
 
 @pytest.mark.parametrize(
     "scheme, window, rotary",
     [
         (SCHEME, None, "rope"),
-        (SCHEME, 200, "rope"),
-        (CHANNELS, None, "rope"),
+        MORE(SCHEME, 200, "rope"),
+        MORE(CHANNELS, None, "rope"),
         (CHANNELS, 200, "yarn"),
-        (CHANNELS, None, "none"),
-        ("nqkv-plus:keys=rotated", None, "rope"),
+        MORE(CHANNELS, None, "none"),
+        MORE("nqkv-plus:keys=rotated", None, "rope"),
         ("nqkv", 200, "rope"),
         ("kivi", None, "rope"),
-        ("fp8", None, "rope"),
+        MORE("fp8", None, "rope"),
     ],
 )
 def test_kernel_and_steps_agree(scheme, window, rotary):
@@ -94,7 +100,8 @@ def test_kernel_for_gpus_and_steps_agree(scheme, rotary, monkeypatch):
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("rotary", ROTARIES)
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("rotary", ["rope", MORE("yarn"), "none"])
 def test_steps_are_what_the_decoded_view_says(rotary):
     """Folded queries and keys against keys decoded in full, on which perplexities are measured."""
     scheme, rotary = nq.schemes.get(CHANNELS), ROTARIES[rotary]
@@ -110,12 +117,9 @@ def test_steps_are_what_the_decoded_view_says(rotary):
     np.testing.assert_allclose(out[:, 0], expected[:, -1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        "nsnquant:bits=1",
-        pytest.param("nsnquant:residual=128,normalise=False", marks=pytest.mark.slow),
-    ],
+    "scheme", ["nsnquant:bits=1", MORE("nsnquant:residual=128,normalise=False")]
 )
 def test_vectors_by_look_up_and_by_kernels_are_what_decoding_gives(scheme, monkeypatch):
     # The second of two steps is moved back to fit, and the window begins within the first.
@@ -124,9 +128,7 @@ def test_vectors_by_look_up_and_by_kernels_are_what_decoding_gives(scheme, monke
     run = functools.partial(nq.attend, rotary=YARN, window=300)
 
     def prompted():
-        cache = nq.schemes.get(scheme).init(
-            num_layers=1, batch=2, max_len=420, num_kv_heads=HEADS, head_dim=DIM
-        )
+        cache = empty(scheme, max_len=420)
         return jax.jit(run)(*tokens(400), cache, num_new=jnp.array([400, 140]))[1]
 
     cache = prompted()
@@ -188,23 +190,25 @@ def test_tiles_decode_to_what_blocks_do(codebook, axis, size, numbers):
     ],
 )
 def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
-    cache, new = prompted(scheme), tokens(1)
+    cache, new = empty(scheme), tokens(1)
     traced = jax.jit(functools.partial(nq.attend, rotary=ROTARY)).trace(*new, cache)
     tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert ("tpu_custom_call" in tpu) == uses
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_a_kernel_that_cannot_serve_says_why():
     new = tokens(1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
-        nq.attend(*new, prompted(NO_TILES), rotary=ROTARY, implementation="mosaic_tpu")
-    asking = prompted(NO_TILES).with_implementation("mosaic_tpu")
+        nq.attend(*new, empty(NO_TILES), rotary=ROTARY, implementation="mosaic_tpu")
+    asking = empty(NO_TILES).with_implementation("mosaic_tpu")
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):
         nq.attend(*new, asking, rotary=ROTARY)
-    nq.attend(*new, asking, rotary=ROTARY, implementation="xla")  # for this call
+    by_xla = functools.partial(nq.attend, rotary=ROTARY, implementation="xla")
+    jax.jit(by_xla)(*new, asking)  # for this call
     with pytest.raises(ValueError, match=r"to be one of .*; got 'cuda'"):
-        nq.attend(*new, prompted(SCHEME), rotary=ROTARY, implementation="cuda")
+        nq.attend(*new, empty(SCHEME), rotary=ROTARY, implementation="cuda")
     with pytest.raises(ValueError, match=r"cache: .* to be one of .*; got None"):
         asking.with_implementation(None)
 

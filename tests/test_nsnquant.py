@@ -394,13 +394,12 @@ def test_every_step_buys_something():
     assert full < 0.9 * error(normalise=False) and full < 0.9 * error(hadamard=False)
 
 
-@pytest.mark.slow
 def test_windows_of_128():
     """Encoded by whole windows; the rest waits, keys before RoPE."""
     _q, k, v = make_qkv(140, batch=1)
     cache = make_cache("nsnquant:bits=2,window=128", max_len=141, batch=1)
     layer = jax.jit(lambda c: c.append(k, v, jnp.full(1, 140, jnp.int32), None))(cache.layers[0])
-    assert layer.key.body.codes.shape == (1, 1, 2, 4, 128)
+    assert layer.key.body.words.shape == (1, 1, 2, 4, 128)
     payload = jax.tree.map(lambda a: a[0, 0], layer.value.body)
     decoded = np.asarray(dequantize(layer.value.quantizer, payload, nq.Context()))
     error = np.sum((decoded - np.asarray(v[0, :128])) ** 2) / np.sum(np.asarray(v[0, :128]) ** 2)

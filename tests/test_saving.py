@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from cases import ROTARY, SCHEMES, make_cache, make_qkv
+from cases import EACH_SCHEME, ROTARY, make_cache, make_qkv
 
 import nqkv_jax as nq
 
 attend = jax.jit(lambda q, k, v, cache: nq.attend(q, k, v, cache, rotary=ROTARY))
 
 
-@pytest.mark.parametrize("spec", SCHEMES)
+@pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_every_array_comes_back(spec, tmp_path):
     rng = np.random.default_rng(0)
     fill = lambda a: jnp.asarray(rng.integers(0, 2 if a.dtype == bool else 100, a.shape), a.dtype)

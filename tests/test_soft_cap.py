@@ -21,12 +21,13 @@ from nqkv_jax.rotary import Rotary
 TOKENS, PROMPT = 70, 41
 CAP = 2.0  # where scores have a deviation of 2
 
+MORE = functools.partial(pytest.param, marks=pytest.mark.more)
 UNROTATED = "nqkv:residual=16,centre=True,keys=unrotated"
 BY_CHANNEL = "nqkv-plus:fused=False,group_size=16,recent=8"
 SCHEMES = [
-    ("none", True), ("nqkv:residual=16,centre=True,hadamard=True,sinks=4", True),
-    (UNROTATED, True), (UNROTATED, False), ("kivi:residual=32", True), (BY_CHANNEL, True),
-    (BY_CHANNEL, False), ("nsnquant:window=16,residual=32", True),
+    ("none", True), MORE("nqkv:residual=16,centre=True,hadamard=True,sinks=4", True),
+    MORE(UNROTATED, True), (UNROTATED, False), ("kivi:residual=32", True), (BY_CHANNEL, True),
+    MORE(BY_CHANNEL, False), ("nsnquant:window=16,residual=32", True),
     (f"commvq:bits=1,residual=8,calibration={COMMVQ_FILE}", True),
 ]  # fmt: skip
 
@@ -94,7 +95,7 @@ def decoder(spec, rotary):
 
 
 @pytest.mark.usefixtures("compile_quickly")
-@pytest.mark.parametrize("spec", [*TILED, "nsnquant:bits=1"])
+@pytest.mark.parametrize("spec", [MORE(TILED[0]), TILED[1], MORE("nsnquant:bits=1")])
 def test_kernels_for_tpus(spec):
     decode = decoder(spec, WHOLE)
     with pltpu.force_tpu_interpret_mode():

@@ -52,11 +52,12 @@ def tokens(size, head_dim, seed=0):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in QUANTIZERS],
+    params=[pytest.param(n, marks=pytest.mark.more) if n in RARE else n for n in QUANTIZERS],
 )
 def quantizer(request):
     inner, head_dim = QUANTIZERS[request.param]
-    return inner, head_dim, in_tiles(inner, inner.group, HEADS, head_dim)
+    tiled = in_tiles(inner, inner.group, HEADS, head_dim)
+    return head_dim, tiled, jax.jit(tiled.splice)
 
 
 def body_of(tiled, head_dim, num_tiles, fill=0):
@@ -67,10 +68,9 @@ def body_of(tiled, head_dim, num_tiles, fill=0):
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_tokens_come_as_they_like_and_the_bits_are_those_of_whole_tiles(quantizer, data):
-    _, head_dim, tiled = quantizer
+    head_dim, tiled, splice = quantizer
     x = tokens(2 * tiles.TOKENS, head_dim)
     whole = jax.vmap(lambda x: tiled.quantize(x, CONTEXT))(x.reshape(2, tiles.TOKENS, HEADS, -1))
-    splice = jax.jit(tiled.splice)
     # What is there before does not matter.
     body, at = body_of(tiled, head_dim, 2, fill=-1), 0
     while at < x.shape[0]:
@@ -84,15 +84,15 @@ def test_tokens_come_as_they_like_and_the_bits_are_those_of_whole_tiles(quantize
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("first", [0, 126, 255])
 def test_other_tokens_stay_what_they_are(quantizer, size, first):
-    _, head_dim, tiled = quantizer
+    head_dim, tiled, splice = quantizer
     first, size, step = first // tiled.step * tiled.step, size * tiled.step, tiled.step
     x = tokens(2 * tiles.TOKENS, head_dim)
     body = jax.vmap(lambda x: tiled.quantize(x, CONTEXT))(x.reshape(2, tiles.TOKENS, HEADS, -1))
     decode = jax.vmap(lambda p: tiled.dequantize(p, CONTEXT))
     before = decode(body).reshape(x.shape)
     last = min(first + size, 256 - step)  # the last one is not to be written
-    run = jax.jit(tiled.splice)
-    after = run(body, tokens(size, head_dim, seed=1), jnp.int32(first), jnp.int32(last), CONTEXT)
+    new = tokens(size, head_dim, seed=1)
+    after = splice(body, new, jnp.int32(first), jnp.int32(last), CONTEXT)
     after = decode(after).reshape(x.shape)
     written = (np.arange(256) >= first) & (np.arange(256) < last)
     np.testing.assert_array_equal(after[~written], before[~written])
@@ -129,15 +129,16 @@ def filled(scheme, splits, max_len, fewer=0):
     return cache, out
 
 
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+MORE = functools.partial(pytest.param, marks=pytest.mark.more)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "scheme",
     [
-        "nqkv:bits=3,block_size=32,sinks=3", "nqkv:block_size=64,residual=32",
-        "squat", "nsnquant", "hqq:residual=64,axis=tokens",
-        SLOW("int8"), SLOW("nqkv:block_size=64,hadamard=True"), SLOW("nqkv:block_size=128"),
+        "nqkv:bits=3,block_size=32,sinks=3", "squat", "nsnquant",
+        MORE("nqkv:block_size=64,residual=32"), MORE("hqq:residual=64,axis=tokens"),
+        MORE("int8"), MORE("nqkv:block_size=64,hadamard=True"), MORE("nqkv:block_size=128"),
     ],
 )  # fmt: skip
 def test_attention_sees_what_it_sees_without_tiles(scheme, monkeypatch):
