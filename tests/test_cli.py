@@ -437,6 +437,7 @@ def test_plan_of_a_folder_with_gguf(capsys, weights, tmp_path):
     )
 
 
+@pytest.mark.more
 def test_real_perplexity(capsys, weights, shared_data):
     """The beginning of the run that gives 24.01 at 32,768 tokens and a window of 1024."""
     text = shared_data / "wikitext-2-raw" / "wiki.test.nonblank.txt"

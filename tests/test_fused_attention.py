@@ -145,7 +145,7 @@ def test_vectors_by_look_up_and_by_kernels_are_what_decoding_gives(scheme, monke
     np.testing.assert_allclose(fused, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, CHANNELS])
+@pytest.mark.parametrize("scheme", [SCHEME, MORE(CHANNELS)])
 def test_a_saved_cache_serves_the_kernel(scheme, tmp_path):
     """Tiles are one layout for all platforms."""
     cache, new = prompted(scheme), tokens(1, seed=2)

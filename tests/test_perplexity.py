@@ -82,7 +82,7 @@ def first_layers(lm, count):
 
 
 @pytest.mark.parametrize("scheme, tolerance, layers", [
-    ("none", 1e-5, 10),
+    pytest.param("none", 1e-5, 10, marks=pytest.mark.more),
     ("nqkv", None, 10),
     pytest.param("none", 1e-5, 30, marks=pytest.mark.slow),
     pytest.param("nqkv", None, 30, marks=pytest.mark.slow),

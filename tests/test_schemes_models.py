@@ -32,7 +32,7 @@ def test_generates(name, kind):
     assert planned.nbytes == result.cache_bytes
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("opt", marks=pytest.mark.more)])
 def test_a_tile_is_filled_while_generating(kind):
     """`nqkv-plus` as it is by default, which encodes 128 tokens at a time, after 4 sinks."""
     lm = tiny(kind, tokenizer=False, num_attention_heads=2)

@@ -174,7 +174,7 @@ def test_keys_are_turned_from_where_the_ring_began():
 
 
 @pytest.mark.usefixtures("compile_quickly")
-@pytest.mark.parametrize("scheme", ["nqkv:block_size=32,sinks=3", "nqkv-plus"])
+@pytest.mark.parametrize("scheme", [MORE("nqkv:block_size=32,sinks=3"), "nqkv-plus"])
 def test_kernel_and_steps_agree(scheme):
     _, cache = prompt(make(scheme), *part(0, 320), jnp.array([320, 120]))
     run = functools.partial(nq.attend, rotary=ROTARY, window=WINDOW)
@@ -235,7 +235,7 @@ def test_generation(lm):
 
 
 @pytest.mark.usefixtures("compile_quickly")
-@pytest.mark.parametrize("scheme", ["int4", "nqkv-plus:bits=2,recent=0"])
+@pytest.mark.parametrize("scheme", [MORE("int4"), "nqkv-plus:bits=2,recent=0"])
 def test_perplexity_is_that_of_decoding(lm, scheme):
     tokens = np.random.default_rng(1).integers(0, 64, 300)
     parallel = perplexity(lm, tokens, scheme=scheme, window=300)

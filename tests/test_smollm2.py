@@ -26,7 +26,7 @@ def texts(request, smollm2):
     passage = importlib.resources.files("nqkv_jax.cli").joinpath("passage.txt").read_text("utf-8")
     tokens = encode(passage)
     sentence = encode("The quick brown fox jumps over the lazy dog, 12 times a day.")
-    return [sentence, *(tokens[at : at + 128] for at in range(0, 1024, 256))]
+    return [sentence, *(tokens[at : at + 128] for at in range(0, 1024, 512))]
 
 
 def llama_in_float64(config, weights, tokens):

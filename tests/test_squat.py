@@ -218,8 +218,8 @@ def test_bytes_are_those_of_kivi(bits, head_dim):
     "spec",
     [
         "squat:block=8",
-        "squat:keys=unrotated,subspace=5",
-        "ott:group_size=16,residual=8,skip_layers=1",
+        pytest.param("squat:keys=unrotated,subspace=5", marks=pytest.mark.more),
+        pytest.param("ott:group_size=16,residual=8,skip_layers=1", marks=pytest.mark.more),
     ],
 )
 def test_parallel_perplexity_equals_decode_loop(spec):
