@@ -320,7 +320,8 @@ def _check(q, k, v, cache, layer, rotary, num_new, window, soft_cap, implementat
         isinstance(window, bool) or not isinstance(window, int) or window < 1
     ):
         raise ValueError(f"attend: expected window >= 1, a whole number, or None; got {window!r}")
-    if soft_cap is not None and not (isinstance(soft_cap, int | float) and 0 < soft_cap < jnp.inf):
+    number = isinstance(soft_cap, int | float) and not isinstance(soft_cap, bool)
+    if soft_cap is not None and not (number and 0 < soft_cap < jnp.inf):
         raise ValueError(f"attend: expected soft_cap > 0, a number, or None; got {soft_cap!r}")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(

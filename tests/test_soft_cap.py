@@ -131,7 +131,7 @@ def test_kernels_leave_shifted_scores_to_xla(rotary):
     assert kernels(soft_cap=CAP) < kernels()
 
 
-@pytest.mark.parametrize("cap", [0, -1.0, float("inf"), float("nan"), "50"])
+@pytest.mark.parametrize("cap", [0, -1.0, float("inf"), float("nan"), "50", True])
 def test_a_cap_is_a_positive_number(cap):
     q, k, v = make_qkv(1)
     with pytest.raises(ValueError, match=r"expected soft_cap > 0, a number, or None; got"):
