@@ -1,5 +1,6 @@
 """Whole generation loops compile for every accelerator, with the packed cache carried in place."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -22,6 +23,7 @@ from nqkv_jax import schemes
 from nqkv_jax.models import decoding, families
 from nqkv_jax.models.sampling import Sampling
 from nqkv_jax.pallas_kernels import decode_attention
+from nqkv_jax.plan import layer_windows
 
 HERE = pathlib.Path(__file__).parent
 SCHEME = "nqkv:residual=128,codebook=cubic"
@@ -32,6 +34,8 @@ BATCH = 2
 @functools.cache
 def model(name):
     config = families.presets[name]
+    if layer_windows(config):  # few of its layers, of both kinds
+        config = dataclasses.replace(config, num_layers=3, windows=(512, None, 512))
     return config, *nnx.split(families.abstract(config, dtype=jnp.bfloat16))
 
 
@@ -39,6 +43,7 @@ def state_of(config, scheme, max_len, batch=BATCH, implementation="auto"):
     cache = schemes.get(scheme).abstract(
         num_layers=config.num_layers, batch=batch, max_len=max_len,
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=jnp.bfloat16,
+        windows=layer_windows(config),
     )  # fmt: skip
     cache = cache.with_implementation(implementation)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
@@ -137,6 +142,30 @@ def test_nor_on_other_gpus(target, scheme):
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-3-270m"])
+def test_rings_and_caps(name, target):
+    """Layers with a sliding window attend to either round of their rings, scores have a cap."""
+    implementation = "auto" if target in TPUS else "mosaic_gpu"
+    temporary = []
+    for max_len in (2048, 4096):
+        loop, arguments = decode_loop(name, max_len, SCHEME, implementation)
+        compiled = compile_for(target, loop, *arguments)
+        memory, cache = compiled.memory_analysis(), arguments[1].cache
+        assert memory.alias_size_in_bytes >= cache.nbytes
+        temporary.append(memory.temp_size_in_bytes)
+    rings = [layer.window is not None for layer in cache.layers]
+    kernel = ["tpu_custom_call"] if target in TPUS else ["mosaic_gpu", "decode_attention"]
+    assert rings == [True, False, True]
+    assert calls(compiled, *kernel) == len(rings) + sum(rings)
+    if target not in TPUS:
+        assert calls(compiled, TRITON, "exact_attention") == len(rings)
+    # Less than one side of the one layer that keeps all tokens, decoded.
+    config = model(name)[0]
+    decoded = BATCH * 2048 * config.num_kv_heads * config.head_dim * 2
+    assert temporary[1] - temporary[0] < decoded
 
 
 def test_a_kernel_reads_its_part_of_the_sequences():
