@@ -7,6 +7,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # see `optimizations`
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,6 +21,19 @@ def forget_programs():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def optimizations(request):
+    """Most tests do without most of LLVM's: their programs run for milliseconds, and compile for
+    seconds.
+
+    Those marked `optimized` have all, and all with the real model, which runs for longer.
+    """
+    whole = request.node.get_closest_marker("optimized") or "smollm2" in request.fixturenames
+    if jax.config.read("jax_disable_most_optimizations") == bool(whole):
+        jax.config.update("jax_disable_most_optimizations", not whole)
+        jax.clear_caches()  # which does not mind with what a program was compiled
 
 
 @pytest.fixture
@@ -51,14 +65,3 @@ def smollm2():
         return from_pretrained("smollm2-135m", dtype="float32", progress=False)
     except (CheckpointNotFoundError, ImportError) as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def compile_quickly():
-    """For tests whose time would go into optimizing programs that run for milliseconds.
-
-    Not for tests that two programs store the same bits: those must hold with all optimizations.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

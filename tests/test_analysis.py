@@ -351,9 +351,13 @@ def without_some(layers, zero):
     return LanguageModel(model=model, config=config, tokenizer=None, name="zero", dtype=jnp.float32)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
-    "layers, zero", [(1, ()), (2, ("values",)), (2, ("keys",)), (2, ("keys", "values"))]
+    "layers, zero",
+    [
+        (1, ()),
+        (2, ("keys", "values")),
+        *(pytest.param(2, (side,), marks=pytest.mark.more) for side in ("keys", "values")),
+    ],
 )
 def test_figures_and_words_of_nothing(layers, zero, tmp_path, monkeypatch):
     """Without a warning, which would be an error here."""

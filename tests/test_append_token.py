@@ -17,6 +17,8 @@ from nqkv_jax.pallas_kernels.append_token import append_token
 from nqkv_jax.quantizers import BlockQuantizer
 from nqkv_jax.quantizers.tiled import TiledQuantizer
 
+pytestmark = pytest.mark.optimized
+
 
 @functools.partial(jax.jit, static_argnames="case")
 def appended(before, x, case):

@@ -71,6 +71,7 @@ def test_a_donated_cache_leaves_the_scheme_its_arrays():
     scheme.init(shape, batch=BATCH, max_len=8, dtype=jnp.float32)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_append_one_by_one_equals_bulk_bit_for_bit(spec):
     _, k, v = make_qkv(109)
@@ -83,6 +84,7 @@ def test_append_one_by_one_equals_bulk_bit_for_bit(spec):
     np.testing.assert_array_equal(one_by_one.lengths, lengths)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_ragged_batch_equals_each_sequence_alone(spec):
     _, k, v = make_qkv(80)

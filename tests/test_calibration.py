@@ -295,7 +295,6 @@ def decoder(seed):
     )  # fmt: skip
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_generate_through_a_calibrated_cache(tmp_path):
     path = tmp_path / "llama.safetensors"
     calibrate(decoder(0), TOKENS, out=path, samples=2, seqlen=64, weights="none")

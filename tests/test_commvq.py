@@ -17,8 +17,6 @@ from nqkv_jax.quantizers.commvq import Encoder, encode_keys, times_i
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import LayerScheme, LayerShape
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 LEVELS, HEADS, HEAD_DIM = 3, 2, 16
 COUNT = 30  # tokens of most tests, which share compiled programs
 HALF, HIDDEN = HEAD_DIM // 2, HEADS * HEAD_DIM

@@ -83,6 +83,7 @@ def test_scores_are_recorded_for_the_output_of_attention(tmp_path):
     assert np.all(found["errors"] < 0.5)
 
 
+@pytest.mark.optimized
 def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
     again, partial = tmp_path / "again.safetensors", tmp_path / "again.safetensors.partial"
     fit, layers = commvq._fit_layer, []
@@ -104,7 +105,6 @@ def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
     assert not partial.exists() and again.read_bytes() == calibrated[0].read_bytes()
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_another_model_is_refused(calibrated):
     scheme = f"commvq:bits=1,residual=8,calibration={calibrated[0]}"
     result = perplexity(language_model(), TOKENS[:40], scheme=scheme, window=40)
@@ -114,7 +114,6 @@ def test_another_model_is_refused(calibrated):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_generates(kind, tmp_path):
     """With and without RoPE, and with one query head per key."""

@@ -10,8 +10,6 @@ import pytest
 from nqkv_jax.calibration import commvq_keys, commvq_values
 from nqkv_jax.quantizers import Context
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 HEADS, HEAD_DIM = 2, 16
 HALF, HIDDEN = HEAD_DIM // 2, HEADS * HEAD_DIM
 

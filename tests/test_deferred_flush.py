@@ -52,6 +52,7 @@ def decode(cache, q, k, v, num_new, *, defer):
     return cache.flush(), outs
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("spec", [*SCHEMES[:2], *map(MORE, SCHEMES[2:])])
 def test_deferred_flushes_leave_the_same_bits(spec):
     prompt, tokens = make_qkv(PROMPT), make_qkv(STEPS, seed=1)

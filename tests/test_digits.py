@@ -67,7 +67,7 @@ def oracle(q, k, quantizer, rotary=None):
 
 
 @pytest.mark.parametrize("rotary", [None, ROTARY], ids=["", "rotary"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.more), 4])
 def test_digits_add_up_to_the_nearest_level(bits, rotary):
     q, k = draw(seed=bits)
     quantizer = make(bits)
@@ -173,6 +173,7 @@ def test_non_finite_and_huge_keys():
     np.testing.assert_array_equal(decode(quantizer, *run(quantizer, q, k)), k)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "rotary",
     [

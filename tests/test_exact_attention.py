@@ -51,7 +51,6 @@ def decoded(scheme, dtype=jnp.bfloat16, **options):
     return np.asarray(out, np.float32)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "scheme, options",
     [

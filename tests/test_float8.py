@@ -10,6 +10,8 @@ from quantizer_cases import block, encode, round_trip, sample
 
 from nqkv_jax import codebooks
 
+pytestmark = pytest.mark.optimized
+
 FORMATS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 both = pytest.mark.parametrize("name", FORMATS)
 

@@ -50,6 +50,7 @@ def prompted(scheme, rotary="rope"):
     return attend(*tokens(420), empty(scheme), num_new=jnp.array([420, 150]))[1]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "scheme, window, rotary",
     [
@@ -59,7 +60,7 @@ def prompted(scheme, rotary="rope"):
         (CHANNELS, 200, "yarn"),
         MORE(CHANNELS, None, "none"),
         MORE("nqkv-plus:keys=rotated", None, "rope"),
-        ("nqkv", 200, "rope"),
+        MORE("nqkv", 200, "rope"),
         ("kivi", None, "rope"),
         MORE("fp8", None, "rope"),
     ],
@@ -75,15 +76,34 @@ def test_kernel_and_steps_agree(scheme, window, rotary):
     chex.assert_trees_all_equal(after, same)
 
 
+NF3, U2 = nq.codebooks.normal_float(3), nq.codebooks.uniform(2)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    "codebook, axis, size, numbers",
+    [(NF3, "hidden", HEADS * DIM, 1), (NF3, "tokens", 128, 1), (U2, "tokens", 32, 2)],
+)
+def test_tiles_decode_to_what_blocks_do(codebook, axis, size, numbers):
+    scale = "minmax" if numbers == 2 else "absmax"
+    block = nq.BlockQuantizer(codebook, block_size=size, axis=axis, scale=scale)
+    x = tokens(128)[1]
+    quantize = jax.jit(nq.quantize, static_argnums=1)
+    codes = [quantize(x, q) for q in (block, in_tiles(block, 256, HEADS, DIM))]
+    np.testing.assert_array_equal(*map(jax.jit(nq.dequantize), codes))
+    bits = codebook.bits + numbers * 16 / size
+    assert nq.stored_bits(codes[0]) == nq.stored_bits(codes[1]) == bits
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel for GPUs needs jax 0.11")
 @pytest.mark.parametrize(
     "scheme, rotary",
     [
         (SCHEME, "rope"),
         (CHANNELS, "yarn"),
-        ("kvq:residual=128", "rope"),
-        ("quanto", "rope"),
-        ("nqkv", "rope"),
+        MORE("kvq:residual=128", "rope"),
+        MORE("quanto", "rope"),
+        MORE("nqkv", "rope"),
         ("kivi", "rope"),
     ],
 )
@@ -100,7 +120,6 @@ def test_kernel_for_gpus_and_steps_agree(scheme, rotary, monkeypatch):
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("rotary", ["rope", MORE("yarn"), "none"])
 def test_steps_are_what_the_decoded_view_says(rotary):
     """Folded queries and keys against keys decoded in full, on which perplexities are measured."""
@@ -117,7 +136,6 @@ def test_steps_are_what_the_decoded_view_says(rotary):
     np.testing.assert_allclose(out[:, 0], expected[:, -1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "scheme", ["nsnquant:bits=1", MORE("nsnquant:residual=128,normalise=False")]
 )
@@ -157,24 +175,6 @@ def test_a_saved_cache_serves_the_kernel(scheme, tmp_path):
     np.testing.assert_array_equal(run(*new, loaded)[0], run(*new, cache)[0])
 
 
-NF3, U2 = nq.codebooks.normal_float(3), nq.codebooks.uniform(2)
-
-
-@pytest.mark.parametrize(
-    "codebook, axis, size, numbers",
-    [(NF3, "hidden", HEADS * DIM, 1), (NF3, "tokens", 128, 1), (U2, "tokens", 32, 2)],
-)
-def test_tiles_decode_to_what_blocks_do(codebook, axis, size, numbers):
-    scale = "minmax" if numbers == 2 else "absmax"
-    block = nq.BlockQuantizer(codebook, block_size=size, axis=axis, scale=scale)
-    x = tokens(128)[1]
-    quantize = jax.jit(nq.quantize, static_argnums=1)
-    codes = [quantize(x, q) for q in (block, in_tiles(block, 256, HEADS, DIM))]
-    np.testing.assert_array_equal(*map(jax.jit(nq.dequantize), codes))
-    bits = codebook.bits + numbers * 16 / size
-    assert nq.stored_bits(codes[0]) == nq.stored_bits(codes[1]) == bits
-
-
 @pytest.mark.parametrize(
     "scheme, uses",
     [
@@ -197,7 +197,6 @@ def test_a_tpu_gets_the_kernel_and_a_cpu_does_not(scheme, uses):
     assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_kernel_that_cannot_serve_says_why():
     new = tokens(1)
     with pytest.raises(NotImplementedError, match="mosaic_tpu needs keys and values in tiles"):

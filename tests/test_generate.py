@@ -14,8 +14,6 @@ from nqkv_jax import schemes
 from nqkv_jax.models import Sampling, decoding, generate, stream
 from nqkv_jax.models.requests import prepare
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 class Compilations:
     """Counts what JAX lowers and compiles while it is used as a context."""

@@ -9,8 +9,6 @@ from tiny_generators import LLAMA, LLAMA3_ROPE, OPT, language_model, random_prom
 
 from nqkv_jax.models import families, generate
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PARITY = {
     "opt-125m": ("OPT", OPT),
     "opt-350m": ("OPT", OPT | dict(word_embed_proj_dim=16, do_layer_norm_before=False)),

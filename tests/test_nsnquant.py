@@ -15,8 +15,6 @@ from nqkv_jax.calibration import codebook
 from nqkv_jax.quantizers.nsn import NSNKeys, NSNQuantizer
 from nqkv_jax.rotary import Rotary
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 WINDOW, HEADS, DIM, FIRST = 16, 2, 32, 37  # of the small cases; the window begins at position 37
 POSITIONS = FIRST + np.arange(WINDOW, dtype=np.int32)
 

@@ -153,6 +153,7 @@ def test_kept_tokens_obey_positions(window):
         np.testing.assert_allclose(out[:, -1], outputs[:, -1], atol=5e-6)
 
 
+@pytest.mark.optimized
 def test_without_outliers_it_is_kivi_in_blocks():
     """Bitwise: keys per channel over 128 tokens, values per token and head, flushed together."""
     _, k, v = make_qkv(300, batch=1)

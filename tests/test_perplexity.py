@@ -57,8 +57,10 @@ def reference_nll(lm, tokens):
     return log_total - logits[np.arange(len(tokens) - 1), tokens[1:]]
 
 
-@pytest.mark.usefixtures("compile_quickly")
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme",
+    [*(pytest.param(s, marks=pytest.mark.more) for s in SCHEMES[:4]), *SCHEMES[4:]],
+)
 def test_parallel_equals_decode_loop(scheme):
     # The last window is shorter: 40 + 40 + 20.
     parallel = perplexity(LM, TOKENS, scheme=scheme, window=40)

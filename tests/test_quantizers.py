@@ -27,6 +27,8 @@ from nqkv_jax import codebooks, packing
 from nqkv_jax.quantizers import BlockQuantizer, FullPrecision
 from nqkv_jax.quantizers.block import store
 
+pytestmark = pytest.mark.optimized
+
 # Laws of all quantizers -------------------------------------------------------------------------
 
 

@@ -144,6 +144,7 @@ test_resume.MEASURES["kl"](resume={path!r})
 """
 
 
+@pytest.mark.optimized
 def test_process_killed(tmp_path):
     path = tmp_path / "run.jsonl"
     script = SCRIPT.format(tests=os.path.dirname(__file__), path=str(path))

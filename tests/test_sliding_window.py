@@ -92,7 +92,6 @@ def everything(num_new):
         ("nqkv:block_size=32,residual=16,keys=unrotated", "yarn"),
     ],
 )
-@pytest.mark.usefixtures("compile_quickly")
 def test_attention_is_that_of_a_cache_that_keeps_all(scheme, rotary):
     """Over more than two rounds of the ring, prompts and tokens in turn, in a ragged batch.
 
@@ -116,8 +115,9 @@ def test_attention_is_that_of_a_cache_that_keeps_all(scheme, rotary):
     np.testing.assert_array_equal(caches[0].lengths, seen)
 
 
-@pytest.mark.usefixtures("compile_quickly")
-@pytest.mark.parametrize("scheme", [*SCHEMES[:3], *map(MORE, SCHEMES[3:5]), SCHEMES[5]])
+@pytest.mark.parametrize(
+    "scheme", [MORE(SCHEMES[0]), *SCHEMES[1:3], *map(MORE, SCHEMES[3:5]), SCHEMES[5]]
+)
 def test_evaluation_sees_what_decoding_sees(scheme):
     """Over more than a round; and the errors are of the size of a cache that keeps all."""
     _, cache = prompt(make(scheme), *part(0, 300), everything(300))
@@ -128,20 +128,6 @@ def test_evaluation_sees_what_decoding_sees(scheme):
     exact, _ = prompt(None, *part(0, 330), None)
     error = np.sqrt(np.mean(np.square(expected - exact)))
     assert 1e-7 < error < 0.2 and (error > 1e-3) == (scheme != "none")
-
-
-@pytest.mark.parametrize("scheme", [MORE(SCHEMES[1]), SCHEMES[2], MORE(SCHEMES[3]), SCHEMES[4]])
-def test_bits_do_not_depend_on_how_tokens_came(scheme):
-    """All at once, over more than a round; and in parts, the last of them token by token."""
-    counts = jnp.array([320, 273])
-    _, once = prompt(make(scheme), *part(0, 320), counts)
-    _, cache = prompt(make(scheme), *part(0, 180), everything(180))
-    tokens = part(180, 320)
-    _, by_token = decode(cache, *tokens, counts - 180)
-    chex.assert_trees_all_equal(once, by_token)
-    if cache.layers[0].key.waits:
-        _, deferred = decode(cache, *tokens, counts - 180, defer=True)
-        chex.assert_trees_all_equal(once, deferred)
 
 
 def test_keys_are_turned_from_where_the_ring_began():
@@ -173,7 +159,6 @@ def test_keys_are_turned_from_where_the_ring_began():
     np.testing.assert_allclose(out[0, 0, 1], expected, atol=5e-3)  # scales are in float16
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("scheme", [MORE("nqkv:block_size=32,sinks=3"), "nqkv-plus"])
 def test_kernel_and_steps_agree(scheme):
     _, cache = prompt(make(scheme), *part(0, 320), jnp.array([320, 120]))
@@ -218,7 +203,6 @@ def lm():
     )
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_generation(lm):
     """Prompts in chunks, a ragged batch: what a cache says is what the model says without one."""
     rng = np.random.default_rng(0)
@@ -234,7 +218,6 @@ def test_generation(lm):
         assert np.std(logits) > 0.1
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("scheme", [MORE("int4"), "nqkv-plus:bits=2,recent=0"])
 def test_perplexity_is_that_of_decoding(lm, scheme):
     tokens = np.random.default_rng(1).integers(0, 64, 300)
@@ -273,29 +256,6 @@ def test_bytes_do_not_grow():
     chex.assert_trees_all_equal_structs(
         make("nqkv:block_size=32", max_len=256), make("nqkv:block_size=32", None, max_len=256)
     )
-
-
-def test_decoding_is_in_place():
-    """What a loop of steps allocates does not grow with the ring."""
-
-    def loop(cache, q, k, v):
-        def step(_, carry):
-            out, cache = nq.attend(carry[1], k, v, carry[0], rotary=ROTARY, window=2048)
-            return cache, out
-
-        return jax.lax.fori_loop(0, 9, step, (cache.defer_flush(), q))[0].flush()
-
-    def temporaries(window):
-        cache = nq.schemes.get("nqkv-plus").abstract(
-            num_layers=1, batch=4, max_len=32768, num_kv_heads=4, head_dim=64, windows=(window,)
-        )
-        q, k = (jax.ShapeDtypeStruct((4, 1, heads, 64), jnp.bfloat16) for heads in (8, 4))
-        used = jax.jit(loop, donate_argnums=0).lower(cache, q, k, k).compile().memory_analysis()
-        assert used.alias_size_in_bytes == cache.nbytes
-        return used.temp_size_in_bytes, cache.nbytes
-
-    (small, fewer), (large, more) = temporaries(2048), temporaries(16384)
-    assert large - small < 2**19 < (more - fewer) / 20
 
 
 def test_layers_differ():
@@ -341,3 +301,45 @@ def test_attention_to_what_is_gone(window):
 def test_windows_that_are_none(windows):
     with pytest.raises(ValueError, match="expected windows to be a whole number >= 1, or None"):
         make("int4", windows=windows)
+
+
+# With all optimizations
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("scheme", [MORE(SCHEMES[1]), SCHEMES[2], MORE(SCHEMES[3]), SCHEMES[4]])
+def test_bits_do_not_depend_on_how_tokens_came(scheme):
+    """All at once, over more than a round; and in parts, the last of them token by token."""
+    counts = jnp.array([320, 273])
+    _, once = prompt(make(scheme), *part(0, 320), counts)
+    _, cache = prompt(make(scheme), *part(0, 180), everything(180))
+    tokens = part(180, 320)
+    _, by_token = decode(cache, *tokens, counts - 180)
+    chex.assert_trees_all_equal(once, by_token)
+    if cache.layers[0].key.waits:
+        _, deferred = decode(cache, *tokens, counts - 180, defer=True)
+        chex.assert_trees_all_equal(once, deferred)
+
+
+@pytest.mark.optimized
+def test_decoding_is_in_place():
+    """What a loop of steps allocates does not grow with the ring."""
+
+    def loop(cache, q, k, v):
+        def step(_, carry):
+            out, cache = nq.attend(carry[1], k, v, carry[0], rotary=ROTARY, window=2048)
+            return cache, out
+
+        return jax.lax.fori_loop(0, 9, step, (cache.defer_flush(), q))[0].flush()
+
+    def temporaries(window):
+        cache = nq.schemes.get("nqkv-plus").abstract(
+            num_layers=1, batch=4, max_len=32768, num_kv_heads=4, head_dim=64, windows=(window,)
+        )
+        q, k = (jax.ShapeDtypeStruct((4, 1, heads, 64), jnp.bfloat16) for heads in (8, 4))
+        used = jax.jit(loop, donate_argnums=0).lower(cache, q, k, k).compile().memory_analysis()
+        assert used.alias_size_in_bytes == cache.nbytes
+        return used.temp_size_in_bytes, cache.nbytes
+
+    (small, fewer), (large, more) = temporaries(2048), temporaries(16384)
+    assert large - small < 2**19 < (more - fewer) / 20

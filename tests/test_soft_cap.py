@@ -26,7 +26,7 @@ UNROTATED = "nqkv:residual=16,centre=True,keys=unrotated"
 BY_CHANNEL = "nqkv-plus:fused=False,group_size=16,recent=8"
 SCHEMES = [
     ("none", True), MORE("nqkv:residual=16,centre=True,hadamard=True,sinks=4", True),
-    MORE(UNROTATED, True), (UNROTATED, False), ("kivi:residual=32", True), (BY_CHANNEL, True),
+    MORE(UNROTATED, True), (UNROTATED, False), MORE("kivi:residual=32", True), (BY_CHANNEL, True),
     MORE(BY_CHANNEL, False), ("nsnquant:window=16,residual=32", True),
     (f"commvq:bits=1,residual=8,calibration={COMMVQ_FILE}", True),
 ]  # fmt: skip
@@ -42,7 +42,6 @@ def view(spec):
     return nq.DecodedView(scheme=nq.schemes.get(spec), num_layers=1, dtype=jnp.dtype(jnp.float32))
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("spec, rotary", SCHEMES)
 def test_prompt_then_decode_matches_the_oracle(spec, rotary):
     qkv, window = [np.asarray(a) for a in make_qkv(TOKENS)], 50
@@ -73,7 +72,6 @@ def test_what_records_keys_and_values_attends_with_the_cap(kind):
     np.testing.assert_allclose(attend(*qkv, None)[0][0], expected, atol=5e-6)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_errors_of_attention_are_measured_with_the_cap():
     lm = tiny("gemma2", head_dim=16, sliding_window=20, attn_logit_softcapping=0.5)
     (int8,) = scheme_errors(lm, np.arange(60), ["int8"], progress=False)
@@ -94,7 +92,6 @@ def decoder(spec, rotary):
     return lambda name: jax.jit(functools.partial(run, implementation=name))(*new, cache)[0]
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("spec", [MORE(TILED[0]), TILED[1], MORE("nsnquant:bits=1")])
 def test_kernels_for_tpus(spec):
     decode = decoder(spec, WHOLE)

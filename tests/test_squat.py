@@ -148,6 +148,7 @@ def test_score_error_on_queries_of_low_rank(settings, expected):
     assert (np.mean(error**2) > 0.16) == (settings["strength"] > 0)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("spec", ["squat:strength=0.0,block=8", "squat:block=8"])
 def test_without_strength_or_queries_it_is_kivi_bit_for_bit(spec):
     q, k, v = make_qkv(100)
@@ -182,6 +183,7 @@ def test_state_is_the_sum_over_all_query_heads_and_tokens():
     assert np.any(np.asarray(again.codes[:, 2]) != np.asarray(whole.layers[0].key.body.codes[:, 2]))
 
 
+@pytest.mark.optimized
 def test_eigenvectors_do_not_depend_on_the_batch():
     spec = "squat:subspace=6,block=8"
     q, k, v = make_qkv(40, batch=5)
@@ -213,7 +215,6 @@ def test_bytes_are_those_of_kivi(bits, head_dim):
     assert caches[0].nbytes - caches[1].nbytes == 8 * head_dim**2 * 4  # the state
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "spec",
     [

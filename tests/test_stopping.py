@@ -8,8 +8,6 @@ from tiny_generators import SHARED, byte_tokenizer, random_prompts, tiny
 
 from nqkv_jax.models import Sampling, generate, stream
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 # --- stopping
 
 

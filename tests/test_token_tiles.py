@@ -65,6 +65,7 @@ def body_of(tiled, head_dim, num_tiles, fill=0):
     return jax.tree.map(lambda a: jnp.full((num_tiles, *a.shape), fill, a.dtype), payload)
 
 
+@pytest.mark.optimized
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_tokens_come_as_they_like_and_the_bits_are_those_of_whole_tiles(quantizer, data):
@@ -81,6 +82,7 @@ def test_tokens_come_as_they_like_and_the_bits_are_those_of_whole_tiles(quantize
     chex.assert_trees_all_equal(body, whole)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("first", [0, 126, 255])
 def test_other_tokens_stay_what_they_are(quantizer, size, first):
@@ -100,6 +102,7 @@ def test_other_tokens_stay_what_they_are(quantizer, size, first):
         assert (np.asarray(after != before).any((1, 2)) == written).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("size, first", [(200, 56), (200, 100), (300, 0), (300, 250)])
 def test_what_does_not_fit_is_left_out(size, first):
     inner, head_dim = QUANTIZERS["nf4, head_dim 64"]
@@ -132,11 +135,10 @@ def filled(scheme, splits, max_len, fewer=0):
 MORE = functools.partial(pytest.param, marks=pytest.mark.more)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "scheme",
     [
-        "nqkv:bits=3,block_size=32,sinks=3", "squat", "nsnquant",
+        "nqkv:bits=3,block_size=32,sinks=3", MORE("squat"), "nsnquant",
         MORE("nqkv:block_size=64,residual=32"), MORE("hqq:residual=64,axis=tokens"),
         MORE("int8"), MORE("nqkv:block_size=64,hadamard=True"), MORE("nqkv:block_size=128"),
     ],

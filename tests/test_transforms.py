@@ -134,6 +134,7 @@ def test_works_mapped_over_sequences(name):
             chex.assert_trees_all_equal(got, alone)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("scale", ["minmax", "rms"])
 def test_hadamard_stores_the_same_bits_for_one_token_or_many(scale, head_dim):

@@ -185,6 +185,7 @@ def test_sign_of_zero_is_positive():
     np.testing.assert_array_equal(payload.rms, 0)
 
 
+@pytest.mark.optimized
 def test_signs_do_not_depend_on_how_many_tokens_come():
     x = jnp.asarray(np.random.default_rng(6).standard_normal((96, 2, 64)), jnp.bfloat16)
     quantizer = coder("turboquant:bits=2,variant=prod", 2, 64)

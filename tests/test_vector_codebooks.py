@@ -12,8 +12,6 @@ from nqkv_jax import vector_codebooks
 from nqkv_jax.calibration import artifact, codebook
 from nqkv_jax.cli import main
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.mark.parametrize("bits", vector_codebooks.BITS)
 def test_nearest_is_the_nearest_in_any_order_of_summation(bits):

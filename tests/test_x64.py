@@ -16,15 +16,17 @@ import nqkv_jax as nq
 
 rotary = nq.Rotary(inverse_frequencies=10000.0 ** (-jnp.arange(32) / 32))
 attend = jax.jit(lambda q, k, v, cache: nq.attend(q, k, v, cache, rotary=rotary))
-for scheme in ("nqkv", "nqkv-plus", "nsnquant:bits=1"):
-    for dtype in (jnp.float32, jnp.float64):
-        cache = nq.schemes.get(scheme).init(
-            num_layers=1, batch=2, max_len=256, num_kv_heads=2, head_dim=64
-        )
-        q, k, v = np.random.default_rng(0).normal(size=(3, 2, 200, 2, 64))
-        for cut in (slice(0, 199), slice(199, 200)):
-            out, cache = attend(*(jnp.asarray(a[:, cut], dtype) for a in (q, k, v)), cache)
-        assert out.dtype == dtype and np.isfinite(out).all() and np.abs(out).max() < 1, scheme
+for scheme, dtype in (
+    ("nqkv", jnp.float32), ("nqkv", jnp.float64),
+    ("nqkv-plus", jnp.float64), ("nsnquant:bits=1", jnp.float64),
+):
+    cache = nq.schemes.get(scheme).init(
+        num_layers=1, batch=2, max_len=256, num_kv_heads=2, head_dim=64
+    )
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 200, 2, 64))
+    for cut in (slice(0, 199), slice(199, 200)):
+        out, cache = attend(*(jnp.asarray(a[:, cut], dtype) for a in (q, k, v)), cache)
+    assert out.dtype == dtype and np.isfinite(out).all() and np.abs(out).max() < 1, scheme
 print("64 bits")
 """
 
