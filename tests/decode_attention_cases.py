@@ -132,6 +132,20 @@ def _cases():
         head_dim=64, block=1 / 2, **kivi,
     )  # fmt: skip
     yield Case("cubic4-parts-of-32", cubic(4), block=1 / 4, group=4)
+    # Where registers are fewest.
+    yield Case("nf3-d256", codebooks.normal_float(3), head_dim=256, group=4)
+    yield Case("nf4-d256-parts", codebooks.normal_float(4), head_dim=256, block=1 / 4, group=2)
+    yield Case("kivi2-g16", codebooks.uniform(2), group=16, block=1 / 4, **kivi)
+    yield Case("kivi4-d256-g16", codebooks.uniform(4), group=16, head_dim=256, block=1 / 8, **kivi)
+    many = dict(zero=True, group=16)
+    yield Case("uniform2-minmax-d80-g16", codebooks.uniform(2), head_dim=80, **many)
+    yield Case(
+        "uniform3-minmax-d256-parts-g16", codebooks.uniform(3), head_dim=256, block=1 / 4, **many
+    )
+    yield Case(
+        "keys8-values4-minmax-parts-g16", codebooks.uniform(8), block=1 / 4,
+        value_codebook=codebooks.uniform(4), **many,
+    )  # fmt: skip
     yield Case("soft-cap", cubic(4), soft_cap=5.0)
     yield Case("window", cubic(4), window=150, group=2)
 

@@ -112,7 +112,8 @@ GPU_SLOW = [
     "keys8-values4", "keys3-values4-d64", "keys2-values4-d64", "keys4-values2-minmax-parts",
     "kivi2", "kivi3", "kivi4", "kivi2-d96", "kivi8", "kivi-keys2-values4-d64", "cubic4-parts-of-32",
     "channels2-minmax", "cubic3-d256", "plus2-g20", "float8-parts-g16", "float8-d256",
-    "float8-keys-values4",
+    "float8-keys-values4", "nf3-d256", "nf4-d256-parts", "kivi2-g16", "kivi4-d256-g16",
+    "uniform2-minmax-d80-g16", "uniform3-minmax-d256-parts-g16", "keys8-values4-minmax-parts-g16",
 ]  # fmt: skip
 GPU_QUICK = [
     "cubic4", "uniform2-d64", "window", "plus2-d64", "keys4-values2", "cubic4-d80", "kivi4-d64",

@@ -52,6 +52,29 @@ def test_what_is_stored_for_unseen_tokens_does_not_matter(run):
     assert np.isnan(numerator[:, 0]).all() and np.isfinite(numerator[:, 1]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cubic4-d64", "plus2-d64"])
+def test_a_million_tokens(run, name):
+    """Of which few are seen: places and lengths are numbers of 32 bits."""
+    case, count = dataclasses.replace(CASES[name], heads=1, block=1.0), 2**13
+    q, key, value, *_ = arguments(case, (1,), num_tiles=count)
+    last = lambda tiles: 128 * tiles - 7
+    part = functools.partial(run, q)
+    whole = part(key, value, jnp.array([last(count)]), first=jnp.array([last(count) - 300]))
+
+    def end(side, tiles=8):
+        arrays = {name: getattr(side, name) for name in ("words", "scale", "zero")}
+        cut = {name: a[:, -tiles:] for name, a in arrays.items() if a is not None}
+        if side.waves is not None:
+            starts = jax.tree.map(lambda a: a[-tiles:], side.waves.starts)
+            cut["waves"] = dataclasses.replace(side.waves, starts=starts)
+        return dataclasses.replace(side, **cut)
+
+    seen = part(end(key), end(value), jnp.array([last(8)]), first=jnp.array([last(8) - 300]))
+    outputs = [np.asarray(n) / np.asarray(d)[..., None] for n, d, _ in (whole, seen)]
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-4)
+
+
 def test_a_side_with_room_for_more(run):
     q, key, value, lengths, _ = arguments(CASES["cubic4"], (200,), num_tiles=2)
     roomy = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), value)

@@ -62,12 +62,14 @@ def decode_attention(
     """Softmax attention over tokens first[b] <= t < lengths[b] of each sequence.
 
     Keys and values are decoded in registers, a tile of 128 tokens at a time. Products are in the
-    dtype of `q`, with sums, softmax and scales in float32.
+    dtype of `q`, by kernels for GPUs in float16 whatever that is, with sums, softmax and scales in
+    float32.
 
     Args:
       q: float[B, Hkv, G, D], rotated and scaled; G query heads share a KV head. D is `key.width`:
         head_dim, and more if keys have waves, or their means are apart.
-      key, value: the cache. Tokens beyond `lengths` may hold anything.
+      key, value: the cache. Tokens beyond `lengths` may hold anything, but for 8-bit floats of
+        values, which must be finite.
       lengths: i32[B], tokens that are there: at most 128 * tiles, of the side that has fewer.
       first: i32[B], the first token that is seen (a sliding window); None for 0.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None for no cap.

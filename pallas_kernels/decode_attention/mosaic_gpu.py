@@ -68,6 +68,11 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
             "keys and values of which one has at most twice the other's bits, and registers for "
             f"both; got {bits} bits, head_dim {key.head_dim} and {group} query heads per KV head"
         )
+    if any(side.high and side.levels.ratio and side.blocks > 4 for side in plan.sides):
+        # What such levels are counted from, of so many blocks, takes too many registers.
+        return (
+            f"at most 4 blocks of a head, where 3 bits have signed scales; got {plan.value.blocks}"
+        )
     if plan.num_tiles < plan.tiles:
         room = [n * tiles.TOKENS for n in (plan.tiles, plan.num_tiles)]
         return f"room for at least {room[0]} encoded tokens; got {room[1]} (raise max_len)"

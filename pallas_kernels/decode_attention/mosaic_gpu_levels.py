@@ -93,6 +93,14 @@ class Levels:
         return approximation(self.codebook) is not None
 
     @property
+    def long(self) -> bool:
+        """Whether they take many operations, and as many registers."""
+        if self.floats or self.codebook.coefficients is not None:
+            return False
+        found = approximation(self.codebook)
+        return found is not None and found.operations > 4
+
+    @property
     def low_bits(self) -> int:
         """Of a code, in its word; the third of 3 bits is in a plane of its own."""
         return 2 if self.codebook.bits == 3 else self.codebook.bits

@@ -16,6 +16,7 @@ THREADS = 32 * WARPS
 ALIGNMENT = 2**10  # of a buffer
 COPY_ALIGNMENT = 128  # of where a copy goes to
 QUERY_HEADS = 16  # of a program at most: for more, most kinds spill registers
+FEW_QUERY_HEADS = 8  # for kinds that spill with more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Side:
     @property
     def channel_arrays(self) -> int:
         return self.arrays if self.channels else 0
+
+    @property
+    def parts_off_centre(self) -> bool:
+        """Whether parts of a head have middles of their own."""
+        return self.off_centre and self.blocks > 1
 
     @property
     def shifted(self) -> bool:
@@ -120,13 +126,18 @@ class Plan:
         or fewer. One demand beyond what any case has is met, each further one halves them; where
         scales of channels are for few tokens, few fields have the same queries."""
         many, wide = self.group > 8, self.head_dim > tiles.LANES
-        # Third bits are a demand only where registers are few.
+        zeros = any(side.zero and not side.high for side in self.sides)
+        # Some are demands only where registers are few.
         demands = (
             any(side.blocks > 1 or side.shifted for side in self.sides)
             + (self.wave_rows > 0)
             + many
             + wide
             + (any(side.high for side in self.sides) and (many or wide))
+            + (any(side.parts_off_centre for side in self.sides) and (many or wide))
+            + 2 * (any(side.levels.long for side in self.sides) and wide)
+            + (self.key.pieces != self.value.pieces and wide)
+            + (many and (self.head_dim % ROWS > 0 or (zeros and not wide)))
             # Where threads copy, addresses take registers.
             + (not self.bulk_copies and many and wide)
         )
@@ -342,6 +353,8 @@ class Plan:
         many = self.narrow_bits == 2
         if self.machine.capability[0] != 9:  # where compilers take more for long polynomials
             many = many or any(side.levels.polynomial is None for side in self.sides)
+        if self.group > 8 or self.key.pieces != self.value.pieces:
+            many = many or any(side.zero for side in self.sides)
         room = 2 if (many and not small) or self.head_dim > tiles.LANES else 3
         return self.machine.multiprocessors * max(1, min(self.programs, room))
 
@@ -350,9 +363,9 @@ def make_plan(
     group: int, key: TiledCodes, value: TiledCodes, soft_cap: float | None, interpret
 ) -> Plan:
     """For `group` query heads per KV head."""
-    chunks = -(-group // QUERY_HEADS)
     head_dim, num_tiles = key.head_dim, min(key.num_tiles, value.num_tiles)
-    narrow = min(Levels(codes.codebook).low_bits for codes in (key, value))
+    widths = [Levels(codes.codebook).low_bits for codes in (key, value)]
+    narrow = min(widths)
 
     def side(codes: TiledCodes) -> Side:
         levels = Levels(codes.codebook)
@@ -367,6 +380,13 @@ def make_plan(
             groups=codes.groups,
         )
 
+    sides = side(key), side(value)
+    # Where a field at a time would not fit.
+    wide = head_dim > tiles.LANES
+    few = any(side.parts_off_centre for side in sides) and (wide or max(widths) > narrow)
+    few = few or (wide and any(side.blocks > 4 for side in sides))
+    few = few or (wide and key.waves is not None and narrow == 2)
+    chunks = -(-group // (FEW_QUERY_HEADS if few else QUERY_HEADS))
     plan = Plan(
         head_dim=head_dim,
         chunks=chunks,
@@ -374,8 +394,8 @@ def make_plan(
         num_tiles=num_tiles,
         splits=1,
         stages=2,  # one is decoded while the next one is on its way
-        key=side(key),
-        value=side(value),
+        key=sides[0],
+        value=sides[1],
         wave_rows=0 if key.waves is None else -(-key.waves.width // (2 * ROWS)) * ROWS,
         soft_cap=soft_cap,
         machine=machine(),

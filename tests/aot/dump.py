@@ -15,6 +15,7 @@ os.environ.update(
     MOSAIC_GPU_DUMP_PTX="1",
     MOSAIC_GPU_DUMP_PTXAS="1",
     MOSAIC_GPU_DUMP_HOST_LLVM="1",
+    LLVM_DISABLE_SYMBOLIZATION="1",  # of where files are written from: it takes most of the time
     XLA_FLAGS=(
         f"--xla_dump_to={FOLDER} --xla_dump_hlo_module_re=jit_dumped --xla_dump_hlo_as_text "
         "--xla_gpu_dump_llvmir=true --xla_dump_emitter_re=.*"
