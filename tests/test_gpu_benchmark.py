@@ -147,6 +147,26 @@ def test_the_table_and_the_figure(folder):
     assert (folder / "gpu_decode.png").stat().st_size > 10_000
 
 
+def test_a_bandwidth_that_is_not_known(folder, tmp_path):
+    journal = Journal(folder / "gpu_decode.jsonl")
+    records = gpu_decode._bandwidth(8).failed("no memory")
+    for r in journal.records:
+        if r["part"] != "bandwidth":
+            records.append(r | dict(copy_fraction=None) if r["part"] == "sweep" else r)
+    report.write(tmp_path, journal.machine, records, {})
+    text = (tmp_path / "gpu_decode.md").read_text()
+    assert "| copy |  |  | no memory |" in text and "| b2-t256-h4/2x128 |" in text
+
+
+def test_all_kernels_are_checked_before_what_they_replace():
+    names = [unit.name for unit in check.units(["cubic4", "vector2"])]
+    assert names == [
+        "check/cubic4/mosaic_gpu/short", "check/vector2/triton/short",
+        "check/cubic4/mosaic_gpu/long", "check/vector2/triton/long",
+        "check/cubic4/xla/short", "check/vector2/xla/short",
+    ]  # fmt: skip
+
+
 def test_a_run_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
     lines = (folder / "gpu_decode.jsonl").read_text().splitlines(keepends=True)
     (cut,) = [i for i, line in enumerate(lines) if '"done", "unit": "bandwidth"' in line]

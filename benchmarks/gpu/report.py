@@ -77,10 +77,12 @@ def _check(records: list[dict]) -> list[str]:
 
 def _bandwidth(records: list[dict]) -> list[str]:
     rows = [
-        [r["implementation"], f"{r['bytes_per_s'] / 1e12:.3f} TB/s", f"{r['spread']:.1%}"]
+        [r["implementation"], "", "", r["failure"]]
+        if "failure" in r
+        else [r["implementation"], f"{r['bytes_per_s'] / 1e12:.3f} TB/s", f"{r['spread']:.1%}", ""]
         for r in records
     ]
-    header = ["a pass over a large array", "bytes per second", "spread"]
+    header = ["a pass over a large array", "bytes per second", "spread", ""]
     return ["### Bandwidth", "", *_table(header, rows)]
 
 
@@ -148,7 +150,9 @@ def _cell(record: dict) -> str:
     if not record["median_us"]:
         return ""
     ratio = record["ratio_to_best_bf16"]
-    parts = [f"{record['median_us']:.1f} us", f"{record['copy_fraction']:.0%}"]
+    parts = [f"{record['median_us']:.1f} us"]
+    if record["copy_fraction"] is not None:
+        parts.append(f"{record['copy_fraction']:.0%}")
     if ratio is not None and record["implementation"] not in BFLOAT16:
         parts.insert(1, f"**{ratio:.2f}x**")
     return ", ".join(parts)
@@ -214,7 +218,7 @@ def roofline(machine: dict, records: list[dict]):
     ends = [min(intensities) / 2, max(intensities) * 2]
     most = next((n for name, n in FLOPS.items() if name in machine["device"]), math.inf)
     for r in records:
-        if r["part"] == "bandwidth":
+        if r["part"] == "bandwidth" and "failure" not in r:
             roof = [min(end * r["bytes_per_s"], most) for end in ends]
             style = "-" if r["implementation"] == "copy" else ":"
             axes.plot(ends, roof, style, color=plots.BLACK, label=f"memory, {r['implementation']}")

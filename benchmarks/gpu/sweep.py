@@ -200,7 +200,7 @@ class Measurement:
                 else:  # a baseline that this machine does not have
                     row.skipped = reason_of(error)
 
-    def records(self, copy_bytes_per_s: float) -> list[dict]:
+    def records(self, copy_bytes_per_s: float | None) -> list[dict]:
         self._note("timing")
         times = timing.in_turn({row.name: row.seconds for row in self._live}, self._repeats)
         best = min(
@@ -217,7 +217,8 @@ class Measurement:
             return record | dict(skipped=row.skipped)
         record |= timing.summary(times)
         median = record["median_us"] / 1e6
-        record["copy_fraction"] = record["bytes_read"] / median / copy_bytes_per_s
+        if copy_bytes_per_s is not None:
+            record["copy_fraction"] = record["bytes_read"] / median / copy_bytes_per_s
         record["ratio_to_best_bf16"] = None if best is None else float(best / median)
         # The last cache of the loop, after the same queries but for the last bits.
         plain = [r for r in self.rows if r.name == f"xla {row.form.name}" and r.out is not None]
@@ -243,7 +244,7 @@ def fields(shape: Shape, row: Row) -> dict:
 
 def units(
     grid: Sequence[Shape], wanted: Sequence[Format], *, repeats: int, most_copies: int, room: int,
-    no_torch: Callable[[], str | None], copy_bytes_per_s: Callable[[], float],
+    no_torch: Callable[[], str | None], copy_bytes_per_s: Callable[[], float | None],
 ) -> list[Unit]:  # fmt: skip
     """One for each shape; see `Measurement`."""
 
