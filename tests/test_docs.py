@@ -21,6 +21,7 @@ import nqkv_jax.quantizers
 import nqkv_jax.schemes
 from nqkv_jax.cli import main
 from nqkv_jax.schemes import base
+from nqkv_jax.schemes.nqkv import CODEBOOKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "add-a-scheme.md").read_text(encoding="utf-8")
@@ -112,6 +113,16 @@ def test_the_picture_shows_the_table_of_results():
         if line.get_marker() in "s^o"
     }
     assert {(b, p) for n, b, p in found if n in ("none", "nqkv", "kivi")} <= dots
+
+
+def test_errors_of_codebooks_are_what_the_table_says():
+    errors = load("codebook_errors", ROOT / "benchmarks")
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([234]) \| `(\w+)` \| (.+) \|$", text, re.MULTILINE)
+    assert {name for _, name, _ in rows} == set(CODEBOOKS)
+    for bits, name, cells in rows:
+        found = 100 * errors.nmse(name, int(bits), 256, samples=2**19)
+        assert found == pytest.approx(float(cells.split(" | ")[-1]), rel=1e-2)
 
 
 # How to add a scheme -----------------------------------------------------------------------------
