@@ -35,6 +35,16 @@ def test_arrays_of_any_strides_come_back(tmp_path):
     chex.assert_trees_all_equal(nq.load_cache(tmp_path / "cache"), cache)
 
 
+def test_sizes_may_be_numbers_of_numpy(tmp_path):
+    sizes = dict(num_layers=2, batch=1, max_len=600, num_kv_heads=2, head_dim=32)
+    init = nq.schemes.get("nqkv:block_size=32").init
+    cache = init(**sizes, windows=[300, None])
+    same = init(**{n: np.int64(a) for n, a in sizes.items()}, windows=[np.int64(300), None])
+    assert jax.tree.structure(same) == jax.tree.structure(cache)
+    nq.save_cache(same, tmp_path / "cache")
+    chex.assert_trees_all_equal(nq.load_cache(tmp_path / "cache"), cache)
+
+
 @pytest.mark.parametrize("spec", ["nqkv-plus:fused=False,group_size=16,recent=8"])
 def test_goes_on_from_a_file(spec, tmp_path):
     q, k, v = make_qkv(49)

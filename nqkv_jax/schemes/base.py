@@ -228,6 +228,8 @@ class Scheme:
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
                 raise ValueError(f"{self}: expected {name} >= 1, a whole number; got {size!r}")
+        # What is static is written to files, too: NumPy's are Python's from here on.
+        num_layers, batch, max_len, num_kv_heads, head_dim = map(int, sizes.values())
         windows = self._windows(windows, num_layers)
         shapes = (
             LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim, layer=i, num_layers=num_layers)
@@ -249,7 +251,7 @@ class Scheme:
                 f"{self}: expected windows to be a whole number >= 1, or None, for each of "
                 f"{num_layers} layers; got {windows}"
             )
-        return windows
+        return tuple(w if w is None else int(w) for w in windows)
 
     def abstract(self, **sizes) -> KVCache:
         """What `init` would allocate, as shapes: count its `nbytes` without spending them."""
