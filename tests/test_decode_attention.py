@@ -138,6 +138,16 @@ def test_mosaic_gpu_in_the_interpreter(name, monkeypatch):
 
 
 @needs_mosaic_gpu
+def test_queries_of_float32_are_as_exact_as_float16_on_gpus(monkeypatch):
+    strict = plgpu.InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(mosaic_gpu.decode_attention, interpret=strict)
+    monkeypatch.setattr(mosaic_gpu, "decode_attention", kernel)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(CASES["cubic4-d64"], jnp.float32, 1e-5, num_tiles=4, implementation="mosaic_gpu")
+    check(CASES["cubic4-d64"], jnp.float32, 2e-3, num_tiles=4, implementation="mosaic_gpu")
+
+
+@needs_mosaic_gpu
 def test_units_in_turn_in_the_interpreter(monkeypatch):
     """Three of one split, with room for two."""
     strict = plgpu.InterpretGPUParams(detect_races=True)
