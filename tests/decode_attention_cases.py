@@ -146,6 +146,10 @@ def _cases():
         "keys8-values4-minmax-parts-g16", codebooks.uniform(8), block=1 / 4,
         value_codebook=codebooks.uniform(4), **many,
     )  # fmt: skip
+    yield Case(
+        "keys4-values2-minmax-parts-of-32", codebooks.uniform(4), group=4, zero=True, block=1 / 4,
+        value_codebook=codebooks.uniform(2),
+    )  # fmt: skip
     yield Case("soft-cap", cubic(4), soft_cap=5.0)
     yield Case("window", cubic(4), window=150, group=2)
 

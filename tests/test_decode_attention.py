@@ -114,6 +114,7 @@ GPU_SLOW = [
     "channels2-minmax", "cubic3-d256", "plus2-g20", "float8-parts-g16", "float8-d256",
     "float8-keys-values4", "nf3-d256", "nf4-d256-parts", "kivi2-g16", "kivi4-d256-g16",
     "uniform2-minmax-d80-g16", "uniform3-minmax-d256-parts-g16", "keys8-values4-minmax-parts-g16",
+    "keys4-values2-minmax-parts-of-32",
 ]  # fmt: skip
 GPU_QUICK = [
     "cubic4", "uniform2-d64", "window", "plus2-d64", "keys4-values2", "cubic4-d80", "kivi4-d64",
@@ -208,6 +209,11 @@ def test_what_the_gpu_kernel_needs():
     narrow = dataclasses.replace(CASES["cubic4"], head_dim=48)
     q, key, value, lengths, _ = arguments(narrow, (10,))
     with pytest.raises(NotImplementedError, match="needs head_dim 64 to 256; got 48"):
+        decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
+    signed = codebooks.cubic_normal(3, 32, signed=True)
+    small = dataclasses.replace(CASES["cubic3-d256"], codebook=signed, block=1 / 8)
+    q, key, value, lengths, _ = arguments(small, (10,))
+    with pytest.raises(NotImplementedError, match=r"at most 4 blocks of a head.* 3 bits.* got 8"):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     of_tokens = dataclasses.replace(CASES["plus3"], key_channels=False)
     q, key, value, lengths, _ = arguments(of_tokens, (10,))

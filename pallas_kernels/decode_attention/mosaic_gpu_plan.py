@@ -127,6 +127,7 @@ class Plan:
         scales of channels are for few tokens, few fields have the same queries."""
         many, wide = self.group > 8, self.head_dim > tiles.LANES
         zeros = any(side.zero and not side.high for side in self.sides)
+        small = any(side.parts_off_centre and side.blocks > 2 for side in self.sides)
         # Some are demands only where registers are few.
         demands = (
             any(side.blocks > 1 or side.shifted for side in self.sides)
@@ -136,7 +137,7 @@ class Plan:
             + (any(side.high for side in self.sides) and (many or wide))
             + (any(side.parts_off_centre for side in self.sides) and (many or wide))
             + 2 * (any(side.levels.long for side in self.sides) and wide)
-            + (self.key.pieces != self.value.pieces and wide)
+            + (self.key.pieces != self.value.pieces and (wide or small))
             + (many and (self.head_dim % ROWS > 0 or (zeros and not wide)))
             # Where threads copy, addresses take registers.
             + (not self.bulk_copies and many and wide)
@@ -350,6 +351,7 @@ class Plan:
         found to leave room for."""
         small = self.head_dim <= ROWS and self.group <= 8 and not self.wave_rows
         small = small and not any(side.high for side in self.sides)
+        small = small and not (self.key.pieces != self.value.pieces and self.key.parts_off_centre)
         many = self.narrow_bits == 2
         if self.machine.capability[0] != 9:  # where compilers take more for long polynomials
             many = many or any(side.levels.polynomial is None for side in self.sides)

@@ -90,8 +90,8 @@ def test_registers_are_as_recorded(gpu):
                 assert abs(row[count] - before[count]) <= 0.1 * before[count], (row, before)
 
 
-# Registers for one program more take them: with 8 warps it would be none, and one program instead
-# of two on a multiprocessor (not measured).
+# With 8 warps it would be none, but a multiprocessor would run one program at a time, not two.
+# Which is faster was not measured.
 SPILLED = {"vector2": 8, "vector2-partial-rotary": 8}
 
 

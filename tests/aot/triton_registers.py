@@ -1,6 +1,8 @@
 """What the GPU's assembler makes of the kernels by Triton: registers, and bytes that it spills.
 
-python tests/aot/triton_registers.py [GPU] [CASE ...]
+    python tests/aot/triton_registers.py [GPU] [CASE ...]
+
+Of one of `targets.GPUS` (h100), and of all cases, if none is named.
 """
 
 import functools
@@ -12,12 +14,12 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import append_token_cases
 import dump  # first: see there
 import exact_attention_cases
 import jax
 import jax.numpy as jnp
 import targets
+from append_token_cases import CASES, KEEP, TOKEN, body, tokens
 from decode_attention_cases import arguments
 from registers import tool
 from vector_attention_cases import VECTOR_CASES
@@ -31,7 +33,7 @@ TARGET, NAMES = targets.of_command_line()
 
 def of_exact_attention(case):
     run = functools.partial(exact_attention, slots=case.slots, soft_cap=case.soft_cap)
-    return lambda q, k, v, *rest: run(q, k, v, *rest), exact_attention_cases.arguments(case)
+    return run, exact_attention_cases.arguments(case)
 
 
 def of_vectors(case):
@@ -42,16 +44,15 @@ def of_vectors(case):
 
 def of_append_token(case):
     one = lambda *a: append_token(*a, **case.options)
-    body, x = append_token_cases.body(case), append_token_cases.tokens(case)
-    place = jnp.asarray(append_token_cases.TOKEN, jnp.int32)
-    keep = jnp.asarray(append_token_cases.KEEP)
-    return jax.vmap(one), (body.words, body.scale, body.zero, x, place, keep)
+    before, place = body(case), jnp.asarray(TOKEN, jnp.int32)
+    stored = before.words, before.scale, before.zero
+    return jax.vmap(one), (*stored, tokens(case), place, jnp.asarray(KEEP))
 
 
 KERNELS = {
     "exact_attention": (of_exact_attention, exact_attention_cases.CASES.values()),
     "decode_attention_vectors": (of_vectors, VECTOR_CASES),
-    "append_token": (of_append_token, append_token_cases.CASES.values()),
+    "append_token": (of_append_token, CASES.values()),
 }
 
 
