@@ -34,13 +34,13 @@ def _read_exact(
 
     The tokens are first[b] + [0, size), each at its number modulo size.
     """
-    size, capacity, num_sinks = token.shape[1], side.window.capacity, side.num_sinks
+    size, slots, num_sinks = token.shape[1], side.slots, side.num_sinks
     join = lambda sinks, tail: jnp.concatenate([sinks, tail], axis=1)
     x = side.exact
-    if capacity < size:
+    if slots < size:
         tail = jnp.zeros((*token.shape, *x.shape[2:]), x.dtype)
-        if capacity:
-            tail = jax.vmap(lambda ring, t: ring[t % capacity])(side.residual, token)
+        if slots:
+            tail = jax.vmap(lambda ring, t: ring[t % slots])(side.residual, token)
         x = join(side.sinks, tail)
     if rotary is not None:
         x = rotary(x, _positions(token, num_sinks))
@@ -201,7 +201,7 @@ def _attend_cache(
     # Sinks and residual are one segment. The residual is in the order of its slots, so that it is
     # read as it lies.
     partial, key, value = Partial.empty(q), source.key, source.value
-    tail = max(key.window.capacity, value.window.capacity)
+    tail = max(key.slots, value.slots)
     if key.num_sinks + tail:
         begin = common[:, None]
         token = begin + (jnp.arange(tail)[None] - begin) % max(tail, 1)

@@ -73,8 +73,8 @@ class Side:
     """Keys or values of one layer.
 
     Attributes:
-      exact: [B, num_sinks + capacity, Hkv, D], sinks and residual: one array, as attention sees
-      both. The token at position p of the residual is in its slot (p - num_sinks) % capacity.
+      exact: [B, num_sinks + slots, Hkv, D], sinks and residual: one array, as attention sees
+      both. The token at position p of the residual is in its slot (p - num_sinks) % slots.
       body: payload leaves [B, groups, ...]; group g holds tokens num_sinks + [g, g + 1) * group.
       state: the quantizer's per-sequence state, leaves [B, ...].
       quantizer: a pytree; static unless it is calibrated.
@@ -101,8 +101,13 @@ class Side:
 
     @property
     def residual(self) -> jax.Array:
-        """[B, capacity, Hkv, D], the latest."""
+        """[B, slots, Hkv, D], the latest."""
         return self.exact[:, self.num_sinks :]
+
+    @property
+    def slots(self) -> int:
+        """Of the residual: `window.capacity`, but no more than there can be tokens."""
+        return self.exact.shape[1] - self.num_sinks
 
     @property
     def num_groups(self) -> int:
@@ -160,6 +165,7 @@ def init_side(
     *,
     num_sinks: int,
     capacity: int,
+    max_len: int,
     batch: int,
     num_kv_heads: int,
     head_dim: int,
@@ -167,7 +173,8 @@ def init_side(
     period: int | None = None,
     rotates: bool = False,
 ) -> Side:
-    """An empty side; its body has room for `capacity` tokens, in whole groups."""
+    """An empty side; its body has room for `capacity` tokens, in whole groups, and sinks and
+    residual for no more than `max_len`."""
     group = quantizer.group
     if window.chunk % quantizer.step:
         raise ValueError(
@@ -178,9 +185,12 @@ def init_side(
     shapes = tuple((a.shape, jnp.dtype(a.dtype)) for a in arrays)
     payload = _payload_shape(structure, shapes, num_kv_heads, head_dim, jnp.dtype(dtype))
     zeros = lambda a: jnp.zeros((batch, -(-capacity // group), *a.shape), a.dtype)
-    state = quantizer.init_state(num_kv_heads, head_dim)
+    # Nothing ever enters a state where nothing is encoded.
+    state = quantizer.init_state(num_kv_heads, head_dim) if capacity else ()
+    num_sinks = min(num_sinks, max_len)
+    exact = num_sinks + min(window.capacity, max_len - num_sinks)
     return Side(
-        exact=jnp.zeros((batch, num_sinks + window.capacity, num_kv_heads, head_dim), dtype),
+        exact=jnp.zeros((batch, exact, num_kv_heads, head_dim), dtype),
         body=jax.tree.map(zeros, payload),
         state=jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), state),
         # What it has learned belongs to the scheme, and would be gone with a cache that is donated.
@@ -219,16 +229,16 @@ def _encode(
     do without x); `keys` are residual and x of the other side. Of `side` only what all sequences
     share is used.
     """
-    quantizer, group, capacity = side.quantizer, side.quantizer.group, side.window.capacity
+    quantizer, group, slots = side.quantizer, side.quantizer.group, side.slots
     token = first + jnp.arange(count)
 
     def gather(residual, x):
         if x is None:
-            return residual[token % capacity]
+            return residual[token % slots]
         rows = x[jnp.clip(token - start, 0, x.shape[0] - 1)]
-        if not capacity:
+        if not slots:
             return rows
-        return jnp.where((token < start)[:, None, None], residual[token % capacity], rows)
+        return jnp.where((token < start)[:, None, None], residual[token % slots], rows)
 
     rows, positions = gather(residual, x), side.counted(token) + side.num_sinks
     if side.rotates and rotary is not None:
@@ -309,7 +319,7 @@ def append_side(
       x: [B, S, Hkv, D] in the dtype of the cache; rows past the valid ones are ignored.
       lengths, new_lengths: i32[B], tokens before and after.
       queries: [B, S, Hkv, G, D], for quantizers that want them.
-      keys: residual [B, capacity, Hkv, D] (before these tokens) and x of the key side, likewise.
+      keys: residual [B, slots, Hkv, D] (before these tokens) and x of the key side, likewise.
     """
     wants_queries = side.quantizer.wants_queries
     keys = keys if side.quantizer.wants_keys else None
@@ -350,16 +360,16 @@ def append_side(
 
 def store(side: Side, x: jax.Array, lengths: jax.Array, new_lengths: jax.Array) -> Side:
     """Puts the tokens of `append_side` into sinks and residual, those that stay in it."""
-    num_sinks, capacity, offset = side.num_sinks, side.window.capacity, jnp.arange(x.shape[1])
-    if not num_sinks + capacity:
+    num_sinks, slots, offset = side.num_sinks, side.slots, jnp.arange(x.shape[1])
+    if not num_sinks + slots:
         return side
 
     def one(exact, x, before, after):
         token = before + offset
         slot, stays = token, token < 0  # among the sinks
-        if capacity:
-            slot = jnp.where(stays, token, token % capacity)
-            stays = stays | (token >= after - capacity)
+        if slots:
+            slot = jnp.where(stays, token, token % slots)
+            stays = stays | (token >= after - slots)
         return _write(exact, x, num_sinks + slot, (token < after) & stays)
 
     exact = jax.vmap(one)(side.exact, x, lengths - num_sinks, new_lengths - num_sinks)

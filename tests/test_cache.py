@@ -162,6 +162,29 @@ def test_kivi_residual_lengths():
         assert t - layer.value_window.encoded(t) == min(t, 32)
 
 
+WAITING = ["kivi", "nqkv-plus", "squat:residual=64", "ott:skip_layers=0", "quanto:group_size=32"]
+
+
+@pytest.mark.parametrize("spec", [*WAITING, "int4:sinks=9"])
+@pytest.mark.parametrize("max_len", [1, 7, 33])
+def test_a_short_cache_takes_no_more_than_full_precision(spec, max_len):
+    """Sinks and residual have no room for tokens that can never come."""
+    short, long = (make_cache(spec, max_len=n) for n in (max_len, 300))
+    room = max_len if spec in WAITING else min(max_len, 9)
+    assert [s.exact.shape[1] for s in (short.layers[0].key, short.layers[0].value)] == [room] * 2
+    assert short.nbytes <= make_cache("none", max_len=max_len).nbytes
+    # Attention sees the same: a prompt of all but two tokens, these, and one that is too many.
+    q, k, v = make_qkv(max_len + 1)
+    prompt = max(max_len - 2, 1)
+    for first, last in ((0, prompt), *((i, i + 1) for i in range(prompt, max_len + 1))):
+        out, short = attend(*(a[:, first:last] for a in (q, k, v)), short)
+        expected, long = attend(*(a[:, first:last] for a in (q, k, v)), long)
+        if last <= max_len:
+            np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_array_equal(short.lengths, [max_len] * BATCH)
+    np.testing.assert_array_equal(short.overflow, [1] * BATCH)
+
+
 def test_kivi_keys_are_not_encoded_one_token_at_a_time():
     """A per-channel group of one token has range 0 and would come out exact: silently too good."""
     _, k, v = make_qkv(64)

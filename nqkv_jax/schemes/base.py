@@ -135,7 +135,9 @@ class LayerScheme:
         ring = period is not None and not keep_all
         if ring:
             own, common = (period, period), period
-        sizes = dict(batch=batch, num_kv_heads=heads, head_dim=head_dim, dtype=dtype)
+        sizes = dict(
+            max_len=max_len, batch=batch, num_kv_heads=heads, head_dim=head_dim, dtype=dtype
+        )
         side = lambda quantizer, window, capacity, **how: init_side(
             quantizer,
             window,
