@@ -1,7 +1,8 @@
 """The cache: sinks | body | residual for keys and for values of every layer.
 
-See `nqkv_jax.side` for where tokens are. After every token, full residuals are encoded: layer by
-layer, or (`KVCache.defer_flush`) of all layers at once, with the last.
+See `nqkv_jax.side` for where tokens are, and `nqkv_jax.append` for how they get there. After every
+token, full residuals are encoded: layer by layer, or (`KVCache.defer_flush`) of all layers at once,
+with the last.
 """
 
 import dataclasses
@@ -9,10 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nqkv_jax import side as sides
+from nqkv_jax.append import Waiting, append_side, append_token, flush
 from nqkv_jax.pallas_kernels.decode_attention import IMPLEMENTATIONS
 from nqkv_jax.rotary import Rotary
-from nqkv_jax.side import Side, Waiting
+from nqkv_jax.side import Side
 
 _STATIC = {"static": True}
 
@@ -44,8 +45,8 @@ class LayerCache:
     an ordinary body; `attend` turns queries to where either of two rounds began, and asks twice.
     """
 
-    key: Side
-    value: Side
+    key: Side = dataclasses.field(repr=False)
+    value: Side = dataclasses.field(repr=False)
     lengths: jax.Array
     overflow: jax.Array
     unflushed: Unflushed | None = None
@@ -84,6 +85,28 @@ class LayerCache:
                 "no room for more; call attend with layer=0, 1, ..., or cache.flush() after a token"
             )
 
+    def take(self, sequences: jax.Array) -> "LayerCache":
+        """See `KVCache.take`."""
+        self.check_flushed()
+        return dataclasses.replace(
+            self,
+            key=self.key.take(sequences),
+            value=self.value.take(sequences),
+            lengths=self.lengths[sequences],
+            overflow=self.overflow[sequences],
+        )
+
+    def reset(self, where: jax.Array) -> "LayerCache":
+        """See `KVCache.reset`."""
+        self.check_flushed()
+        return dataclasses.replace(
+            self,
+            key=self.key.reset(where),
+            value=self.value.reset(where),
+            lengths=jnp.where(where, 0, self.lengths),
+            overflow=jnp.where(where, 0, self.overflow),
+        )
+
     def append(
         self,
         k: jax.Array,
@@ -117,8 +140,8 @@ class LayerCache:
 
         def append(side, x):
             if one_token and side.waits:
-                return sides.append_token(side, x, self.lengths, lengths, queries=queries)
-            return sides.append_side(side, x, self.lengths, lengths, rotary, **beside)
+                return append_token(side, x, self.lengths, lengths, queries=queries)
+            return append_side(side, x, self.lengths, lengths, rotary, **beside)
 
         layer = dataclasses.replace(
             self,
@@ -152,7 +175,7 @@ def _flush(layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
             by_window.setdefault(side.window, {})[i, name] = waiting
     changed = [dict(unflushed=None) for _ in layers]
     for group in by_window.values():
-        flushed = sides.flush(list(group.values()))
+        flushed = flush(list(group.values()))
         for (i, name), side in zip(group, flushed, strict=True):
             changed[i][name] = side
     return tuple(dataclasses.replace(a, **new) for a, new in zip(layers, changed, strict=True))
@@ -166,6 +189,14 @@ class KVCache:
     layers: tuple[LayerCache, ...]
     scheme: str = dataclasses.field(metadata=_STATIC)  # the string form, for messages
     deferring: bool = dataclasses.field(default=False, metadata=_STATIC)  # see `defer_flush`
+
+    def __repr__(self) -> str:
+        one = self.layers[0]
+        return (
+            f"KVCache(scheme={self.scheme!r}, layers={len(self.layers)}, max_len={one.max_len}, "
+            f"num_kv_heads={one.num_kv_heads}, head_dim={one.head_dim}, dtype={one.dtype}, "
+            f"lengths={self.lengths})"
+        )
 
     @property
     def batch(self) -> int:
@@ -188,6 +219,47 @@ class KVCache:
     def positions(self, num_tokens: int) -> jax.Array:
         """i32[B, num_tokens], positions of the next tokens."""
         return self.lengths[:, None] + jnp.arange(num_tokens)[None, :]
+
+    def take(self, sequences) -> "KVCache":
+        """The cache of other sequences of the batch: in another order, some of them repeated (to
+        sample several continuations, or for the beams of a search), or left out.
+
+        Args:
+          sequences: i32[N], indices into the batch. Traced ones out of range take the first or the
+            last sequence, as indices do in JAX.
+
+        Raises: ValueError: they are no whole numbers, or out of range.
+        """
+        index = jnp.asarray(sequences)
+        if index.ndim != 1 or not index.size or not jnp.issubdtype(index.dtype, jnp.integer):
+            raise ValueError(
+                "cache: take expects the indices of sequences, one or more whole numbers in a row; "
+                f"got {sequences!r}"
+            )
+        traced = isinstance(index, jax.core.Tracer)
+        if not traced and not (0 <= index.min() and index.max() < self.batch):
+            raise ValueError(
+                f"cache: take expects indices of its {self.batch} sequences, 0 to {self.batch - 1};"
+                f" got {sequences!r}"
+            )
+        return dataclasses.replace(self, layers=tuple(a.take(index) for a in self.layers))
+
+    def reset(self, where=None) -> "KVCache":
+        """The same cache, of which some sequences are empty, as after `init`: others can begin
+        there.
+
+        Args:
+          where: bool[B], which sequences; None for all.
+
+        Raises: ValueError: `where` has another dtype or shape.
+        """
+        where = jnp.ones(self.batch, bool) if where is None else jnp.asarray(where)
+        if where.shape != (self.batch,) or where.dtype != bool:
+            raise ValueError(
+                f"cache: reset expects `where` to be bool[{self.batch}], True for each sequence "
+                f"that is to be empty; got {where.dtype} of shape {where.shape}"
+            )
+        return dataclasses.replace(self, layers=tuple(a.reset(where) for a in self.layers))
 
     def with_implementation(self, implementation: str) -> "KVCache":
         """The same cache, whose tokens are decoded one by one by what is asked for.

@@ -102,6 +102,63 @@ def test_ragged_batch_equals_each_sequence_alone(spec):
         chex.assert_trees_all_equal(row, own(alone))
 
 
+# With and without states, arrays that sequences share, sinks, a residual, groups of tokens.
+KINDS = SCHEMES[6], SCHEMES[15], SCHEMES[19], SCHEMES[20]
+
+
+@pytest.mark.parametrize(
+    "spec", [pytest.param(s, marks=[] if s in KINDS else pytest.mark.more) for s in SCHEMES]
+)
+def test_sequences_are_taken_and_reset(spec):
+    """Bit for bit: what is taken goes on as it would have, and what is reset begins anew."""
+    _, k, v = make_qkv(75)
+    fill = lambda *args: append_in_pieces(*args, PIECE)
+    go_on = lambda cache, rows: fill(cache, k[rows, 5:], v[rows, 5:], [70 - 3 * b for b in rows])
+    half = lambda: fill(make_cache(spec, max_len=150), k, v, [75, 37])
+    stored = lambda cache: [(a.key, a.value, a.lengths, a.overflow) for a in cache.layers]
+
+    swapped = go_on(half().take([1, 0]), [1, 0])
+    chex.assert_trees_all_equal(stored(swapped), stored(go_on(half(), [0, 1]).take([1, 0])))
+    several = half().take(jnp.array([1, 1, 0]))
+    assert several.batch == 3 and several.nbytes > half().nbytes
+    chex.assert_trees_all_equal(stored(several.take([0, 2])), stored(half().take([1, 0])))
+
+    # Of a body that is shorter again nothing is seen, so that it need not be as it was.
+    anew, fresh = half().reset(jnp.array([True, False])), make_cache(spec, max_len=150)
+    np.testing.assert_array_equal(anew.lengths, [0, 37])
+    chex.assert_trees_all_equal(stored(anew.take([1])), stored(half().take([1])))
+    states = lambda cache: [(a.key.state, a.value.state) for a in cache.layers]
+    chex.assert_trees_all_equal(states(anew.take([0])), states(fresh.take([0])))
+    q, k, v = make_qkv(90, seed=1)
+    seen = []
+    for cache in (half().reset(), fresh):
+        out, cache = attend(q[:, :-1], k[:, :-1], v[:, :-1], cache, rotary=ROTARY)
+        last, cache = attend(q[:, -1:], k[:, -1:], v[:, -1:], cache, rotary=ROTARY)
+        seen.append((out, last, states(cache), cache.lengths, cache.overflow))
+    chex.assert_trees_all_equal(*seen)
+
+
+def test_which_sequences_can_be_taken_and_reset():
+    cache = make_cache("nqkv", max_len=8)
+    for wrong in ([], [[0, 1]], [0.5], [True], [2], [-1], 0):
+        with pytest.raises(ValueError, match="take expects"):
+            cache.take(wrong)
+    for wrong in ([0, 1], [True], True):
+        with pytest.raises(ValueError, match=r"bool\[2\], True for each sequence"):
+            cache.reset(wrong)
+    assert jax.jit(lambda cache, i: cache.take(i))(cache, jnp.array([1])).batch == 1
+
+
+def test_a_cache_is_shown_in_a_line():
+    shown = repr(make_cache("nqkv:bits=3", max_len=64, num_layers=3))
+    assert shown == (
+        "KVCache(scheme='nqkv:bits=3', layers=3, max_len=64, num_kv_heads=2, head_dim=32, "
+        "dtype=float32, lengths=[0 0])"
+    )
+    one = make_cache("nqkv-plus", max_len=300).layers[0]
+    assert len(repr(one)) < 300 and len(repr(one.key)) < 300
+
+
 @pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_overflow_is_counted_and_leaves_the_cache_intact(spec):
     _, k, v = make_qkv(MAX_LEN + 15)
