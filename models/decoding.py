@@ -1,9 +1,9 @@
 """The three compiled programs of generation: prefill a chunk, first token, decoding loop.
 
-Each is one module-level `jit` whose static arguments say what the program is (the model's graph,
-the sampling) and no more: models of one architecture share programs, and no program keeps a model
-alive. Parameters, cache and limits are arguments, so that a program serves every prompt of a
-bucket.
+Each is one module-level `jit` whose static arguments say what the program is (the model's graph)
+and no more: models of one architecture share programs, and no program keeps a model alive.
+Parameters, cache, limits and the numbers of a sampling are arguments, so that a program serves
+every prompt of a bucket.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import nnx
 
 from nqkv_jax.cache import KVCache
 from nqkv_jax.models.loading import apply
-from nqkv_jax.models.sampling import Sampling, sample
+from nqkv_jax.models.sampling import Rules, sample
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +50,17 @@ def prefill(
     return jnp.where((num_new > 0)[:, None], new, logits), cache
 
 
-@functools.partial(
-    jax.jit, static_argnames=("sampling", "num_samples"), donate_argnames=("cache", "seen")
-)
+@functools.partial(jax.jit, static_argnames="num_samples")
+def repeat(logits: jax.Array, cache: KVCache, num_samples: int) -> tuple[jax.Array, KVCache]:
+    """Logits and cache of `num_samples` sequences in a row for each one."""
+    sequences = jnp.arange(cache.batch * num_samples) // num_samples
+    return logits[sequences], cache.take(sequences)
+
+
+@functools.partial(jax.jit, static_argnames="num_samples", donate_argnames=("cache", "seen"))
 def start(
     logits: jax.Array, cache: KVCache, seen: jax.Array | None, seed: jax.Array,
-    stop_ids: jax.Array, *, sampling: Sampling, num_samples: int,
+    stop_ids: jax.Array, *, rules: Rules, num_samples: int,
 ) -> DecodeState:  # fmt: skip
     """The state after the first token, which the logits f32[B, V] of the prefill decide.
 
@@ -75,13 +80,13 @@ def start(
         keys=fold_in(keys, row % num_samples),
         seen=seen,
     )
-    return _choose(state, logits, stop_ids, sampling)
+    return _choose(state, logits, stop_ids, rules)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="sampling", donate_argnames="state")
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def decode(
     graphdef: nnx.GraphDef, params: nnx.State, state: DecodeState, stopped: jax.Array,
-    stop_ids: jax.Array, limit: jax.Array, *, sampling: Sampling,
+    stop_ids: jax.Array, limit: jax.Array, *, rules: Rules,
 ) -> DecodeState:  # fmt: skip
     """Generates until every sequence is done or has `limit` i32[] tokens.
 
@@ -95,7 +100,7 @@ def decode(
             num_new=(~state.done).astype(jnp.int32), last_only=True,
         )  # fmt: skip
         state = dataclasses.replace(state, cache=cache)
-        return _choose(state, logits, stop_ids, sampling)
+        return _choose(state, logits, stop_ids, rules)
 
     state = dataclasses.replace(state, done=state.done | stopped, cache=state.cache.defer_flush())
     state = jax.lax.while_loop(lambda s: jnp.any(~s.done & (s.count < limit)), step, state)
@@ -103,12 +108,12 @@ def decode(
 
 
 def _choose(
-    state: DecodeState, logits: jax.Array, stop_ids: jax.Array, sampling: Sampling
+    state: DecodeState, logits: jax.Array, stop_ids: jax.Array, rules: Rules
 ) -> DecodeState:
     """Takes the next token of the sequences that are not done."""
     active, row = ~state.done, jnp.arange(logits.shape[0])
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
-    token = jnp.where(active, sample(logits, keys, sampling, state.seen), state.token)
+    token = jnp.where(active, sample(logits, keys, rules, state.seen), state.token)
     # Past the end of the row nothing is written: a done sequence keeps what it has.
     at = jnp.where(active, state.count, state.tokens.shape[1])
     failed = state.failed | active & jnp.any(jnp.isnan(logits), axis=1)

@@ -71,7 +71,8 @@ def generate(
     lm: LanguageModel,
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
-    scheme: str | Scheme = "nqkv",
+    scheme: str | Scheme | None = None,
+    cache: KVCache | None = None,
     max_new_tokens: int = 64,
     max_len: int | None = None,
     sampling: Sampling = GREEDY,
@@ -86,36 +87,43 @@ def generate(
 ) -> Generation:
     """Continues the prompts.
 
-    Compiles once per (batch, max_len, padded prompt length up to `prefill_chunk`, sampling), for
-    each scheme and model architecture.
+    Compiles once per (batch, max_len, padded prompt length up to `prefill_chunk`, which rules of
+    `Sampling` there are), for each scheme and model architecture.
 
     Args:
       lm: as `from_pretrained` returns it.
       prompts: a text, texts, or lists of token ids.
-      scheme: of the cache, or its string form: `nqkv_jax.schemes.names()`.
+      scheme: of the cache, or its string form: `nqkv_jax.schemes.names()`. Default: "nqkv".
+      cache: to go on from, in place of an empty one, with room for what is to come: prompts are
+        what follows there, one for each of its sequences. It is copied, and can be used again. The
+        last token of a `Generation` is not in its cache: begin with it, or generate only one token
+        where the prompt is all that is to be kept.
       max_new_tokens: at most so many per sequence.
       max_len: tokens per sequence that the cache has room for. Default: the padded prompt length
-        plus `max_new_tokens`; for a kernel that is asked for a multiple of 128, and at least 1,024;
-        as far as the model has positions.
+        plus `max_new_tokens`, in steps of 128; for a kernel that is asked for at least 1,024; as
+        far as the model has positions.
       sampling: greedy by default.
       seed: what is drawn for sample j of prompt i depends on the model's distribution and on
         (seed, i, j), not on the other prompts.
-      num_samples: continuations of each prompt.
+      num_samples: continuations of each prompt, which is read once.
       stop: strings that end a sequence; they are cut from its text.
       stop_ids: token ids that end a sequence, in addition to those of the model and its tokenizer.
       prefill_chunk: prompt tokens that go through the model at a time.
-      cache_dtype: of what the scheme keeps in full precision; default: the dtype of the model.
+      cache_dtype: of what the scheme keeps in full precision; default: the dtype of the model, or
+        of `cache`.
       implementation: of decoding with the cache: see `KVCache.with_implementation`.
-      add_special_tokens: whether texts get a BOS token, if the model wants one.
+      add_special_tokens: whether texts get a BOS token, if the model wants one, and they do not
+        follow anything in `cache`.
 
     Raises:
       ValueError: an argument is wrong, a prompt has no token or an id outside the vocabulary, or
-        prompt and new tokens do not fit into `max_len` or the model's positions.
+        prompt and new tokens do not fit into `max_len` or the model's positions; or `cache` is not
+        of this model, these prompts, or what else is asked for.
       NotImplementedError: the kernel that `implementation` names cannot serve scheme and model.
       FloatingPointError: the model's logits are not numbers.
     """
     request = prepare(
-        lm, prompts, scheme=scheme, max_new_tokens=max_new_tokens, max_len=max_len,
+        lm, prompts, scheme=scheme, cache=cache, max_new_tokens=max_new_tokens, max_len=max_len,
         sampling=sampling, seed=seed, num_samples=num_samples, stop=stop, stop_ids=stop_ids,
         prefill_chunk=prefill_chunk, cache_dtype=cache_dtype, implementation=implementation,
         add_special_tokens=add_special_tokens,
@@ -199,12 +207,13 @@ class _Run:
         stop_ids = sorted(request.stop_ids)
         stop_ids += [-1] * (-len(stop_ids) % 8)
         self._stop_ids = jnp.asarray(stop_ids, jnp.int32)
-        batch = len(request.prompts)
+        self._rules = request.sampling.rules()
+        self._prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
         self._writers = None
         if lm.tokenizer is not None:
-            self._writers = [TextWriter(lm.tokenizer, p, request.stop) for p in request.prompts]
-        self._tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._reasons: list[str | None] = [None] * batch
+            self._writers = [TextWriter(lm.tokenizer, p, request.stop) for p in self._prompts]
+        self._tokens: list[list[int]] = [[] for _ in range(request.batch)]
+        self._reasons: list[str | None] = [None] * request.batch
 
     @property
     def finished(self) -> bool:
@@ -220,7 +229,7 @@ class _Run:
             stopped = jnp.asarray([reason is not None for reason in self._reasons])
             self._state = self._call(
                 "decode", decoding.decode, *self._model, self._state, stopped, self._stop_ids,
-                jnp.asarray(limit, jnp.int32), sampling=self._request.sampling,
+                jnp.asarray(limit, jnp.int32), rules=self._rules,
             )  # fmt: skip
         return self._read()
 
@@ -232,7 +241,7 @@ class _Run:
         return Generation(
             texts=None if self._writers is None else [writer.text for writer in self._writers],
             tokens=self._tokens,
-            prompt_tokens=self._request.prompts,
+            prompt_tokens=self._prompts,
             finish_reasons=self._reasons,
             prefill_seconds=self._seconds["prefill"],
             decode_seconds=decode,
@@ -253,10 +262,15 @@ class _Run:
                 "prefill", decoding.prefill, *self._model, jnp.asarray(tokens),
                 jnp.asarray(num_new), logits, self._cache,
             )  # fmt: skip
-        seen = jnp.asarray(request.seen()) if request.sampling.needs_seen else None
+        if request.num_samples > 1:
+            logits, self._cache = self._call(
+                "prefill", decoding.repeat, logits, self._cache, num_samples=request.num_samples
+            )
+        penalised = self._rules.repetition_penalty is not None
+        seen = jnp.asarray(request.seen()) if penalised else None
         self._state = self._call(
             "decode", decoding.start, logits, self._cache, seen, np.uint32(request.seed),
-            self._stop_ids, sampling=request.sampling, num_samples=request.num_samples,
+            self._stop_ids, rules=self._rules, num_samples=request.num_samples,
         )  # fmt: skip
         self._cache = None
 
@@ -284,7 +298,7 @@ class _Run:
             self._extend(i, tokens[i, len(self._tokens[i]) : counts[i]].tolist())
             if self._reasons[i] is None
             else ""
-            for i in range(len(request.prompts))
+            for i in range(request.batch)
         ]
 
     def _extend(self, i: int, tokens: list[int]) -> str:

@@ -22,10 +22,11 @@ _SMALLEST_BUCKET = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A checked request; `prompts` has one entry per sequence, samples of a prompt in a row."""
+    """A checked request."""
 
     config: ModelConfig = dataclasses.field(repr=False)
     prompts: list[list[int]]
+    cache: KVCache | None = dataclasses.field(repr=False)  # that they go on from
     scheme: Scheme
     max_new_tokens: int
     max_len: int
@@ -42,12 +43,20 @@ class Request:
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def batch(self) -> int:
+        """Sequences that are generated: samples of a prompt in a row."""
+        return len(self.prompts) * self.num_samples
+
     def new_cache(self) -> KVCache:
-        """An empty cache."""
-        cache = self.scheme.init(
-            **cache_sizes(self.config), batch=len(self.prompts), max_len=self.max_len,
-            dtype=self.cache_dtype,
-        )  # fmt: skip
+        """A cache that the prompts can be appended to, for one sequence each."""
+        if self.cache is not None:  # whoever passed it may use it again; ours is donated
+            cache = jax.tree.map(jnp.copy, self.cache)
+        else:
+            cache = self.scheme.init(
+                **cache_sizes(self.config), batch=len(self.prompts), max_len=self.max_len,
+                dtype=self.cache_dtype,
+            )  # fmt: skip
         return cache.with_implementation(self.implementation)
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -62,18 +71,19 @@ class Request:
             yield tokens, num_new
 
     def seen(self) -> np.ndarray:
-        """bool[B, V], the tokens of each prompt."""
+        """bool[batch, V], the tokens of each prompt."""
         seen = np.zeros((len(self.prompts), self.vocab_size), bool)
         for i, prompt in enumerate(self.prompts):
             seen[i, prompt] = True
-        return seen
+        return np.repeat(seen, self.num_samples, axis=0)
 
 
 def prepare(
     lm: Any,
     prompts: Any,
     *,
-    scheme: str | Scheme = "nqkv",
+    scheme: str | Scheme | None = None,
+    cache: KVCache | None = None,
     max_new_tokens: int = 64,
     max_len: int | None = None,
     sampling: Sampling = GREEDY,
@@ -110,28 +120,48 @@ def prepare(
             f"generate: implementation must be one of {decode_attention.IMPLEMENTATIONS}; got "
             f"{implementation!r}"
         )
-    scheme = schemes.get(scheme)
+    prompts = _listed(lm, prompts)
+    cached = np.zeros(len(prompts), int)
+    if cache is not None:
+        cached = _cached(lm, cache, len(prompts), scheme, max_len, cache_dtype)
+        scheme, max_len, cache_dtype = cache.scheme, cache.max_len, cache.layers[0].dtype
+    scheme = schemes.get("nqkv" if scheme is None else scheme)
     stop = _stop_strings(lm, stop)
-    ids = _encode(lm, prompts, add_special_tokens)
-    longest, limit = max(map(len, ids)), lm.config.max_positions
-    total = f"longest prompt: {counted(longest, 'token')}, plus max_new_tokens={max_new_tokens}"
+    ids = _encode(lm, prompts, [add_special_tokens and not n for n in cached])
+    sizes, limit = cached + [len(p) for p in ids], lm.config.max_positions
+    longest = int(sizes.max())
+    what = f"longest prompt: {counted(longest, 'token')}"
+    if cache is not None:
+        what = f"most tokens of cache and prompt: {longest}"
+    total = f"{what}, plus max_new_tokens={max_new_tokens}"
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"generate: prompt and new tokens must fit into the {limit} positions of {lm.name}; "
             f"got {longest + max_new_tokens} ({total}). Shorten the prompt, or lower max_new_tokens"
         )
-    chunk = min(_bucket(longest, prefill_chunk), limit)
-    padded = -(-longest // chunk) * chunk
+    longest_prompt = max(map(len, ids))
+    chunk = min(_bucket(longest_prompt, prefill_chunk), limit)
+    padded = -(-longest_prompt // chunk) * chunk
     if max_len is None:
         max_len = min(decode_attention.room(implementation, padded + max_new_tokens), limit)
     elif longest + max_new_tokens > max_len:
+        better = "Raise max_len, or leave it out"
+        if cache is not None:
+            better = (
+                "A cache does not grow: make the one that is gone on from with a larger max_len"
+            )
         raise ValueError(
             f"generate: prompt and new tokens must fit into max_len={max_len}; got "
-            f"{longest + max_new_tokens} ({total}). Raise max_len, or leave it out"
+            f"{longest + max_new_tokens} ({total}). {better}"
+        )
+    elif cache is None and max_len > limit:
+        raise ValueError(
+            f"generate: max_len must be at most the {limit} positions of {lm.name}; got {max_len}"
         )
     request = Request(
         config=lm.config,
-        prompts=[prompt for prompt in ids for _ in range(num_samples)],
+        prompts=ids,
+        cache=cache,
         scheme=scheme,
         max_new_tokens=max_new_tokens,
         max_len=max_len,
@@ -167,7 +197,53 @@ def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
         raise ValueError(f"generate: {name} must be a whole number {bounds}; got {value!r}")
 
 
-def _encode(lm: Any, prompts: Any, add_special_tokens: bool) -> list[list[int]]:
+def _cached(
+    lm: Any, cache: Any, num_prompts: int, scheme: Any, max_len: int | None, dtype: Any
+) -> np.ndarray:
+    """i64[B], tokens of a cache that prompts are to go on from; ValueError if they cannot."""
+    leaves = jax.tree.leaves(cache)
+    if not isinstance(cache, KVCache) or not all(isinstance(a, jax.Array) for a in leaves):
+        raise ValueError(
+            f"generate: cache must be a KVCache, such as Generation.cache; got {cache!r:.200}"
+        )
+    if any(a.is_deleted() for a in leaves):
+        raise ValueError(
+            "generate: the cache is gone, as its arrays were donated to a program. Keep a copy of "
+            "it, or save it with save_cache, to go on from it more than once"
+        )
+    sizes = cache_sizes(lm.config)
+    windows = sizes.pop("windows") or (None,) * sizes["num_layers"]
+    one = cache.layers[0]
+    found = dict(num_layers=len(cache.layers), num_kv_heads=one.num_kv_heads, head_dim=one.head_dim)
+    if found != sizes:
+        raise ValueError(f"generate: cache must have {sizes}, as {lm.name} does; got {found}")
+    for i, (layer, window) in enumerate(zip(cache.layers, windows, strict=True)):
+        if layer.window is not None and (window is None or layer.window < window):
+            raise ValueError(
+                f"generate: cache must have all tokens that {lm.name} attends to; in layer {i} it "
+                f"keeps {layer.window} of {window or 'all'}"
+            )
+    if num_prompts != cache.batch:
+        raise ValueError(
+            f"generate: there must be a prompt for each of the cache's {cache.batch} sequences; "
+            f"got {num_prompts}. cache.take([0, 0, ...]) repeats a sequence"
+        )
+    for name, wanted, has in (
+        ("scheme", None if scheme is None else str(schemes.get(scheme)), cache.scheme),
+        ("max_len", max_len, cache.max_len),
+        ("cache_dtype", None if dtype is None else _cache_dtype(dtype), one.dtype),
+    ):
+        if wanted not in (None, has):
+            raise ValueError(
+                f"generate: {name} is what the cache has, {has}; got {wanted}. Leave it out, or "
+                "begin without a cache"
+            )
+    for layer in cache.layers:
+        layer.check_flushed()
+    return np.asarray(cache.check().lengths, int)
+
+
+def _listed(lm: Any, prompts: Any) -> list:
     if isinstance(prompts, str):
         prompts = [prompts]
     expected = "generate: prompts must be a text, texts or lists of token ids"
@@ -181,11 +257,20 @@ def _encode(lm: Any, prompts: Any, add_special_tokens: bool) -> list[list[int]]:
             f"{expected}; got {type(prompts[0]).__name__} at the top level. For one list of ids: "
             "[ids]"
         )
-    texts = [p for p in prompts if isinstance(p, str)]
-    if texts and lm.tokenizer is None:
+    if lm.tokenizer is None and any(isinstance(p, str) for p in prompts):
         raise ValueError(f"generate: {lm.name} has no tokenizer; pass lists of token ids")
-    encoded = iter(lm.tokenizer.encode_batch(texts, add_special_tokens) if texts else ())
-    ids = [next(encoded) if isinstance(p, str) else p for p in prompts]
+    return prompts
+
+
+def _encode(lm: Any, prompts: list, special: list[bool]) -> list[list[int]]:
+    """Token ids of the prompts; special[i]: whether the i-th gets special tokens, if a text."""
+    ids = list(prompts)
+    for wanted in (True, False):
+        texts = [i for i, p in enumerate(prompts) if isinstance(p, str) and special[i] is wanted]
+        if texts:
+            found = lm.tokenizer.encode_batch([prompts[i] for i in texts], wanted)
+            for i, encoded in zip(texts, found, strict=True):
+                ids[i] = encoded
     return [_check_ids(lm.config, i, p, prompts[i]) for i, p in enumerate(ids)]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,68 +64,87 @@ class Sampling:
         if not number or not math.isfinite(value) or not good(value):
             raise ValueError(f"Sampling.{name} must be {expected}; got {value!r}")
 
+    def rules(self) -> "Rules":
+        """The same as an argument of a program."""
+        drawn = self.temperature != 0
+        number = lambda value, there: np.float32(value) if there else None
+        return Rules(
+            temperature=number(self.temperature, drawn),
+            top_k=self.top_k,
+            top_p=number(self.top_p, self.top_p is not None and self.top_p < 1),
+            min_p=number(self.min_p, bool(self.min_p)),
+            repetition_penalty=number(self.repetition_penalty, self.repetition_penalty != 1),
+        )
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    @property
-    def nucleus(self) -> bool:
-        """Whether top-p leaves anything out."""
-        return self.top_p is not None and self.top_p < 1
 
-    @property
-    def needs_seen(self) -> bool:
-        """Whether it has to be known which tokens were seen."""
-        return self.repetition_penalty != 1
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """A `Sampling` as a pytree: what is there at all, and `top_k`, make the program; numbers are
+    arrays f32[], so that others are the same program. None: there is no such rule.
+    """
+
+    temperature: jax.Array | None  # None: greedy
+    top_k: int | None = dataclasses.field(metadata={"static": True})
+    top_p: jax.Array | None
+    min_p: jax.Array | None
+    repetition_penalty: jax.Array | None
 
 
 GREEDY = Sampling()
 
 
-def scores(logits: jax.Array, sampling: Sampling, seen: jax.Array | None = None) -> jax.Array:
+def scores(
+    logits: jax.Array, sampling: Sampling | Rules, seen: jax.Array | None = None
+) -> jax.Array:
     """Logits of the distribution that is drawn from: -inf for what is left out.
 
     Args:    logits f32[B, V]; seen: bool[B, V], tokens to be penalised, if there is a penalty.
     Returns: f32[B, V], not normalised.
     """
-    if sampling.needs_seen:
+    rules = sampling.rules() if isinstance(sampling, Sampling) else sampling
+    if rules.repetition_penalty is not None:
         if seen is None:
             raise ValueError(
                 "sample: repetition_penalty needs `seen` bool[batch, vocabulary]; got None"
             )
-        penalty = sampling.repetition_penalty
+        penalty = rules.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if sampling.greedy:
+    if rules.temperature is None:
         return logits
-    logits = logits / sampling.temperature
-    ranked = _ranked(logits, sampling)
-    if sampling.top_k is not None:
+    logits = logits / rules.temperature
+    ranked = _ranked(logits, rules)
+    if rules.top_k is not None:
         logits = jnp.where(logits < ranked[:, -1:], -jnp.inf, logits)
-    if sampling.nucleus:
+    if rules.top_p is not None:
         probabilities = jax.nn.softmax(ranked, axis=-1)
         # What the more likely tokens sum to. The first is always inside.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        inside = (before < sampling.top_p).at[:, 0].set(True)
+        inside = (before < rules.top_p).at[:, 0].set(True)
         least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.min_p:
+    if rules.min_p is not None:
         # The ratio of two probabilities needs no normalisation.
-        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(sampling.min_p)
+        least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(rules.min_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
 
 
-def _ranked(logits: jax.Array, sampling: Sampling) -> jax.Array | None:
+def _ranked(logits: jax.Array, rules: Rules) -> jax.Array | None:
     """The largest logits in descending order, as many as top-k and top-p look at."""
-    if sampling.top_k is not None:
-        return jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0]
-    return jnp.sort(logits, axis=-1, descending=True) if sampling.nucleus else None
+    if rules.top_k is not None:
+        return jax.lax.top_k(logits, min(rules.top_k, logits.shape[1]))[0]
+    return None if rules.top_p is None else jnp.sort(logits, axis=-1, descending=True)
 
 
 def sample(
-    logits: jax.Array, keys: jax.Array, sampling: Sampling, seen: jax.Array | None = None
+    logits: jax.Array, keys: jax.Array, sampling: Sampling | Rules, seen: jax.Array | None = None
 ) -> jax.Array:
-    """Chooses one token per sequence. Pure; `sampling` is static.
+    """Chooses one token per sequence. Pure; a `Sampling` is static in `jit`, its `rules` are not.
 
     Args:
       logits: f32[B, V].
@@ -136,8 +156,9 @@ def sample(
     Returns: i32[B].
     Raises:  ValueError if there is a repetition penalty and no `seen`.
     """
-    logits = scores(logits, sampling, seen)
-    if sampling.greedy:
+    rules = sampling.rules() if isinstance(sampling, Sampling) else sampling
+    logits = scores(logits, rules, seen)
+    if rules.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if keys.ndim == 0:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(keys, jnp.arange(logits.shape[0]))

@@ -125,7 +125,8 @@ def test_prompts_of_a_bucket_share_the_programs(compilations, monkeypatch):
     monkeypatch.setattr(decoding, "apply", lambda *a, **k: traces.append(1) or apply(*a, **k))
     with compilations as counted:
         result = generate(lm, random_prompts(16, 1), **options)
-        assert result.cache.max_len == 16 + 6
+        assert result.cache.max_len == 128
+        generate(lm, random_prompts(16, 1), **(options | dict(max_new_tokens=100)))
         options |= SHARED
         generate(lm, random_prompts(70, 33), **options)  # more chunks
         generate(tiny(seed=1, tokenizer=False), random_prompts(33, 2), **options)  # other weights
@@ -134,11 +135,22 @@ def test_prompts_of_a_bucket_share_the_programs(compilations, monkeypatch):
     assert counted.names == () and traces == []
 
 
+def test_numbers_of_a_sampling_share_the_programs(compilations):
+    lm, prompts = tiny(tokenizer=False), random_prompts(9)
+    sample = lambda **numbers: generate(
+        lm, prompts, max_new_tokens=8, sampling=Sampling(**numbers), **SHARED
+    )
+    first = sample(temperature=0.5, top_k=40, top_p=0.5, min_p=0.1, repetition_penalty=1.5)
+    with compilations as counted:
+        second = sample(temperature=4.0, top_k=40, top_p=0.9, min_p=1e-3, repetition_penalty=0.5)
+    assert counted.names == () and first.tokens != second.tokens
+
+
 def test_the_decoding_loop_updates_its_state_in_place():
     lm = tiny(tokenizer=False)
     cache = make_cache(lm, "none", batch=2, max_len=80)
     stop_ids, none = jnp.full(8, -1), jnp.zeros(2, bool)
-    options = dict(sampling=Sampling())
+    options = dict(rules=Sampling().rules())
     logits, seed = jnp.zeros((2, 259)), np.uint32(0)
     state = decoding.start(logits, cache, None, seed, stop_ids, num_samples=1, **options)
     bytes_cached = state.cache.nbytes

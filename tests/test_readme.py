@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_generators import tiny
 
 import nqkv_jax as nq
 from nqkv_jax import schemes
 from nqkv_jax.evaluation import report
+from nqkv_jax.models import generate
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LEADERBOARD = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "leaderboard.json"
@@ -64,10 +66,10 @@ def test_add_a_scheme():
 
 def test_a_cache_as_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes = dict(num_layers=1, batch=1, max_len=8, num_kv_heads=2, head_dim=64)
-    names = dict(nq=nq, cache=nq.schemes.get("nqkv").init(**sizes))
+    names = dict(nq=nq, generate=generate, lm=tiny(max_position_embeddings=512))
     exec(block("nq.save_cache("), names)
-    assert names["cache"].max_len == 8 and (tmp_path / "prompt.safetensors").exists()
+    before, after = names["read"].cache.lengths[0], names["result"].cache.lengths[0]
+    assert after == before + len(" The boats") + 15  # a token per byte
 
 
 def test_kernels_serve_what_the_table_of_schemes_says():

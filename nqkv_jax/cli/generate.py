@@ -23,7 +23,7 @@ def add(commands) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--max-len", type=int, metavar="N",
-        help="room in the cache (default: what the prompt and the new tokens need)",
+        help="room in the cache (default: for the prompt and the new tokens, in steps of 128)",
     )  # fmt: skip
     parser.add_argument(
         "--temperature",

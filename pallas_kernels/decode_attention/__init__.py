@@ -139,11 +139,9 @@ def check_backend(implementation: str) -> None:
 
 
 def room(implementation: str, tokens: int) -> int:
-    """The tokens that a cache should have room for, if it is to hold so many: where a kernel is
-    asked for, whole tiles, and what any kernel reads at a time."""
-    if implementation not in KERNELS:
-        return tokens
-    return max(-(-tokens // TOKENS) * TOKENS, KERNEL_ROOM)
+    """The tokens that a cache should have room for, if it is to hold so many: whole tiles, and,
+    where a kernel is asked for, what any kernel reads at a time."""
+    return max(-(-tokens // TOKENS) * TOKENS, KERNEL_ROOM if implementation in KERNELS else 0)
 
 
 def _check(q, key, value, lengths, first, soft_cap, implementation) -> None:

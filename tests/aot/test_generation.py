@@ -59,7 +59,7 @@ def decode_loop(name, max_len, scheme=SCHEME, implementation="auto"):
     """The loop, and its arguments."""
     config, graphdef, params = model(name)
     state = state_of(config, scheme, max_len, implementation=implementation)
-    run = functools.partial(decoding.decode, graphdef, sampling=Sampling(temperature=0.0))
+    run = functools.partial(decoding.decode, graphdef, rules=Sampling().rules())
     arguments = params, state, state.done, SHAPE((1,), jnp.int32), SHAPE((), jnp.int32)
     return jax.jit(run, donate_argnums=1), arguments
 
