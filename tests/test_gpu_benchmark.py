@@ -130,6 +130,8 @@ def test_whole_decoders(folder):
              for r in rows(folder, "end-to-end")}  # fmt: skip
     equal, large = (found[m, "xla", "bf16"] for m in ("equal batch", "largest batch"))
     assert large["batch"] > equal["batch"] and large["cache_bytes"] < 2**22
+    for row in (equal, large):
+        assert row["cache_bytes"] + row["temporary_bytes"] < row["peak_bytes"] < 2**25
     assert found["no cache", "xla", "bf16"]["speedup_over_no_cache"] > 0
     for r in found.values():
         if r["median_us"]:

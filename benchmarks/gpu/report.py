@@ -166,7 +166,7 @@ def _end_to_end(records: list[dict]) -> list[str]:
         if not r["median_us"]:
             rows.append([*fixed, "", "", "", r.get("failure") or r.get("skipped")])
             continue
-        peak = r.get("process_peak_bytes")
+        peak = r.get("peak_bytes")
         speedup = r.get("speedup_over_no_cache")
         rows.append([
             *fixed, f"{r['tokens_per_second']:,.0f}", format_size(r["cache_bytes"]),
@@ -174,7 +174,7 @@ def _end_to_end(records: list[dict]) -> list[str]:
             f"{speedup:.1f}x no cache" if speedup else f"spread {r['spread']:.1%}",
         ])  # fmt: skip
     header = ["model", "cache", "batch", "context", "tokens/s", "cache bytes",
-              "the process's peak so far", ""]  # fmt: skip
+              "peak memory", ""]  # fmt: skip
     return ["### Whole decoders, random weights in bfloat16", "", *_table(header, rows)]
 
 
