@@ -53,6 +53,12 @@ def cubic(bits):
 digits, EVEN = codebooks.centred_integers, codebooks.uniform_normal(2)
 
 
+def uneven(bits):
+    """Levels that no polynomial gives."""
+    levels = np.sort(np.random.default_rng(0).uniform(-3, 5, 2**bits))
+    return codebooks.Codebook(bits=bits, levels=tuple(levels.tolist()), name=f"uneven{bits}")
+
+
 def _cases():
     yield Case("cubic4", cubic(4))
     yield Case("cubic4-signed", codebooks.cubic_normal(4, 128, signed=True), group=4)
@@ -132,6 +138,10 @@ def _cases():
         head_dim=64, block=1 / 2, **kivi,
     )  # fmt: skip
     yield Case("cubic4-parts-of-32", cubic(4), block=1 / 4, group=4)
+    yield Case("uneven4", uneven(4), group=4)
+    yield Case("uneven4-d256-parts", uneven(4), head_dim=256, block=1 / 4, group=2)
+    yield Case("uneven3", uneven(3), group=4)
+    yield Case("uneven4-values2-g16", uneven(4), value_codebook=codebooks.uniform(2), group=16)
     # Where registers are fewest.
     yield Case("nf3-d256", codebooks.normal_float(3), head_dim=256, group=4)
     yield Case("nf4-d256-parts", codebooks.normal_float(4), head_dim=256, block=1 / 4, group=2)

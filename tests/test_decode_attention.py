@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_attention_cases import CASES, arguments, check
+from decode_attention_cases import CASES, arguments, check, uneven
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from vector_attention_cases import VectorCase
@@ -114,11 +114,12 @@ GPU_SLOW = [
     "channels2-minmax", "cubic3-d256", "plus2-g20", "float8-parts-g16", "float8-d256",
     "float8-keys-values4", "nf3-d256", "nf4-d256-parts", "kivi2-g16", "kivi4-d256-g16",
     "uniform2-minmax-d80-g16", "uniform3-minmax-d256-parts-g16", "keys8-values4-minmax-parts-g16",
-    "keys4-values2-minmax-parts-of-32",
+    "keys4-values2-minmax-parts-of-32", "uneven4", "uneven4-d256-parts", "uneven3",
+    "uneven4-values2-g16",
 ]  # fmt: skip
 GPU_QUICK = [
     "cubic4", "uniform2-d64", "window", "plus2-d64", "keys4-values2", "cubic4-d80", "kivi4-d64",
-    "float8-e5m2-d64", *map(MORE, ["cubic3", "float8"]),
+    "float8-e5m2-d64", "stepped4-d64", *map(MORE, ["cubic3", "float8"]),
 ]  # fmt: skip
 
 
@@ -176,8 +177,9 @@ def test_triton_in_the_interpreter(name, monkeypatch):
 
 @needs_mosaic_gpu
 def test_what_the_gpu_kernel_needs():
-    q, key, value, lengths, _ = arguments(CASES["stepped4-d64"], (10,))
-    message = "8-bit floats, or levels that a polynomial of 9 operations gives; got stepped4@64"
+    many = dataclasses.replace(CASES["cubic4"], codebook=uneven(8))
+    q, key, value, lengths, _ = arguments(many, (10,))
+    message = "at most 16 levels, or those that a polynomial of 9 operations gives; got uneven8"
     with pytest.raises(NotImplementedError, match=message):
         decode_attention(q, key, value, lengths, implementation="mosaic_gpu")
     for name, change, got in (

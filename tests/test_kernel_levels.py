@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_attention_cases import uneven
 
 from nqkv_jax import codebooks, tiles
 from nqkv_jax.pallas_kernels.decode_attention import (
@@ -56,7 +57,7 @@ def test_tables_that_bfloat16_holds(codebook, tolerance):
     np.testing.assert_allclose(found, codebook.levels, rtol=0, atol=tolerance * largest)
 
 
-COMPUTED = (
+OF_THE_GPU = (
     codebooks.cubic_normal(4, 128), codebooks.cubic_normal(4, 128, signed=True),
     codebooks.lloyd_max_normal(2), codebooks.integer(8), codebooks.uniform(2),
     codebooks.normal_float(4), codebooks.normal_float(2), codebooks.centred_integers(2),
@@ -64,14 +65,15 @@ COMPUTED = (
     codebooks.lloyd_max_normal(3), codebooks.lloyd_max_normal(4), codebooks.block_normal(4, 64),
     codebooks.block_normal(4, 256), codebooks.block_normal(4, 256, signed=True),
     codebooks.block_normal(3, 128, signed=True), codebooks.normal_float(3),
+    codebooks.stepped_normal(4, 64), uneven(4), uneven(3),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("codebook", COMPUTED, ids=lambda c: c.name)
-def test_levels_that_the_gpu_kernel_computes(codebook):
+@pytest.mark.parametrize("codebook", OF_THE_GPU, ids=lambda c: c.name)
+def test_levels_in_the_gpu_kernel(codebook):
     """Of every code, in every field of a word, as good as products in float16."""
     bits, levels = codebook.bits, mosaic_gpu_levels.Levels(codebook)
-    assert levels.computed
+    assert levels.served
     low_bits = 2 if bits == 3 else bits
     # Words turn in pairs: those beside must not be seen.
     codes = np.random.default_rng(0).integers(0, 2**bits, (16 // low_bits, 1000))
@@ -89,7 +91,7 @@ def test_levels_that_the_gpu_kernel_computes(codebook):
             high = word((codes >> 2)[np.argsort(high_bits)], 1)
             high = rotate(high, high_bits[part * per_part] - levels.first - low_bits)
             moved = levels.merge(*moved, high, jnp.int16(0))
-        found = levels.factor(moved[field % len(moved)], field, jnp.int16(0))
+        found = levels.factor(moved[field % len(moved)], field, jnp.int16(0), interpret=True)
         assert found.dtype == jnp.float16
         found = np.asarray(found, np.float64)
         found = found * levels.unit(field) - levels.centre if levels.even else found
@@ -102,7 +104,7 @@ def test_float8_in_the_gpu_kernel(format):
     """Every byte of a word, exactly."""
     codebook = codebooks.Float8(format)
     levels = mosaic_gpu_levels.Levels(codebook)
-    assert levels.computed
+    assert levels.served
     # Words turn in pairs: those beside must not be seen.
     codes = np.stack([np.arange(256), np.random.default_rng(0).permutation(256)])
     words = jnp.asarray((codes[0] | codes[1] << 8).astype(np.uint16).view(np.int16))
@@ -110,7 +112,7 @@ def test_float8_in_the_gpu_kernel(format):
     for part, expected in enumerate(np.asarray(codebook.levels)[codes]):
         moved = rotate(words, 8 * part - levels.first)
         moved = levels.widen(moved, rotate(moved, levels.first - 8), jnp.int16(0))
-        found = levels.factor(moved, 0, jnp.int16(0))
+        found = levels.factor(moved, 0, jnp.int16(0), interpret=True)
         assert found.dtype == jnp.float16
         finite = np.isfinite(expected)
         found = np.asarray(found, np.float64)[finite] * levels.slope
@@ -135,12 +137,14 @@ def test_levels_of_every_smooth_codebook_are_computed():
             for size in (32, 64, 128, 256)
             for signed in (False, True)
         ]
-        missing = [c.name for c in found if not mosaic_gpu_levels.Levels(c).computed]
+        missing = [c.name for c in found if mosaic_gpu_levels.Levels(c).table]
         assert not missing, missing
 
 
-def test_levels_that_the_gpu_kernel_would_have_to_look_up():
-    levels = np.sort(np.random.default_rng(0).uniform(-1, 1, 16))
-    uneven = codebooks.Codebook(bits=4, levels=tuple(levels.tolist()), name="uneven")
-    for codebook in (codebooks.stepped_normal(4, 64), uneven):
-        assert not mosaic_gpu_levels.Levels(codebook).computed
+def test_levels_that_the_gpu_kernel_looks_up():
+    for bits in (1, 2, 3, 4):
+        assert mosaic_gpu_levels.Levels(uneven(bits)).served
+    for codebook in (codebooks.stepped_normal(4, 64), uneven(4)):
+        levels = mosaic_gpu_levels.Levels(codebook)
+        assert np.abs(levels.table).max() == 1 and levels.long
+    assert not mosaic_gpu_levels.Levels(uneven(8)).served

@@ -97,6 +97,8 @@ as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
         ("mov.b64 %rd6, {%r5, %r3}; add.f32x2 %rd7, %rd6, %rd6; mov.b64 {%r6, %r4}, %rd7",
          lambda a: (a.view(np.float32) * 2).view(np.uint32)),
         ("abs.f32 %r4, %r3", lambda a: a & 0x7FFFFFFF),
+        ("prmt.b32 %r4, %r3, %r5, 0x7250",
+         lambda a: a & 0xFF | 0x5600 | (a & 0xFF0000) | 0x12000000),
         ("@%p0 mov.b32 %r4, %r3", lambda a: np.where(np.arange(128) == 0, a, 1)),
         ("setp.lt.s32 %p1, %r3, 0; selp.b32 %r4, 5, %r3, %p1",
          lambda a: np.where(as_signed(a) < 0, 5, a)),

@@ -96,6 +96,7 @@ def formats() -> list[Format]:
         Format(codebook=codebooks.cubic_normal(3, 128)),
         Format(codebook=codebooks.integer(8)),
         Format(codebook=codebooks.Float8()),
+        Format(codebook=codebooks.stepped_normal(4, 64)),  # looked up in a table
     ]
 
 

@@ -40,11 +40,11 @@ def unsupported(key: TiledCodes, value: TiledCodes, group: int) -> str | None:
         return f"a GPU of compute capability {known}; got {found[0]}.{found[1]}"
     if not 64 <= key.head_dim <= 256:
         return f"head_dim 64 to 256; got {key.head_dim}"
-    if any(not Levels(side.codebook).computed for side in (key, value)):
+    if any(not Levels(side.codebook).served for side in (key, value)):
         names = key.codebook.name, value.codebook.name
         return (
-            f"8-bit floats, or levels that a polynomial of {MOST} operations gives; got "
-            f"{' and '.join(names)}"
+            f"8-bit floats, at most 16 levels, or those that a polynomial of {MOST} operations "
+            f"gives; got {' and '.join(names)}"
         )
     if key.per_channel and Levels(key.codebook).floats:
         # Queries meet them in float16, and the numbers of float8 are large.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax.codebooks import Codebook, Float8
+from nqkv_jax.pallas_kernels.decode_attention.mosaic_gpu_table import look_up
 
 FIT = 1e-3  # error of levels that are approximated, of the largest, in float16
 MOST = 9  # operations of an approximation, on two codes at once
@@ -44,11 +45,7 @@ class Approximation:
 
 @functools.lru_cache
 def approximation(codebook: Codebook | Float8) -> Approximation | None:
-    """The one with the fewest operations that has the levels within `FIT`, or None.
-
-    Selecting from a table of 16 takes 15 operations on each code, and more registers than there
-    are.
-    """
+    """The one with the fewest operations that has the levels within `FIT`, or None."""
     half, levels = 2 ** (codebook.bits - 1), np.asarray(codebook.levels)
     code = np.arange(2 * half)
     middle, u = (code - (half - 0.5)) / half, code - (half - 1)
@@ -77,7 +74,8 @@ class Levels:
 
     With t = (code - middle) / 2^(b-1), the factor of a + c t + d t^3 is t (t^2 + c / d): one
     operation less than t + d / c t^3. Other polynomials have theirs in the latter form, and
-    codebooks that are none have an `approximation`. 8-bit floats are float16 with fewer bits.
+    codebooks that are none have an `approximation`, or are looked up in a table. 8-bit floats are
+    float16 with fewer bits.
     """
 
     codebook: Codebook | Float8
@@ -87,18 +85,26 @@ class Levels:
         return isinstance(self.codebook, Float8)
 
     @property
-    def computed(self) -> bool:
-        if self.floats or self.codebook.coefficients is not None:
-            return True
-        return approximation(self.codebook) is not None
+    def approximation(self) -> Approximation | None:
+        return None if self.floats or self.polynomial else approximation(self.codebook)
+
+    @property
+    def table(self) -> tuple[float, ...] | None:
+        """Factors, by code, if they are looked up."""
+        if self.floats or self.polynomial or self.approximation:
+            return None
+        return tuple(level / self.slope for level in self.codebook.levels)
+
+    @property
+    def served(self) -> bool:
+        """Whether there are few enough of them, if they are looked up."""
+        return self.codebook.bits <= 4 or self.table is None
 
     @property
     def long(self) -> bool:
         """Whether they take many operations, and as many registers."""
-        if self.floats or self.codebook.coefficients is not None:
-            return False
-        found = approximation(self.codebook)
-        return found is not None and found.operations > 4
+        found = self.approximation
+        return self.table is not None or (found is not None and found.operations > 4)
 
     @property
     def low_bits(self) -> int:
@@ -122,7 +128,7 @@ class Levels:
         if self.floats:
             return self.codebook.float16_unit
         if self.polynomial is None:
-            return 1.0
+            return 1.0 if self.approximation else float(np.abs(self.codebook.levels).max())
         _, slope, square, cube = self.polynomial
         return cube if cube and not square else slope
 
@@ -152,7 +158,7 @@ class Levels:
         end within the mantissa, third bits too, and numbers that are centred have halves."""
         if self.floats:
             return self.codebook.dropped_bits
-        if self.even:
+        if self.even or self.table:
             return 0
         return 1 if self.codebook.bits == 3 else 2
 
@@ -190,7 +196,7 @@ class Levels:
         magnitudes = words & (jnp.int16(0x7F << self.first) | zero)
         return magnitudes | (signs & (jnp.int16(-0x8000) | zero))
 
-    def factor(self, words: jax.Array, field: int, zero: jax.Array) -> jax.Array:
+    def factor(self, words: jax.Array, field: int, zero: jax.Array, interpret: bool) -> jax.Array:
         """float16 factors of one field of the part of int16 words that begins at bit `first`, or of
         what `merge` or `widen` found for it; if levels are even, codes, by `unit`.
 
@@ -200,6 +206,8 @@ class Levels:
         if self.floats:
             return jax.lax.bitcast_convert_type(words, jnp.float16)
         at = self.place(field)
+        if self.table:
+            return look_up(words, at, self.table, interpret)
         number = words & (jnp.int16((2**self.codebook.bits - 1) << at) | zero)
         if not self.even:
             # Below the exponent of `base`, the last bit of a code is worth 1 / half.
@@ -211,7 +219,7 @@ class Levels:
             return number
         less = lambda x: number - jnp.float16(base + x / self.half)
         if self.polynomial is None:
-            levels = approximation(self.codebook)
+            levels = self.approximation
             if not levels.stretched:
                 return levels(less(self.half - 0.5))
             x = less(self.half - 1)

@@ -128,6 +128,7 @@ class Plan:
         many, wide = self.group > 8, self.head_dim > tiles.LANES
         zeros = any(side.zero and not side.high for side in self.sides)
         small = any(side.parts_off_centre and side.blocks > 2 for side in self.sides)
+        tables = any(side.levels.table for side in self.sides)
         # Some are demands only where registers are few.
         demands = (
             any(side.blocks > 1 or side.shifted for side in self.sides)
@@ -137,7 +138,7 @@ class Plan:
             + (any(side.high for side in self.sides) and (many or wide))
             + (any(side.parts_off_centre for side in self.sides) and (many or wide))
             + 2 * (any(side.levels.long for side in self.sides) and wide)
-            + (self.key.pieces != self.value.pieces and (wide or small))
+            + (self.key.pieces != self.value.pieces and (wide or small or (many and tables)))
             + (many and (self.head_dim % ROWS > 0 or (zeros and not wide)))
             # Where threads copy, addresses take registers.
             + (not self.bulk_copies and many and wide)
@@ -352,7 +353,7 @@ class Plan:
         small = self.head_dim <= ROWS and self.group <= 8 and not self.wave_rows
         small = small and not any(side.high for side in self.sides)
         small = small and not (self.key.pieces != self.value.pieces and self.key.parts_off_centre)
-        many = self.narrow_bits == 2
+        many = self.narrow_bits == 2 or any(side.levels.table for side in self.sides)
         if self.machine.capability[0] != 9:  # where compilers take more for long polynomials
             many = many or any(side.levels.polynomial is None for side in self.sides)
         if self.group > 8 or self.key.pieces != self.value.pieces:

@@ -219,7 +219,7 @@ def program(lengths, first, queries, *refs, plan: Plan, treedef):
     def factor(side: Side, words, n):
         """Of field n of a part."""
         field = n // side.pieces
-        return side.levels.factor(words[field % len(words)], field, zero)
+        return side.levels.factor(words[field % len(words)], field, zero, plan.interpret)
 
     def heaviness(score, arrays):
         """f32 square: the logarithm of the largest weight, scaled as values are, in 2^-10 of 2, and

@@ -92,6 +92,15 @@ def _field(a, first, count):
     return found.astype(a.dtype)
 
 
+def _permuted(low, high, which):
+    """`prmt`: of the eight bytes of two numbers, those that four nibbles say."""
+    chosen = which[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+    if np.any(chosen > 7):
+        raise NotImplementedError("prmt of signs")
+    both = np.stack([low, high], axis=1).view(np.uint8)
+    return np.take_along_axis(both, chosen.astype(np.int64), axis=1).view(np.uint32)[:, 0]
+
+
 def _of_all(run):
     """Of two numbers, or three."""
     return lambda *numbers: functools.reduce(run, numbers)
@@ -118,6 +127,7 @@ FUNCTIONS = {
     "shr": _shift(operator.rshift),
     "shf": _funnel,
     "bfe": _field,
+    "prmt": _permuted,
     "ex2": np.exp2,
     "div": operator.truediv,
     "abs": np.abs,
