@@ -49,16 +49,34 @@ def _read_exact(
     # ahead.
     ahead = side.window != other.window and side.window.leads(other.window)
     if ahead and side.num_groups:
-        group = side.quantizer.group
-        count = min(-(-(size - 1) // group) + 1, side.num_groups)  # that have some of `size` tokens
-        start = jnp.minimum(first // group, side.num_groups - count)
-        payload = slice_groups(side, start, count)
-        decoded = decode_groups(side, payload, start, rotary=rotary, dtype=dtype, folded=False)
-        index = jnp.clip(token - (start * group)[:, None], 0, count * group - 1)
+        decoded, start = _decode_ahead(side, first, size, rotary, dtype)
+        index = jnp.clip(token - start[:, None], 0, decoded.shape[1] - 1)
         decoded = jax.vmap(lambda rows, i: rows[i])(decoded, index)
         tail = jnp.where((token < encoded[:, None])[:, :, None, None], decoded, x[:, num_sinks:])
         x = join(x[:, :num_sinks], tail)
     return x
+
+
+def _decode_ahead(
+    side: Side, first: jax.Array, size: int, rotary: Rotary | None, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Body tokens from start i32[B] on, [B, n, Hkv, D], with first[b] + [0, size) among them as far
+    as they are there; and `start`."""
+    group = side.quantizer.group
+    count = min(-(-(size - 1) // group) + 1, side.num_groups)  # that have some of `size` tokens
+    decode = functools.partial(decode_groups, side, rotary=rotary, dtype=dtype, folded=False)
+    if not side.ring:
+        start = jnp.minimum(first // group, side.num_groups - count)
+        return decode(slice_groups(side, start, count), start), start * group
+    # Where the ring ends it goes on at its beginning.
+    start = first // group
+    each = [slice_groups(side, (start + i) % side.num_groups, 1) for i in range(count)]
+    payload = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *each)
+    decoded, start = decode(payload, start), start * group
+    if rotary is not None:
+        token = start[:, None] + jnp.arange(decoded.shape[1])[None]
+        decoded = rotary.rest()(decoded, token - side.counted(token))
+    return decoded, start
 
 
 def _positions(token: jax.Array, num_sinks: int) -> jax.Array:

@@ -124,8 +124,7 @@ def _decoded(side: Side, raw: jax.Array, rotary: Rotary | None) -> jax.Array:
     decoded = decoded[:, : raw.shape[1] - side.num_sinks]
     if side.period is not None and rotary is not None:
         token = jnp.broadcast_to(jnp.arange(decoded.shape[1]), decoded.shape[:2])
-        rest = dataclasses.replace(rotary, attention_factor=1.0)  # which they have already
-        decoded = rest(decoded, token - side.counted(token))
+        decoded = rotary.rest()(decoded, token - side.counted(token))
     return jax.lax.dynamic_update_slice_in_dim(raw, decoded, side.num_sinks, axis=1)
 
 

@@ -56,6 +56,10 @@ class Rotary:
         """Rotates `x` [..., tokens, heads, head_dim] to `positions` i32[..., tokens]."""
         return self.at(positions)(x)
 
+    def rest(self) -> "Rotary":
+        """Of what was rotated to one position, and multiplied by the factor, on to another."""
+        return dataclasses.replace(self, attention_factor=1.0)
+
     def at(self, positions: jax.Array) -> RotaryAngles:
         """The rotation to `positions` i32[..., tokens]."""
         frequencies = self.inverse_frequencies.astype(jnp.float32)

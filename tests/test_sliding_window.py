@@ -24,10 +24,11 @@ ROTARY = nq.Rotary(inverse_frequencies=np.float32(10.0) ** -np.linspace(0, 3, DI
 YARN = nq.Rotary(inverse_frequencies=ROTARY.inverse_frequencies[:10], attention_factor=1.25)
 
 # Token by token, in tiles and not; 48 and 64 at a time; keys before RoPE; sinks; means that are
-# turned; vectors.
+# turned; vectors; keys ahead of values, and both in turn.
 SCHEMES = [
     "none", "int4:group_size=32", "nqkv:residual=48,keys=unrotated,sinks=3,block_size=32",
     "quanto:residual=64", "nqkv-plus:bits=2,recent=0", "nsnquant:window=16,residual=32",
+    "kivi:residual=64", "squat:group_size=16,residual=48,subspace=6,keys=unrotated",
 ]  # fmt: skip
 
 
@@ -116,7 +117,8 @@ def test_attention_is_that_of_a_cache_that_keeps_all(scheme, rotary):
 
 
 @pytest.mark.parametrize(
-    "scheme", [MORE(SCHEMES[0]), *SCHEMES[1:3], *map(MORE, SCHEMES[3:5]), SCHEMES[5]]
+    "scheme",
+    [MORE(SCHEMES[0]), *SCHEMES[1:3], *map(MORE, SCHEMES[3:6]), SCHEMES[6], MORE(SCHEMES[7])],
 )
 def test_evaluation_sees_what_decoding_sees(scheme):
     """Over more than a round; and the errors are of the size of a cache that keeps all."""
@@ -128,6 +130,18 @@ def test_evaluation_sees_what_decoding_sees(scheme):
     exact, _ = prompt(None, *part(0, 330), None)
     error = np.sqrt(np.mean(np.square(expected - exact)))
     assert 1e-7 < error < 0.2 and (error > 1e-3) == (scheme != "none")
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("rotary", ["rope", "yarn"])
+@pytest.mark.parametrize("scheme", ["kivi:residual=64", "kivi:bits=4,group_size=16,residual=48"])
+def test_keys_that_are_ahead_of_values_across_the_end_of_a_ring(scheme, rotary):
+    """Every token of more than a round, which a few more decoded keys follow."""
+    _, cache = prompt(make(scheme), *part(0, 120), everything(120), rotary=rotary)
+    out, _ = decode(cache, *part(120, 460), everything(340), rotary=rotary)
+    view = nq.DecodedView(scheme=nq.schemes.get(scheme), num_layers=1, dtype=jnp.dtype("float32"))
+    expected, _ = prompt(view, *part(0, 460), None, rotary=rotary)
+    np.testing.assert_allclose(out, expected[:, 120:], rtol=0, atol=1e-4)
 
 
 def test_keys_are_turned_from_where_the_ring_began():
@@ -159,7 +173,7 @@ def test_keys_are_turned_from_where_the_ring_began():
     np.testing.assert_allclose(out[0, 0, 1], expected, atol=5e-3)  # scales are in float16
 
 
-@pytest.mark.parametrize("scheme", [MORE("nqkv:block_size=32,sinks=3"), "nqkv-plus"])
+@pytest.mark.parametrize("scheme", [MORE("nqkv:block_size=32,sinks=3"), "nqkv-plus", "kivi"])
 def test_kernel_and_steps_agree(scheme):
     _, cache = prompt(make(scheme), *part(0, 320), jnp.array([320, 120]))
     run = functools.partial(nq.attend, rotary=ROTARY, window=WINDOW)
@@ -270,9 +284,9 @@ def test_layers_differ():
     assert held == one * (512 + 4096 + 384)
 
 
-@pytest.mark.parametrize("scheme", ["kivi", "squat", "ott:skip_layers=0,group_size=32"])
-def test_schemes_that_keep_all(scheme):
-    """Sides with different windows, and values that look at keys."""
+def test_a_scheme_that_keeps_all():
+    """Its values look at keys."""
+    scheme = "ott:skip_layers=0,group_size=32"
     cache = make(scheme)
     assert cache.layers[0].window is None
     chex.assert_trees_all_equal_structs(cache, make(scheme, windows=None))
@@ -307,7 +321,9 @@ def test_windows_that_are_none(windows):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("scheme", [MORE(SCHEMES[1]), SCHEMES[2], MORE(SCHEMES[3]), SCHEMES[4]])
+@pytest.mark.parametrize(
+    "scheme", [MORE(SCHEMES[1]), SCHEMES[2], MORE(SCHEMES[3]), SCHEMES[4], MORE(SCHEMES[6])]
+)
 def test_bits_do_not_depend_on_how_tokens_came(scheme):
     """All at once, over more than a round; and in parts, the last of them token by token."""
     counts = jnp.array([320, 273])

@@ -106,9 +106,12 @@ class LayerScheme:
     ) -> int | None:
         """Of bodies (see `Side`) of `most` tokens, in a layer with a sliding window."""
         # Values that look at keys do so by their positions.
-        if window is None or self.key_window != self.value_window or self.value.wants_keys:
+        if window is None or self.value.wants_keys:
             return None
-        unit = math.lcm(TOKENS, key.group, value.group, self.key_window.chunk)
+        chunks = self.key_window.chunk, self.value_window.chunk
+        unit = math.lcm(TOKENS, key.group, value.group, *chunks)
+        # What a side writes over is older than the window, even if the other is behind: no side is
+        # ahead of the latest token.
         period = max(-(-window // unit), 2) * unit  # one tile alone no kernel for GPUs would read
         return period if period < most else None
 
