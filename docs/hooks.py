@@ -67,11 +67,11 @@ def on_files(files, config):
 def scheme_pages() -> dict[str, str]:
     """Markdown by file name without suffix: an index, and a page per file of nqkv_jax/schemes."""
     from nqkv_jax import schemes
-    from nqkv_jax.schemes import base
+    from nqkv_jax.schemes import registry
 
     modules: dict[str, list[str]] = {}
     for name in schemes.names():
-        modules.setdefault(base._REGISTRY[name].__module__, []).append(name)
+        modules.setdefault(registry._REGISTRY[name].__module__, []).append(name)
     pages, rows = {}, []
     for module, names in sorted(modules.items()):
         page = module.rpartition(".")[2]

@@ -152,6 +152,9 @@ def body_capacity(window: Window, num_sinks: int, max_len: int) -> int:
 @functools.lru_cache
 def _payload_shape(structure, arrays: tuple, num_kv_heads: int, head_dim: int, dtype) -> Payload:
     """Shapes of the payload of one group. Cached, as tracing it for every layer takes seconds."""
+    arrays = [jax.ShapeDtypeStruct(*a) for a in arrays]
+    quantizer = jax.tree.unflatten(structure, arrays)
+    name, shape = type(quantizer).__name__, (quantizer.group, num_kv_heads, head_dim)
 
     def one(arrays):
         quantizer = jax.tree.unflatten(structure, arrays)
@@ -159,11 +162,20 @@ def _payload_shape(structure, arrays: tuple, num_kv_heads: int, head_dim: int, d
             positions=jnp.zeros(quantizer.group, jnp.int32),
             state=quantizer.init_state(num_kv_heads, head_dim),
         )
-        return quantizer.quantize(
-            jnp.zeros((quantizer.group, num_kv_heads, head_dim), dtype), context
-        )
+        payload = quantizer.quantize(jnp.zeros(shape, dtype), context)
+        return payload, quantizer.dequantize(payload, context)
 
-    return jax.eval_shape(one, [jax.ShapeDtypeStruct(*a) for a in arrays])
+    payload, decoded = jax.eval_shape(one, arrays)
+    if not jax.tree.leaves(payload):
+        raise ValueError(
+            f"{name}: expected quantize to return arrays, a pytree of them; got {payload!r}"
+        )
+    if getattr(decoded, "shape", None) != shape:
+        raise ValueError(
+            f"{name}: expected dequantize to return an array [group, heads, head_dim] of shape "
+            f"{shape}, as quantize takes it; got {decoded!r}"
+        )
+    return payload
 
 
 def init_side(

@@ -40,10 +40,10 @@ def optimizations(request):
 def own_registry(monkeypatch):
     """What a test registers is gone after it."""
     from nqkv_jax import schemes
-    from nqkv_jax.schemes import base
+    from nqkv_jax.schemes import registry
 
     schemes.names()  # all are there first: what is registered meanwhile would be lost
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 
 @pytest.fixture(scope="session")

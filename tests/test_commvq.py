@@ -310,9 +310,7 @@ def test_stored_bits(bits, levels, keys):
         encoder=encoder,
     )  # fmt: skip
     window = nq.Window(chunk=128)
-    scheme = LayerScheme(
-        key=Unrotated(key), value=value, key_window=window, value_window=window, rotated=False
-    )
+    scheme = LayerScheme(key=Unrotated(key), value=value, key_window=window, value_window=window)
     shape = LayerShape(num_kv_heads=8, head_dim=128)
 
     def init(key, value):

@@ -20,7 +20,7 @@ import nqkv_jax as nq
 import nqkv_jax.quantizers
 import nqkv_jax.schemes
 from nqkv_jax.cli import main
-from nqkv_jax.schemes import base
+from nqkv_jax.schemes import registry
 from nqkv_jax.schemes.nqkv import CODEBOOKS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_every_scheme_has_a_page_with_its_options():
     for name in nq.schemes.names():
         (page,) = (p for p in pages.values() if f"\n## `{name}`\n" in p)
         section = page.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
-        assert f"| [`{name}`]({base._REGISTRY[name].__module__.split('.')[-1]}.md) |" in index
+        assert f"| [`{name}`]({registry._REGISTRY[name].__module__.split('.')[-1]}.md) |" in index
         for option, default in nq.schemes.defaults(name).items():
             valid = nq.schemes.choices(name).get(option, ())
             shown = ", ".join(f"`{value!r}`" for value in valid)

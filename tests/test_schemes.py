@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 import nqkv_jax as nq
-from nqkv_jax.schemes import base
 
 
 def stored_bits(spec: str, num_kv_heads: int, head_dim: int) -> float:
@@ -170,9 +169,9 @@ def test_literals_are_checked_in_a_direct_call():
 
 def test_residual_must_hold_whole_groups():
     group = nq.BlockQuantizer(nq.codebooks.uniform(4), block_size=32, axis="tokens", scale="minmax")
-    layer = base.LayerScheme(key=group, value=group, key_window=nq.Window(chunk=48))
+    layer = nq.schemes.LayerScheme(key=group, value=group, key_window=nq.Window(chunk=48))
     with pytest.raises(ValueError, match=r"keys are encoded 32 tokens at a time.*multiple of 32"):
-        layer.check(base.LayerShape(num_kv_heads=2, head_dim=32))
+        layer.check(nq.schemes.LayerShape(num_kv_heads=2, head_dim=32))
 
 
 @pytest.mark.usefixtures("own_registry")

@@ -53,6 +53,10 @@ class Quantizer:
     wants_queries = False
     wants_keys = False
 
+    # Whether keys are turned by `context.rotary` when they are decoded: the cache then encodes them
+    # as they were before RoPE. A quantizer that does not say so must leave them as they are.
+    rotates = False
+
     @property
     def group(self) -> int:
         """Tokens of a payload."""
@@ -107,7 +111,8 @@ class Quantizer:
         return self.dequantize(self.quantize(x, context), context)
 
     def dequantize(self, payload: Payload, context: Context, dtype=jnp.float32) -> jax.Array:
-        """Decodes one group: [group, heads, head_dim], keys ready for rotated queries."""
+        """Decodes one group: [group, heads, head_dim], keys ready for rotated queries (see
+        `rotates`)."""
         raise NotImplementedError
 
     # A linear map that a quantizer applies before coding need not be undone on every cached token:
@@ -161,6 +166,10 @@ class Wrapper(Quantizer):
     @property
     def wants_keys(self) -> bool:
         return self.inner.wants_keys
+
+    @property
+    def rotates(self) -> bool:
+        return self.inner.rotates
 
     @property
     def group(self) -> int:

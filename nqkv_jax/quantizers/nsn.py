@@ -199,6 +199,8 @@ class NSNKeys(NSNQuantizer):
 
     hadamard: bool = dataclasses.field(default=True, metadata={"static": True})
 
+    rotates = True
+
     def dequantize(self, payload: NSNPayload, context: Context, dtype=jnp.float32) -> jax.Array:
         coded, mean = self._parts(payload)
         if self.hadamard:

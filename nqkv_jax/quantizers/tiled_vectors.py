@@ -34,6 +34,10 @@ class TiledNSN(Quantizer):
     inner: NSNQuantizer = dataclasses.field(metadata={"static": True})
 
     @property
+    def rotates(self) -> bool:
+        return self.inner.rotates
+
+    @property
     def group(self) -> int:
         return tiles.TOKENS
 

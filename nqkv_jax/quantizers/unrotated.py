@@ -25,6 +25,16 @@ class Unrotated(Wrapper):
 
     inner: Quantizer
 
+    rotates = True
+
+    def check(self, heads: int, head_dim: int) -> None:
+        if self.inner.rotates:
+            raise ValueError(
+                "Unrotated: expected a quantizer that does not rotate keys itself, or they would "
+                f"be rotated twice; got {self.inner}"
+            )
+        super().check(heads, head_dim)
+
     def init_state(self, heads: int, head_dim: int) -> State:
         return self.inner.init_state(heads, head_dim)
 

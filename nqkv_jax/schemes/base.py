@@ -1,20 +1,13 @@
-"""What a scheme is, and the registry.
+"""What a scheme is.
 
 A scheme is a function of its options that returns a function from `LayerShape` to `LayerScheme`;
 the registry gives it a string form, `"nqkv:bits=3,block_size=64"`. A new file in this folder with a
 `@register`ed function is a new scheme, everywhere.
 """
 
-import ast
 import dataclasses
-import functools
-import importlib
-import inspect
 import math
 import numbers
-import os
-import pkgutil
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -22,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax.cache import KVCache, LayerCache
-from nqkv_jax.checks import one_of
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.tiled import in_tiles
 from nqkv_jax.side import Window, body_capacity, init_side
@@ -57,8 +49,8 @@ class LayerScheme:
       key, value: the quantizers of the body.
       sinks: first tokens that stay in full precision, on both sides.
       key_window, value_window: which of the latest tokens do.
-      rotated: whether keys are stored after RoPE. If not, `key.dequantize` must rotate
-      (`Unrotated`).
+
+    Keys are cached after RoPE, unless their quantizer rotates what it decodes (`Unrotated`).
     """
 
     key: Quantizer
@@ -66,7 +58,11 @@ class LayerScheme:
     sinks: int = 0
     key_window: Window = Window()
     value_window: Window = Window()
-    rotated: bool = True
+
+    @property
+    def rotated(self) -> bool:
+        """Whether keys are cached after RoPE."""
+        return not self.key.rotates
 
     def check(self, shape: LayerShape) -> None:
         """Raises ValueError if the layer's shape or the windows do not fit the quantizers."""
@@ -76,12 +72,20 @@ class LayerScheme:
             ("key", self.key, self.key_window),
             ("value", self.value, self.value_window),
         ):
+            _check_quantizer(side, quantizer)
+            if not isinstance(window, Window):
+                raise ValueError(f"scheme: expected {side}_window to be a Window; got {window!r}")
             quantizer.check(shape.num_kv_heads, shape.head_dim)
             if window.chunk % quantizer.group:
                 raise ValueError(
                     f"scheme: {side}s are encoded {quantizer.group} tokens at a time, so their "
                     f"residual must be a multiple of {quantizer.group}; got {window}"
                 )
+        if self.value.rotates:
+            raise ValueError(
+                "scheme: values are not rotated; got a quantizer for them that rotates what it "
+                f"decodes: {self.value}"
+            )
         if self.value.wants_keys and self.key_window != self.value_window:
             raise ValueError(
                 "scheme: values are encoded by what their keys are, so both sides must have one "
@@ -159,6 +163,26 @@ class LayerScheme:
         )  # fmt: skip
 
 
+def _check_quantizer(side: str, quantizer: Any) -> None:
+    if not isinstance(quantizer, Quantizer):
+        raise ValueError(
+            f"scheme: expected {side}s to have a quantizer, an instance of a subclass of "
+            f"nqkv_jax.Quantizer; got {quantizer!r}"
+        )
+    for leaf in jax.tree.leaves(quantizer):
+        if isinstance(leaf, Quantizer):
+            raise ValueError(
+                f"scheme: expected {type(leaf).__name__} to be a pytree, so that a cache can carry "
+                "it: put @jax.tree_util.register_dataclass above its "
+                "@dataclasses.dataclass(frozen=True)"
+            )
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"scheme: expected the leaves of {type(quantizer).__name__} to be arrays; got "
+                f"{leaf!r}. Other fields need dataclasses.field(metadata={{'static': True}})"
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibratedLayers:
     """What a registered function returns if its layers were calibrated on one model.
@@ -195,6 +219,12 @@ class Scheme:
     def __str__(self) -> str:
         options = ",".join(f"{k}={v}" for k, v in self.options)
         return f"{self.name}:{options}" if options else self.name
+
+    def __reduce__(self):
+        """Pickled and copied by its string form: what is registered need not be."""
+        from nqkv_jax.schemes.registry import get
+
+        return get, (str(self),)
 
     def check_model(self, lm: Any) -> None:
         """Raises ValueError if the scheme was calibrated on another model than `lm`.
@@ -241,10 +271,19 @@ class Scheme:
             for i in range(num_layers)
         )
         layers = tuple(
-            self.layer(s).init(s, batch=batch, max_len=max_len, dtype=dtype, window=window)
+            self._layer_scheme(s).init(s, batch=batch, max_len=max_len, dtype=dtype, window=window)
             for s, window in zip(shapes, windows, strict=True)
         )
         return KVCache(layers=layers, scheme=str(self))
+
+    def _layer_scheme(self, shape: LayerShape) -> LayerScheme:
+        layer = self.layer(shape)
+        if not isinstance(layer, LayerScheme):
+            raise ValueError(
+                f"{self}: expected a LayerScheme for layer {shape.layer}; its function returned "
+                f"{layer!r}"
+            )
+        return layer
 
     def _windows(
         self, windows: Sequence[int | None] | None, num_layers: int
@@ -261,173 +300,6 @@ class Scheme:
     def abstract(self, **sizes) -> KVCache:
         """What `init` would allocate, as shapes: count its `nbytes` without spending them."""
         return jax.eval_shape(lambda: self.init(**sizes))
-
-
-_REGISTRY: dict[str, Callable] = {}
-
-
-def register(name: str) -> Callable[[Callable], Callable]:
-    """Names a scheme: a function of keyword options that returns LayerShape -> LayerScheme.
-
-    An option that is annotated with `Literal[...]` takes only these values: any other is a
-    ValueError, and `choices` tells them.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        if name in _REGISTRY and _REGISTRY[name].__wrapped__ is not function:
-            raise ValueError(
-                f"schemes.register: there is already a scheme named {name!r}; choose another name"
-            )
-
-        @functools.wraps(function)
-        def checked(**options):
-            for key, valid in _literals(function).items():
-                if key in options:
-                    one_of(f"{name}: {key}", options[key], valid)
-            return function(**options)
-
-        _REGISTRY[name] = checked
-        return checked
-
-    return decorate
-
-
-def _literals(function: Callable) -> dict[str, tuple]:
-    parameters = inspect.signature(function, eval_str=True).parameters.values()
-    return {
-        p.name: typing.get_args(p.annotation)
-        for p in parameters
-        if typing.get_origin(p.annotation) is Literal
-    }
-
-
-def _load_all() -> None:
-    package = importlib.import_module("nqkv_jax.schemes")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"nqkv_jax.schemes.{module.name}")
-
-
-def names() -> list[str]:
-    """All registered schemes, sorted."""
-    _load_all()
-    return sorted(_REGISTRY)
-
-
-def defaults(name: str) -> dict[str, object]:
-    """The options of a scheme with their defaults."""
-    function = _registered(name)
-    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
-
-
-def choices(name: str) -> dict[str, tuple]:
-    """The values of those options of a scheme that take one of a few."""
-    return _literals(_registered(name))
-
-
-def _registered(name: str) -> Callable:
-    _load_all()
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown scheme {name!r}; there are: {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name]
-
-
-def _parse(text: str):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def get(spec: "str | Scheme", **options) -> Scheme:
-    """The scheme of a string such as `"nqkv"` or `"nqkv:bits=3,block_size=64"`.
-
-    Args:
-      options: override those of the string.
-
-    Raises:
-      ValueError: no such scheme or option (the message lists what exists), or a bad value.
-    """
-    if isinstance(spec, Scheme):
-        if options:
-            raise ValueError(
-                f"schemes.get: options go with a name; got the scheme {spec} and {options}"
-            )
-        return spec
-    if not isinstance(spec, str):
-        raise ValueError(f"schemes.get: expected a name such as 'nqkv:bits=3'; got {spec!r}")
-    name, _, rest = spec.partition(":")
-    name = name.strip()
-    known = defaults(name)
-    given = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(
-                f"scheme {spec!r}: expected option=value; got {item!r}. "
-                f"Example: {name}:{next(iter(known), 'option')}=..."
-            )
-        if key.strip() in given:
-            raise ValueError(f"scheme {spec!r}: option {key.strip()} is given twice")
-        given[key.strip()] = _parse(value.strip())
-    given |= options
-    for key, value in given.items():
-        if key not in known:
-            raise ValueError(
-                f"scheme {name!r} has no option {key!r}; it has: "
-                f"{', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}"
-            )
-        given[key] = value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        _check_value(name, key, value, known[key])
-    changed = tuple((k, given[k]) for k in known if k in given and given[k] != known[k])
-    return _build(name, _REGISTRY[name], changed, tuple(_version(value) for _, value in changed))
-
-
-def _version(value: object) -> tuple[int, ...] | None:
-    """Of the file that an option names, if it names one: another when that was written again."""
-    try:
-        found = os.stat(os.path.expanduser(value)) if isinstance(value, str) else None
-    except (OSError, ValueError):
-        return None
-    return found and (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(maxsize=256)
-def _build(
-    name: str, function: Callable, options: tuple[tuple[str, object], ...], versions: tuple
-) -> Scheme:
-    summary = (inspect.getdoc(function) or "").split("\n")[0]
-    return Scheme(name, options, function(**dict(options)), summary)
-
-
-def _check_value(name: str, key: str, value: object, default: object) -> None:
-    expected = (
-        (int, type(None))
-        if default is None
-        else (float, int)
-        if isinstance(default, float)
-        else type(default)
-    )
-    if not isinstance(value, expected) or (
-        isinstance(value, bool) and not isinstance(default, bool)
-    ):
-        kind = "a whole number" if default is None else f"a value like {default!r}"
-        raise ValueError(f"scheme {name!r}: option {key} takes {kind}; got {value!r}")
-    if isinstance(value, int | float) and value < 0:
-        raise ValueError(f"scheme {name!r}: option {key} must not be negative; got {value!r}")
-    if isinstance(value, str):
-        check_text(name, key, value)
-
-
-def check_text(name: str, key: str, value: str) -> None:
-    """Raises ValueError unless the string form of a scheme can hold a text, such as a path.
-
-    A cache that is saved names its scheme by that.
-    """
-    if "," in value or _parse(value.strip()) != value:
-        raise ValueError(
-            f"scheme {name!r}: option {key}={value!r} cannot be written in a scheme's name, which "
-            "has commas between options. Take a path with a letter in front, and without commas"
-        )
 
 
 def block_window(name: str, residual: int) -> Window:

@@ -24,12 +24,8 @@ from typing import Literal
 from nqkv_jax.calibration import artifact
 from nqkv_jax.calibration.commvq import BITS, KIND, expected, quantizers
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import (
-    CalibratedLayers,
-    LayerScheme,
-    block_window,
-    register,
-)
+from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, block_window
+from nqkv_jax.schemes.registry import register
 
 
 @register("commvq")
@@ -51,9 +47,7 @@ def commvq(*, bits: Literal[*BITS] = 2, residual: int = 128, calibration: str = 
         _check(made, shape, bits)
         artifact.check_arrays(arrays, made, shape.layer, expected(arrays, made))
         key, value = quantizers(arrays, shape.layer)
-        return LayerScheme(
-            key=Unrotated(key), value=value, key_window=window, value_window=window, rotated=False
-        )
+        return LayerScheme(key=Unrotated(key), value=value, key_window=window, value_window=window)
 
     return CalibratedLayers(
         layer=layer, check=lambda lm: artifact.check_model("commvq", load()[1], lm)

@@ -8,7 +8,8 @@ from typing import Literal
 
 from nqkv_jax.float8 import FORMATS, Float8
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window, register
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window
+from nqkv_jax.schemes.registry import register
 
 
 @register("fp8")

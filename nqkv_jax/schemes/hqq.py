@@ -13,8 +13,9 @@ there.
 from typing import Literal
 
 from nqkv_jax.quantizers.hqq import HQQQuantizer
-from nqkv_jax.schemes.base import DTYPES, ScaleDtype, register
+from nqkv_jax.schemes.base import DTYPES, ScaleDtype
 from nqkv_jax.schemes.quanto import Axis, residual_window, same_for_both_sides
+from nqkv_jax.schemes.registry import register
 
 
 @register("hqq")

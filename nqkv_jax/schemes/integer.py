@@ -6,14 +6,8 @@ the group is a head. x ≈ code * scale + zero with scale = (max - min) / (2^bit
 
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.schemes.base import (
-    DTYPES,
-    LayerScheme,
-    ScaleDtype,
-    block_window,
-    largest_divisor,
-    register,
-)
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window, largest_divisor
+from nqkv_jax.schemes.registry import register
 
 
 def _integer(bits: int, group_size: int | None, sinks: int, residual: int, scale_dtype: str):

@@ -13,7 +13,8 @@ from typing import Literal
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import DTYPES, Keys, LayerScheme, LayerShape, ScaleDtype, register
+from nqkv_jax.schemes.base import DTYPES, Keys, LayerScheme, LayerShape, ScaleDtype
+from nqkv_jax.schemes.registry import register
 from nqkv_jax.side import Window
 
 Bits = Literal[1, 2, 3, 4, 8]
@@ -53,7 +54,6 @@ def layer_scheme(
         sinks=sinks,
         key_window=Window(chunk=residual),
         value_window=Window(keep=residual),
-        rotated=keys == "rotated",
     )
 
 

@@ -16,10 +16,11 @@ from typing import Literal
 
 from nqkv_jax.allocation import Allocation
 from nqkv_jax.calibration import artifact
-from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, LayerShape, ScaleDtype, register
+from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, LayerShape, ScaleDtype
 from nqkv_jax.schemes.hqq import hqq
 from nqkv_jax.schemes.nqkv import nqkv
 from nqkv_jax.schemes.quanto import quanto
+from nqkv_jax.schemes.registry import register
 from nqkv_jax.words import counted
 
 BACKENDS = {

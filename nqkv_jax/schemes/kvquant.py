@@ -33,7 +33,8 @@ from nqkv_jax.quantizers.dense_sparse import (
     slots_per_side,
 )
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, register
+from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme
+from nqkv_jax.schemes.registry import register
 
 
 @register("kvquant")
@@ -100,7 +101,7 @@ def kvquant(
             **levels(arrays, "key", shape.layer),
         )
         value = DenseSparseTokens(outliers=slots, **levels(arrays, "value", shape.layer))
-        return LayerScheme(key=Unrotated(key), value=value, sinks=sinks, rotated=False)
+        return LayerScheme(key=Unrotated(key), value=value, sinks=sinks)
 
     return CalibratedLayers(
         layer=layer, check=lambda lm: artifact.check_model("kvquant", load()[1], lm)

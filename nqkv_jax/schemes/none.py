@@ -1,7 +1,8 @@
 """The full-precision cache: the reference for quality, bytes and speed."""
 
 from nqkv_jax.quantizers.full_precision import FullPrecision
-from nqkv_jax.schemes.base import LayerScheme, register
+from nqkv_jax.schemes.base import LayerScheme
+from nqkv_jax.schemes.registry import register
 
 
 @register("none")

@@ -26,8 +26,8 @@ from nqkv_jax.schemes.base import (
     ScaleDtype,
     block_window,
     largest_divisor,
-    register,
 )
+from nqkv_jax.schemes.registry import register
 
 # name -> (codebook of bits and block size, how blocks are scaled)
 CODEBOOKS = {
@@ -80,7 +80,6 @@ def nqkv(
             sinks=sinks,
             key_window=window,
             value_window=window,
-            rotated=keys == "rotated",
         )
 
     return layer

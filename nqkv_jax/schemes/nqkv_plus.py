@@ -28,7 +28,8 @@ from nqkv_jax.quantizers.digits import DigitQuantizer
 from nqkv_jax.quantizers.ranked import RankedQuantizer, widths_by_rank
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import Keys, LayerScheme, register
+from nqkv_jax.schemes.base import Keys, LayerScheme
+from nqkv_jax.schemes.registry import register
 from nqkv_jax.side import Window
 
 
@@ -89,7 +90,6 @@ def nqkv_plus(
             sinks=sinks,
             key_window=window,
             value_window=window,
-            rotated=fused or keys == "rotated",
         )
 
     return layer

@@ -27,7 +27,8 @@ from typing import Literal
 
 from nqkv_jax.quantizers.nsn import NSNKeys, NSNQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed
-from nqkv_jax.schemes.base import LayerScheme, register
+from nqkv_jax.schemes.base import LayerScheme
+from nqkv_jax.schemes.registry import register
 from nqkv_jax.side import Window
 
 RESIDUAL = {1: 128, 2: 64}
@@ -59,7 +60,5 @@ def nsnquant(
     if hadamard:
         value = Transformed(value, (Hadamard(),))
     waiting = Window(chunk=residual)
-    layer = LayerScheme(
-        key=key, value=value, key_window=waiting, value_window=waiting, rotated=False
-    )
+    layer = LayerScheme(key=key, value=value, key_window=waiting, value_window=waiting)
     return lambda shape: layer

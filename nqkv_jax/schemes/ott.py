@@ -21,7 +21,8 @@ from typing import Literal
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.outlier_tokens import OutlierTokens
-from nqkv_jax.schemes.base import LayerScheme, register
+from nqkv_jax.schemes.base import LayerScheme
+from nqkv_jax.schemes.registry import register
 from nqkv_jax.side import Window
 
 

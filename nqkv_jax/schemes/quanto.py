@@ -21,7 +21,8 @@ from typing import Literal
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window, register
+from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window
+from nqkv_jax.schemes.registry import register
 from nqkv_jax.side import Window
 
 Axis = Literal["hidden", "tokens"]

@@ -18,7 +18,8 @@ from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
-from nqkv_jax.schemes.base import LayerScheme, block_window, register
+from nqkv_jax.schemes.base import LayerScheme, block_window
+from nqkv_jax.schemes.registry import register
 
 
 @register("quarot")
@@ -50,7 +51,6 @@ def quarot(
             sinks=sinks,
             key_window=window,
             value_window=window,
-            rotated=not together,
         )
 
     return layer

@@ -21,7 +21,8 @@ Source: Wang et al. (2025), arXiv 2503.24358.
 
 from nqkv_jax.quantizers.squat import QueryAware
 from nqkv_jax.schemes import kivi
-from nqkv_jax.schemes.base import Keys, register
+from nqkv_jax.schemes.base import Keys
+from nqkv_jax.schemes.registry import register
 
 
 @register("squat")

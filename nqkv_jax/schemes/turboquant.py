@@ -21,7 +21,8 @@ from nqkv_jax.checks import one_of
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Rotation, Transformed
 from nqkv_jax.quantizers.turboquant import ResidualSketch
-from nqkv_jax.schemes.base import LayerScheme, block_window, register
+from nqkv_jax.schemes.base import LayerScheme, block_window
+from nqkv_jax.schemes.registry import register
 
 ROTATIONS = {"hadamard": Hadamard(seed=0), "haar": Rotation(seed=0)}
 
