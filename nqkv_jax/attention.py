@@ -9,10 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from nqkv_jax import arguments
 from nqkv_jax.body import attend_body, decode_groups, slice_groups
 from nqkv_jax.cache import KVCache
 from nqkv_jax.pallas_kernels import exact_attention, triton_backend
-from nqkv_jax.pallas_kernels.decode_attention import IMPLEMENTATIONS
 from nqkv_jax.pallas_kernels.exact_attention import Slots
 from nqkv_jax.partial import Partial, attend_new, attend_tokens
 from nqkv_jax.prefill import attend_prompt
@@ -95,7 +95,7 @@ def attend(
     rotary: Rotary | None = None,
     num_new: jax.Array | None = None,
     window: int | None = None,
-    scale: float | None = None,
+    scale: float | jax.Array | None = None,
     soft_cap: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -116,7 +116,7 @@ def attend(
         0 .. S.
       window: attend to the latest `window` tokens only, the current one included. Layers of a cache
         that was made with `windows` (`Scheme.init`) need theirs, or a smaller one.
-      scale: of the scores; default D ** -0.5.
+      scale: of the scores, a number > 0; may be a traced array of shape (). Default D ** -0.5.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2); None for no cap.
       implementation: of decoding, when there is one token; for this call, in place of that of the
         cache (`KVCache.with_implementation`, which describes them).
@@ -125,12 +125,16 @@ def attend(
       [B, S, Hq, D] in the dtype of q, and the cache with the new tokens.
 
     Raises:
-      ValueError: shapes, dtypes or `layer` do not fit; says what was expected.
+      ValueError: an argument has the wrong type or value, or does not fit the others; says what
+        was expected.
       NotImplementedError: the kernel that was asked for cannot serve the case; says why.
     """
     if num_new is not None:
         num_new = jnp.asarray(num_new)
-    _check(q, k, v, cache, layer, rotary, num_new, window, soft_cap, implementation)
+    layer, window, scale, soft_cap = arguments.check(
+        q, k, v, cache, layer=layer, rotary=rotary, num_new=num_new, window=window, scale=scale,
+        soft_cap=soft_cap, implementation=implementation,
+    )  # fmt: skip
     q, k, v = map(jnp.asarray, (q, k, v))
     usual = None
     if implementation is not None and isinstance(cache, KVCache):
@@ -294,82 +298,3 @@ def _attend_exact(
     if not by_platform:
         return by_xla(*arguments)
     return jax.lax.platform_dependent(*arguments, **by_platform, default=by_xla)
-
-
-def _check(q, k, v, cache, layer, rotary, num_new, window, soft_cap, implementation) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            "attend: expected q [batch, tokens, num_heads, head_dim] and k, v [batch, tokens, "
-            f"num_kv_heads, head_dim]; got q {q.shape}, k {k.shape}, v {v.shape}"
-        )
-    batch, size, num_heads, head_dim = q.shape
-    if k.shape[:2] != (batch, size) or k.shape[3] != head_dim or num_heads % k.shape[2]:
-        raise ValueError(
-            "attend: q and k must agree in batch, tokens and head_dim, and num_heads must be a "
-            f"multiple of num_kv_heads; got q {q.shape}, k {k.shape}"
-        )
-    if not q.size or not k.size:
-        raise ValueError(f"attend: expected at least one token; got q {q.shape}, k {k.shape}")
-    if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in (q, k, v)):
-        raise ValueError(
-            f"attend: expected floating-point q, k, v; got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if jax.sharding.AxisType.Explicit in jax.typeof(q).sharding.mesh.axis_types:
-        raise ValueError(
-            "attend: expected arrays on a mesh with axes of type Auto, which the compiler "
-            "partitions; got Explicit ones. Make it with jax.make_mesh(shape, names, "
-            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
-    if not isinstance(rotary, Rotary | None):
-        raise ValueError(f"attend: expected rotary to be a Rotary or None; got {rotary!r}")
-    if rotary is not None and 2 * rotary.inverse_frequencies.shape[-1] > head_dim:
-        raise ValueError(
-            f"attend: expected rotary to have at most {head_dim // 2} frequencies, one for every "
-            f"pair of channels; got {rotary.inverse_frequencies.shape[-1]}"
-        )
-    if num_new is not None and (
-        num_new.shape != (batch,) or not jnp.issubdtype(num_new.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"attend: expected num_new of shape ({batch},), one whole number per sequence; "
-            f"got {num_new.dtype} of shape {num_new.shape}"
-        )
-    if window is not None and (
-        isinstance(window, bool) or not isinstance(window, int) or window < 1
-    ):
-        raise ValueError(f"attend: expected window >= 1, a whole number, or None; got {window!r}")
-    number = isinstance(soft_cap, int | float) and not isinstance(soft_cap, bool)
-    if soft_cap is not None and not (number and 0 < soft_cap < jnp.inf):
-        raise ValueError(f"attend: expected soft_cap > 0, a number, or None; got {soft_cap!r}")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"attend: expected implementation to be one of {IMPLEMENTATIONS}, or None; got "
-            f"{implementation!r}"
-        )
-    if not isinstance(layer, int):
-        raise ValueError(
-            f"attend: layer must be a Python int, as layers may be cached differently; got "
-            f"{layer!r} of type {type(layer).__name__}. Unroll the loop over layers"
-        )
-    if isinstance(cache, KVCache):
-        if not 0 <= layer < len(cache.layers):
-            raise ValueError(
-                f"attend: the cache has layers 0..{len(cache.layers) - 1}; got layer={layer}"
-            )
-        this = cache.layers[layer]
-        expected = (cache.batch, this.num_kv_heads, this.head_dim)
-        if (batch, k.shape[2], head_dim) != expected:
-            raise ValueError(
-                "attend: the cache was made for (batch, num_kv_heads, head_dim) = "
-                f"{expected}; got k {k.shape}"
-            )
-        if this.window is not None and (window is None or window > this.window):
-            raise ValueError(
-                f"attend: layer {layer} of the cache keeps the latest {this.window} tokens, as its "
-                f"windows say; got window={window}. Make it with windows=None to keep all"
-            )
-    elif cache is not None and not hasattr(cache, "attend"):
-        raise ValueError(
-            "attend: expected cache to be a KVCache (scheme.init makes one), a DecodedView or "
-            f"None; got {type(cache).__name__}"
-        )

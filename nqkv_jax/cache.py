@@ -269,7 +269,8 @@ class KVCache:
             the scheme, else by XLA. "xla": without kernels. A kernel's name, such as "mosaic_gpu"
             for NVIDIA GPUs since Ampere, asks for that one, where anything is encoded; with it come
             those that append tokens and attend to sinks and residual, where they can serve. Kernels
-            are not partitioned: in a program for several devices, call `attend` in `jax.shard_map`.
+            are not partitioned: in a program for several devices, call `attend` in
+            `jax.shard_map(..., check_vma=False)`.
 
         Raises: ValueError: there is no such implementation.
         """

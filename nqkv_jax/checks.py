@@ -4,12 +4,26 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+import jax
+import numpy as np
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or NumPy's; an array or a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def concrete(a: Any) -> np.ndarray | None:
+    """The numbers of an array; None if it is traced, or other processes have some of them."""
+    if isinstance(a, jax.core.Tracer) or not getattr(a, "is_fully_addressable", True):
+        return None
+    return np.asarray(a)
+
 
 def whole_numbers(what: str, **values: Any) -> None:
     """Raises ValueError, for `what`, unless all of the values are whole numbers; None may stand."""
     for name, value in values.items():
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole and value is not None:
+        if not is_whole(value) and value is not None:
             raise ValueError(f"{what}: {name} must be a whole number; got {value!r}")
 
 

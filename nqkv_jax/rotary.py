@@ -1,9 +1,14 @@
 """Rotary position embedding, in the rotate-half convention of the Hugging Face checkpoints."""
 
 import dataclasses
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from nqkv_jax.checks import concrete
 
 
 @jax.tree_util.register_dataclass
@@ -43,17 +48,57 @@ class Rotary:
     """Rotates pairs (i, i + R/2) of the first R = 2 * len(inverse_frequencies) channels.
 
     Attributes:
-      inverse_frequencies: f32[R / 2], radians per token.
-      attention_factor: multiplies cosine and sine (1 except for YaRN-like scaling).
+      inverse_frequencies: f32[R / 2], radians per token; any float dtype.
+      attention_factor: multiplies cosine and sine (1 except for YaRN-like scaling); a number > 0.
 
+    Raises: ValueError for another `attention_factor`, when it is made; for other frequencies when
+      it is used (`check`).
     Source: Su et al. (2021), RoFormer, equation 34; pairing as in GPT-NeoX.
     """
 
     inverse_frequencies: jax.Array
     attention_factor: float = dataclasses.field(default=1.0, metadata={"static": True})
 
+    def __post_init__(self):
+        factor = self.attention_factor
+        number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
+        if not (number and 0 < factor < math.inf):
+            raise ValueError(
+                f"Rotary: expected attention_factor > 0, a finite number; got {factor!r}"
+            )
+        object.__setattr__(self, "attention_factor", float(factor))
+
+    def check(self, what: str = "Rotary", head_dim: int | None = None) -> None:
+        """Raises ValueError, for `what`, unless there are frequencies, for heads of `head_dim`.
+
+        They are a leaf of a pytree: whatever `jax.tree.map` returns may be in their place, so that
+        the constructor cannot ask for an array.
+        """
+        a = self.inverse_frequencies
+        array = hasattr(a, "shape") and hasattr(a, "dtype")
+        if not array or len(a.shape) != 1 or not jnp.issubdtype(a.dtype, jnp.floating):
+            got = f"{a.dtype}{list(a.shape)}" if array else f"{a!r:.200}"
+            raise ValueError(
+                f"{what}: expected inverse_frequencies to be an array of floats [R / 2], radians "
+                f"per token, one for every pair of channels; got {got}"
+            )
+        if not a.size:
+            raise ValueError(
+                f"{what}: expected at least one frequency; got none. A model without RoPE has "
+                "rotary=None"
+            )
+        if head_dim is not None and 2 * a.size > head_dim:
+            raise ValueError(
+                f"{what}: expected at most {head_dim // 2} frequencies, one for every pair of the "
+                f"{head_dim} channels; got {a.size}"
+            )
+        known = concrete(a)
+        if known is not None and not np.all(np.isfinite(known.astype(np.float32))):
+            raise ValueError(f"{what}: expected inverse_frequencies to be finite; got {known}")
+
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotates `x` [..., tokens, heads, head_dim] to `positions` i32[..., tokens]."""
+        self.check(head_dim=x.shape[-1])
         return self.at(positions)(x)
 
     def rest(self) -> "Rotary":
@@ -62,6 +107,7 @@ class Rotary:
 
     def at(self, positions: jax.Array) -> RotaryAngles:
         """The rotation to `positions` i32[..., tokens]."""
+        self.check()
         frequencies = self.inverse_frequencies.astype(jnp.float32)
         frequencies = jnp.expand_dims(frequencies, range(positions.ndim + 1))
         angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [..., T, 1, R / 2]
