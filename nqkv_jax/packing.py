@@ -38,9 +38,11 @@ def packed_size(n: int, bits: int, word=jnp.uint8) -> int:
     # The narrowest row decides: the 1-bit row of 3-bit codes, else the codes themselves.
     per_word = word_bits // (bits & -bits)
     if n % per_word or n <= 0:
+        full = [str(b) for b in SUPPORTED_BITS if n > 0 and n % (word_bits // (b & -b)) == 0]
         raise ValueError(
             f"packing: codes of {bits} bits fill whole {jnp.dtype(word).name} words only if their "
             f"number is a positive multiple of {per_word}; got {n}"
+            + (f", which is one for codes of {', '.join(full)} bits" if full else "")
         )
     return n * bits // word_bits
 

@@ -138,7 +138,7 @@ def test_stored_bits():
             lambda: nq.schemes.get("nqkv-plus").init(
                 num_layers=1, batch=1, max_len=8, num_kv_heads=1, head_dim=24
             ),
-            "multiple of 16, above 128 one of 128; got 24. fused=False has no tiles",
+            "multiple of 16, above 128 one of 128; got 24. Take fused=False",
         ),
         (
             lambda: nq.schemes.get("nqkv-plus:recent=-1"),

@@ -343,7 +343,7 @@ def test_what_is_not_finite_stays_in_its_window_and_head(bad):
         ("nsnquant:window=0", 64, "window must be an even number of tokens; got 0"),
         ("nsnquant:residual=96", 64, "positive multiple of window=64; got 96"),
         ("nsnquant:residual=0", 64, "positive multiple of window=64; got 0"),
-        ("nsnquant", 80, "head_dim must be a power of two, .*Hadamard.*; got 80"),
+        ("nsnquant", 80, "a power of two, .*Hadamard.*; got head_dim=80. Take turboquant"),
         ("nsnquant", 4, "at least 8, for the codebook; got 4"),
     ],
 )

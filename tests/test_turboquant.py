@@ -216,13 +216,13 @@ def test_grouped_heads_are_one_hadamard_matrix():
         ("turboquant:bits=1,variant=prod", None, "variant=prod: expected one of 2, 3, 4; got 1"),
         ("turboquant:variant=qjl", None, "expected one of mse, prod; got 'qjl'"),
         ("turboquant:rotation=givens", None, "expected one of hadamard, haar; got 'givens'"),
-        (
-            "turboquant",
-            (2, 80),
-            r"power of two; got 80. Give a size .*16, or use Rotation\(seed=0\)",
-        ),
+        ("turboquant", (2, 80), "a power of two, .*; got head_dim=80. Take rotation=haar"),
         ("quarot:heads_per_group=0", None, "heads_per_group >= 1, .*; got 0"),
-        ("quarot:heads_per_group=4", (6, 64), "a divisor of the 6 KV heads; got 256"),
+        (
+            "quarot:heads_per_group=4",
+            (6, 64),
+            "num_kv_heads=6; got 4. Take heads_per_group=2",
+        ),
         ("quarot:heads_per_group=3", None, "heads_per_group >= 1, a power of two .*; got 3"),
     ],
 )

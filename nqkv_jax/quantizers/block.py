@@ -208,14 +208,17 @@ def check_group(what: str, x: jax.Array, group: int) -> None:
         )
 
 
-def check_hidden_blocks(what: str, heads: int, head_dim: int, block_size: int) -> None:
-    """Raises ValueError unless blocks fill the hidden axis."""
+def check_hidden_blocks(
+    what: str, heads: int, head_dim: int, block_size: int, option: str = "block_size"
+) -> None:
+    """Raises ValueError, which calls the size `option`, unless blocks fill the hidden axis."""
     hidden = heads * head_dim
-    if hidden % block_size:
+    if block_size < 1 or hidden % block_size:
         divisors = [n for n in range(1, hidden + 1) if hidden % n == 0 and n >= 8] or [hidden]
+        nearest = max([n for n in divisors if n <= block_size], default=divisors[0])
         raise ValueError(
-            f"{what}: block_size must divide heads * head_dim = {heads} * {head_dim} = {hidden}: "
-            f"one of {divisors}; got {block_size}"
+            f"{what}: {option} must divide heads * head_dim = {heads} * {head_dim} = {hidden}: "
+            f"one of {divisors}; got {block_size}. Take {option}={nearest}"
         )
 
 

@@ -5,16 +5,18 @@ the group is a head. x ≈ code * scale + zero with scale = (max - min) / (2^bit
 """
 
 from nqkv_jax import codebooks
-from nqkv_jax.quantizers.block import BlockQuantizer
+from nqkv_jax.quantizers.block import BlockQuantizer, check_hidden_blocks
 from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window, largest_divisor
 from nqkv_jax.schemes.registry import register
 
 
 def _integer(bits: int, group_size: int | None, sinks: int, residual: int, scale_dtype: str):
-    window = block_window(f"int{bits}", residual)
+    name = f"int{bits}"
+    window = block_window(name, residual)
 
     def layer(shape):
         size = largest_divisor(shape.hidden, 64) if group_size is None else group_size
+        check_hidden_blocks(name, shape.num_kv_heads, shape.head_dim, size, "group_size")
         quantizer = BlockQuantizer(
             codebooks.uniform(bits),
             block_size=size,

@@ -15,6 +15,7 @@ from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import DTYPES, Keys, LayerScheme, LayerShape, ScaleDtype
 from nqkv_jax.schemes.registry import register
+from nqkv_jax.schemes.shapes import check_groups_in_head, next_multiple
 from nqkv_jax.side import Window
 
 Bits = Literal[1, 2, 3, 4, 8]
@@ -26,9 +27,13 @@ def sides(
     """Quantizers of keys and of values; ValueError, for the scheme `name`, for wrong options."""
     # A group of one token has range 0: its keys would be exact, and cost more than full precision.
     if group_size < 2 or residual < group_size or residual % group_size:
+        size = group_size if group_size >= 2 else 32
+        instead = f"residual={next_multiple(residual, size)}"
+        if size != group_size:
+            instead = f"group_size={size},{instead}"
         raise ValueError(
             f"{name}: expected group_size >= 2 and residual to be a positive multiple of it; got "
-            f"residual={residual}, group_size={group_size}"
+            f"residual={residual}, group_size={group_size}. Take {instead}"
         )
     block = dict(
         block_size=group_size,
@@ -43,11 +48,7 @@ def layer_scheme(
     name: str, shape: LayerShape, key, value: BlockQuantizer, *, residual: int, keys: str, sinks=0
 ) -> LayerScheme:
     """KIVI's windows around `key` and `value`; ValueError if groups of values do not fit."""
-    if shape.head_dim % value.block_size:
-        raise ValueError(
-            f"{name}: expected group_size to divide head_dim={shape.head_dim}; got "
-            f"{value.block_size}"
-        )
+    check_groups_in_head(name, shape.head_dim, value.block_size, residual)
     return LayerScheme(
         key=key if keys == "rotated" else Unrotated(key),
         value=value,

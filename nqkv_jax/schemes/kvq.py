@@ -16,11 +16,13 @@ from typing import Literal
 
 from nqkv_jax.allocation import Allocation
 from nqkv_jax.calibration import artifact
+from nqkv_jax.quantizers.block import check_hidden_blocks
 from nqkv_jax.schemes.base import CalibratedLayers, LayerScheme, LayerShape, ScaleDtype
 from nqkv_jax.schemes.hqq import hqq
 from nqkv_jax.schemes.nqkv import nqkv
 from nqkv_jax.schemes.quanto import quanto
 from nqkv_jax.schemes.registry import register
+from nqkv_jax.schemes.shapes import check_groups_in_head
 from nqkv_jax.words import counted
 
 BACKENDS = {
@@ -55,6 +57,12 @@ def kvq(
     layers = {bits: BACKENDS[backend](bits=bits, **options) for bits in sorted(used)}
 
     def layer(shape: LayerShape) -> LayerScheme:
+        # Here, as the backends would speak of themselves, and of options of theirs.
+        if backend == "nqkv":
+            heads, head_dim = shape.num_kv_heads, shape.head_dim
+            check_hidden_blocks("kvq", heads, head_dim, group_size, "group_size")
+        else:
+            check_groups_in_head("kvq", shape.head_dim, group_size)
         key, value = k_bits, v_bits
         if widths is not None:
             if widths.num_layers != shape.num_layers:

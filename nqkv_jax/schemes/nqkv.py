@@ -16,7 +16,7 @@ first block they are estimated from) channel means removed and a Hadamard rotati
 from typing import Literal
 
 from nqkv_jax import codebooks
-from nqkv_jax.quantizers.block import BlockQuantizer
+from nqkv_jax.quantizers.block import BlockQuantizer, check_hidden_blocks
 from nqkv_jax.quantizers.transforms import Centre, Hadamard, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import (
@@ -28,6 +28,7 @@ from nqkv_jax.schemes.base import (
     largest_divisor,
 )
 from nqkv_jax.schemes.registry import register
+from nqkv_jax.schemes.shapes import any_rotation, check_power_of_two
 
 # name -> (codebook of bits and block size, how blocks are scaled)
 CODEBOOKS = {
@@ -68,6 +69,10 @@ def nqkv(
 
     def layer(shape):
         size = largest_divisor(shape.hidden, 256) if block_size is None else block_size
+        check_hidden_blocks("nqkv", shape.num_kv_heads, shape.head_dim, size)
+        if hadamard:
+            instead = f"hadamard=False or {any_rotation(bits)}"
+            check_power_of_two("nqkv", shape.head_dim, instead)
         quantizer = BlockQuantizer(
             make(bits, size), block_size=size, scale=scale, scale_dtype=DTYPES[scale_dtype]
         )

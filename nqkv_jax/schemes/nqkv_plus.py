@@ -48,8 +48,8 @@ def nqkv_plus(
     """Keys with bits where queries look, rotated values, sinks and a recent window."""
     if fused and group_size is not None:
         raise ValueError(
-            "nqkv-plus: keys that a fused kernel reads are coded 128 at a time; group_size goes "
-            f"with fused=False; got group_size={group_size}"
+            "nqkv-plus: expected group_size=None with fused=True, as keys that a fused kernel "
+            f"reads are coded 128 at a time; got group_size={group_size}. Take fused=False"
         )
     if group_size is None:
         group_size = tiles.TOKENS if fused else 64
@@ -80,7 +80,9 @@ def nqkv_plus(
             try:
                 tiles.check(shape.head_dim, bits)
             except ValueError as error:
-                raise ValueError(f"nqkv-plus: {error}. fused=False has no tiles") from None
+                raise ValueError(
+                    f"nqkv-plus: {error}. Take fused=False, which has no tiles"
+                ) from None
         levels = _computed_levels(bits, shape.head_dim) if fused else _lloyd_max(bits)
         value = BlockQuantizer(**levels, block_size=shape.head_dim)
         rotation = Hadamard(size=largest_power_of_two(shape.head_dim))

@@ -29,6 +29,7 @@ from nqkv_jax.quantizers.nsn import NSNKeys, NSNQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed
 from nqkv_jax.schemes.base import LayerScheme
 from nqkv_jax.schemes.registry import register
+from nqkv_jax.schemes.shapes import any_rotation, check_power_of_two, next_multiple
 from nqkv_jax.side import Window
 
 RESIDUAL = {1: 128, 2: 64}
@@ -46,13 +47,17 @@ def nsnquant(
 ):
     """Normalised, shifted, normalised and rotated tokens, in vectors of 8 by one fixed codebook."""
     if window < 2 or window % 2:
-        raise ValueError(f"nsnquant: window must be an even number of tokens; got {window}")
+        raise ValueError(
+            f"nsnquant: window must be an even number of tokens; got {window}. Take "
+            f"window={next_multiple(window, 2) if window > 2 else 64}"
+        )
     if residual is None:
         residual = -(-RESIDUAL[bits] // window) * window
     if residual < window or residual % window:
         raise ValueError(
             "nsnquant: residual, the tokens that wait in full precision to be encoded together, "
-            f"must be a positive multiple of window={window}; got {residual}"
+            f"must be a positive multiple of window={window}; got {residual}. Take "
+            f"residual={next_multiple(residual, window)}"
         )
     settings = dict(bits=bits, window=window, normalise=normalise, adjust=adjust)
     key = NSNKeys(hadamard=hadamard, **settings)
@@ -60,5 +65,11 @@ def nsnquant(
     if hadamard:
         value = Transformed(value, (Hadamard(),))
     waiting = Window(chunk=residual)
-    layer = LayerScheme(key=key, value=value, key_window=waiting, value_window=waiting)
-    return lambda shape: layer
+    scheme = LayerScheme(key=key, value=value, key_window=waiting, value_window=waiting)
+
+    def layer(shape):
+        why = ", and for the groups of its means with hadamard=False too"
+        check_power_of_two("nsnquant", shape.head_dim, any_rotation(bits), why)
+        return scheme
+
+    return layer

@@ -23,6 +23,7 @@ from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.schemes.base import DTYPES, LayerScheme, ScaleDtype, block_window
 from nqkv_jax.schemes.registry import register
+from nqkv_jax.schemes.shapes import check_groups_in_head, next_multiple
 from nqkv_jax.side import Window
 
 Axis = Literal["hidden", "tokens"]
@@ -57,11 +58,12 @@ def residual_window(name: str, axis: str, group_size: int, residual: int) -> Win
     """The window of such a cache; ValueError for an axis and sizes that do not go together."""
     # A group of one element has range 0: it would be exact, and cost more than full precision.
     if group_size < 2:
-        raise ValueError(f"{name}: expected group_size >= 2; got {group_size}")
+        raise ValueError(f"{name}: expected group_size >= 2; got {group_size}. Take group_size=64")
     if axis == "tokens" and (residual < group_size or residual % group_size):
         raise ValueError(
             f"{name}: with axis=tokens residual must be a positive multiple of group_size; got "
-            f"residual={residual}, group_size={group_size}"
+            f"residual={residual}, group_size={group_size}. Take "
+            f"residual={next_multiple(residual, group_size)}"
         )
     return block_window(name, residual)
 
@@ -70,12 +72,8 @@ def same_for_both_sides(
     name: str, quantizer: Quantizer, shape, window: Window, sinks: int
 ) -> LayerScheme:
     """Keys and values alike; ValueError if groups inside a token would leave their head."""
-    size = quantizer.block_size
-    if quantizer.axis == "hidden" and shape.head_dim % size:
-        raise ValueError(
-            f"{name}: expected group_size to divide head_dim={shape.head_dim}, as groups lie "
-            f"inside one head; got {size}"
-        )
+    if quantizer.axis == "hidden":
+        check_groups_in_head(name, shape.head_dim, quantizer.block_size)
     return LayerScheme(
         key=quantizer, value=quantizer, sinks=sinks, key_window=window, value_window=window
     )

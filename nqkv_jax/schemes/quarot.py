@@ -16,10 +16,11 @@ from typing import Literal
 
 from nqkv_jax import codebooks
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.quantizers.transforms import Hadamard, Transformed
+from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import LayerScheme, block_window
 from nqkv_jax.schemes.registry import register
+from nqkv_jax.schemes.shapes import any_rotation, check_power_of_two
 
 
 @register("quarot")
@@ -35,7 +36,8 @@ def quarot(
     if heads_per_group < 1 or heads_per_group & (heads_per_group - 1):
         raise ValueError(
             "quarot: expected heads_per_group >= 1, a power of two as the Hadamard transform is of "
-            f"one; got {heads_per_group}"
+            f"one; got {heads_per_group}. Take heads_per_group="
+            f"{1 << max(heads_per_group.bit_length() - 1, 0)}"
         )
     window, together = block_window("quarot", residual), heads_per_group > 1
     codebook, scale = (
@@ -43,6 +45,13 @@ def quarot(
     )
 
     def layer(shape):
+        check_power_of_two("quarot", shape.head_dim, "int8" if bits == 8 else any_rotation(bits))
+        if shape.num_kv_heads % heads_per_group:
+            raise ValueError(
+                f"quarot: expected heads_per_group to divide num_kv_heads={shape.num_kv_heads}; "
+                f"got {heads_per_group}. Take heads_per_group="
+                f"{largest_power_of_two(shape.num_kv_heads)}"
+            )
         plain = BlockQuantizer(codebook, block_size=shape.head_dim, scale=scale)
         key = Transformed(plain, (Hadamard(size=heads_per_group * shape.head_dim),))
         return LayerScheme(

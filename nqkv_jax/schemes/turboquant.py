@@ -23,6 +23,7 @@ from nqkv_jax.quantizers.transforms import Hadamard, Rotation, Transformed
 from nqkv_jax.quantizers.turboquant import ResidualSketch
 from nqkv_jax.schemes.base import LayerScheme, block_window
 from nqkv_jax.schemes.registry import register
+from nqkv_jax.schemes.shapes import check_power_of_two
 
 ROTATIONS = {"hadamard": Hadamard(seed=0), "haar": Rotation(seed=0)}
 
@@ -43,6 +44,8 @@ def turboquant(
     window = block_window("turboquant", residual)
 
     def layer(shape):
+        if rotation == "hadamard":
+            check_power_of_two("turboquant", shape.head_dim, "rotation=haar")
         codebook = codebooks.lloyd_max_normal(bits - sketched)
         quantizer = BlockQuantizer(codebook, block_size=shape.head_dim, scale="rms")
         if sketched:
