@@ -1,6 +1,8 @@
 """What is asked of arguments in many places."""
 
 import numbers
+import os
+import pathlib
 from collections.abc import Collection
 from typing import Any
 
@@ -31,3 +33,10 @@ def one_of(what: str, value: Any, choices: Collection) -> None:
     """Raises ValueError, for `what`, unless the value is among the choices."""
     if value not in choices:
         raise ValueError(f"{what}: expected one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def file_path(what: str, path: Any) -> pathlib.Path:
+    """`path` as a `Path`, "~" being the home folder; ValueError, for `what`, if it is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{what}: expected the path of a file, a str or a Path; got {path!r:.200}")
+    return pathlib.Path(path).expanduser()

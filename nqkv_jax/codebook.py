@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nqkv_jax.checks import is_whole
 from nqkv_jax.rounding import nearest_integer
 
 
@@ -31,11 +32,13 @@ class Codebook:
 
     def __post_init__(self):
         levels = np.asarray(self.levels, np.float64)
-        if not 1 <= self.bits <= 8 or levels.shape != (2**self.bits,):
+        whole = is_whole(self.bits) and 1 <= self.bits <= 8
+        if not whole or levels.shape != (2**self.bits,):
             raise ValueError(
                 f"Codebook {self.name!r}: needs 2**bits levels with bits in 1..8; "
-                f"got bits={self.bits} and {levels.size} levels"
+                f"got bits={self.bits!r} and {levels.size} levels"
             )
+        object.__setattr__(self, "bits", int(self.bits))
         if not np.all(np.diff(levels) > 0) or not np.all(np.isfinite(levels)):
             raise ValueError(
                 f"Codebook {self.name!r}: levels must be finite and increasing; got {self.levels}"

@@ -10,10 +10,12 @@ Everything here is NumPy and SciPy in float64, done once per codebook.
 """
 
 import functools
+import numbers
 
 import numpy as np
 from scipy import optimize, special
 
+from nqkv_jax.checks import is_whole
 from nqkv_jax.codebook import Codebook as Codebook
 from nqkv_jax.float8 import Float8 as Float8
 from nqkv_jax.lloyd import companded_start, histogram_moments, lloyd
@@ -30,6 +32,9 @@ NF4_LEVELS = np.array([
 # The quantile at which the construction of NF4 stops: the mean of 1 - 1/32 and 1 - 1/30 (one half
 # less than the probability of the outermost of 16 and of 15 levels).
 NF4_OFFSET = 929 / 960
+
+# By the types of arguments, too: 4.0 bits are refused, whether or not 4 bits were asked for before.
+_made_once = functools.lru_cache(typed=True)
 
 
 def uniform(bits: int) -> Codebook:
@@ -63,7 +68,7 @@ def integer(bits: int, signed: bool = False) -> Codebook:
     return Codebook(bits=bits, levels=levels, coefficients=coefficients, name=name)
 
 
-@functools.lru_cache
+@_made_once
 def normal_float(bits: int, offset: float | None = None) -> Codebook:
     """NormalFloat: quantiles of the normal distribution, with levels at -1, 0 and 1; for "absmax".
 
@@ -73,6 +78,11 @@ def normal_float(bits: int, offset: float | None = None) -> Codebook:
     Source: Dettmers et al. (2023), QLoRA; 4 bits with the default offset is the published table.
     """
     _check_bits("normal_float", bits, (2, 3, 4))
+    if offset is not None and not (isinstance(offset, numbers.Real) and 0.5 < offset < 1):
+        raise ValueError(
+            "codebooks.normal_float: offset must be a quantile between 0.5 and 1, or None for "
+            f"NF4's; got {offset!r}"
+        )
     if bits == 4 and offset is None:
         return Codebook(bits=4, levels=tuple(NF4_LEVELS.tolist()), name="nf4")
     d, half = NF4_OFFSET if offset is None else offset, 2 ** (bits - 1)
@@ -83,7 +93,7 @@ def normal_float(bits: int, offset: float | None = None) -> Codebook:
     return Codebook(bits=bits, levels=tuple(levels.tolist()), name=name)
 
 
-@functools.lru_cache
+@_made_once
 def lloyd_max_normal(bits: int) -> Codebook:
     """The quantizer of least mean squared error for N(0, 1); for scale="rms".
 
@@ -109,7 +119,7 @@ def lloyd_max_normal(bits: int) -> Codebook:
     )
 
 
-@functools.lru_cache
+@_made_once
 def uniform_normal(bits: int) -> Codebook:
     """Evenly spaced levels of least mean squared error for N(0, 1); for scale="rms".
 
@@ -133,7 +143,7 @@ def uniform_normal(bits: int) -> Codebook:
     return Codebook(bits=bits, levels=levels, coefficients=(0.0, step), name=f"even{bits}")
 
 
-@functools.lru_cache
+@_made_once
 def block_normal(bits: int, block_size: int, signed: bool = False) -> Codebook:
     """The codebook of least squared error for Gaussian blocks scaled by their largest element.
 
@@ -153,7 +163,7 @@ def block_normal(bits: int, block_size: int, signed: bool = False) -> Codebook:
     return Codebook(bits=bits, levels=tuple(levels.tolist()), name=name)
 
 
-@functools.lru_cache
+@_made_once
 def cubic_normal(bits: int, block_size: int, signed: bool = False) -> Codebook:
     """Like `block_normal`, among codebooks whose levels are a cubic in the centred code.
 
@@ -191,7 +201,7 @@ def cubic_normal(bits: int, block_size: int, signed: bool = False) -> Codebook:
 STEPS = (1, 3, 5, 7, 9, 11, 14, 18)
 
 
-@functools.lru_cache
+@_made_once
 def stepped_normal(bits: int, block_size: int) -> Codebook:
     """Like `block_normal`, with levels that are +-1, 3, 5, 7, 9, 11, 14 and 18 equal steps.
 
@@ -269,8 +279,8 @@ def fit(samples, bits: int, weights=None, name: str = "fitted") -> Codebook:
 
 
 def _check_bits(what: str, bits: int, allowed) -> None:
-    if bits not in allowed:
-        raise ValueError(f"codebooks.{what}: bits must be one of {tuple(allowed)}; got {bits}")
+    if not is_whole(bits) or bits not in allowed:
+        raise ValueError(f"codebooks.{what}: bits must be one of {tuple(allowed)}; got {bits!r}")
 
 
 def _scaled_block(bits: int, block_size: int, signed: bool):
@@ -280,8 +290,8 @@ def _scaled_block(bits: int, block_size: int, signed: bool):
     normals cut off at +-m. An error in units of m costs m^2, hence the weight; m is integrated out.
     """
     n, num_bins = block_size, 4096
-    if n < 2:
-        raise ValueError(f"codebooks: block_size must be at least 2; got {n}")
+    if not is_whole(n) or n < 2:
+        raise ValueError(f"codebooks: block_size must be at least 2, a whole number; got {n!r}")
     m = np.linspace(1e-3, 9.0, 600)[:, None]
     edges = np.linspace(-1.0, 1.0, num_bins + 1)
     inside = special.erf(m / np.sqrt(2))  # P(|x| < m)

@@ -63,7 +63,21 @@ def quantize(tree: Any, quantizer: Quantizer) -> Any:
 
 
 def dequantize(tree: Any) -> Any:
-    """Decodes every `QuantizedArray` of `tree` to its original shape and dtype."""
+    """Decodes every `QuantizedArray` of `tree` to its original shape and dtype.
+
+    Other leaves stay as they are.
+
+    Raises: ValueError if there is none, and leaves that are no floats: a cache, or what is in a
+      `QuantizedArray`.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=_is_quantized)
+    if not any(map(_is_quantized, leaves)):
+        for leaf in leaves:
+            if not _is_floats(leaf):
+                raise ValueError(
+                    "dequantize: expected a tree of what `quantize` returned, QuantizedArray; got "
+                    f"{_described(leaf)}. A cache is decoded by attend alone"
+                )
 
     def decode(x):
         return _dequantize_array(x) if _is_quantized(x) else x
@@ -82,10 +96,10 @@ def stored_bits(tree: Any) -> float:
     """
     stored = elements = 0
     for leaf in jax.tree.leaves(tree, is_leaf=_is_quantized):
-        if not _is_quantized(leaf) and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if not _is_quantized(leaf) and not _is_floats(leaf):
             raise ValueError(
                 "stored_bits: every leaf must be floats or what `quantize` returned; got "
-                f"{jnp.result_type(leaf).name}{list(jnp.shape(leaf))}. Of a cache, see "
+                f"{_described(leaf)}. Of a cache, see "
                 "cache.stored_bits and cache.nbytes"
             )
         elements += math.prod(jnp.shape(leaf))
@@ -100,13 +114,22 @@ def _is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedArray)
 
 
+def _is_floats(x: Any) -> bool:
+    """Whether it is an array of floats, or one."""
+    return jnp.issubdtype(x.dtype, jnp.floating) if hasattr(x, "dtype") else isinstance(x, float)
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype.name}{list(x.shape)}" if hasattr(x, "dtype") else f"{x!r:.80}"
+
+
 def _quantize_array(x: jax.Array, quantizer: Quantizer) -> QuantizedArray:
-    shape, dtype = jnp.shape(x), jnp.result_type(x)
-    if len(shape) < 3 or not jnp.issubdtype(dtype, jnp.floating):
+    if not _is_floats(x) or jnp.ndim(x) < 3:
         raise ValueError(
             "quantize: every leaf must be floats [..., tokens, heads, head_dim]; "
-            f"got {dtype.name}{list(shape)}"
+            f"got {_described(x)}"
         )
+    shape, dtype = jnp.shape(x), jnp.result_type(x)
     tokens, heads, head_dim = shape[-3:]
     group = quantizer.group
     if tokens == 0 or tokens % group:

@@ -18,6 +18,7 @@ import safetensors.numpy
 from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
 from nqkv_jax.calibration import artifact
+from nqkv_jax.checks import file_path
 
 _KEY = "nqkv_cache"  # of the metadata
 _VERSION = 5  # of the names and shapes of arrays, and of what is in them
@@ -30,14 +31,20 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
     Until it is written, the host holds all its bytes.
 
     Raises:
-      ValueError: a flush was put off (`KVCache.defer_flush`), and has not come since; or it is no
-        cache with arrays.
+      ValueError: a flush was put off (`KVCache.defer_flush`), and has not come since; it is no
+        cache with arrays, or one that is traced; `path` is no path.
       OSError: it cannot be written to `path`, or what is there is no regular file.
     """
     if not isinstance(cache, KVCache) or not all(
         isinstance(a, jax.Array | np.ndarray) for a in jax.tree.leaves(cache)
     ):
         raise ValueError(f"save_cache: expected a KVCache with arrays; got {cache!r:.200}")
+    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(cache)):
+        raise ValueError(
+            "save_cache: expected a cache whose numbers are known; got one that jax.jit or another "
+            "transformation traces. Return it from the function, and save what comes back"
+        )
+    path = file_path("save_cache", path)
     for layer in cache.layers:
         layer.check_flushed()
     layer = cache.layers[0]
@@ -52,7 +59,6 @@ def save_cache(cache: KVCache, path: str | os.PathLike) -> None:
         windows=[layer.window for layer in cache.layers],
         dtype=layer.dtype.name,
     )
-    path = pathlib.Path(path).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         what = "a file, not a folder" if path.is_dir() else "a file in a folder that exists"
         raise OSError(f"save_cache: expected {what}; got {path}")
@@ -65,10 +71,13 @@ def load_cache(path: str | os.PathLike) -> KVCache:
     """The cache that `save_cache` wrote, with what a new one has of `with_implementation` and
     `defer_flush`.
 
-    Raises: ValueError: there is no such file, it holds something else, its scheme cannot be had
-      (for want of the calibration, say), or now stores other arrays (the message names the first).
+    Raises: ValueError: `path` is no path, there is no such file, it holds something else, its
+      scheme cannot be had (for want of the calibration, say), or now stores other arrays (the
+      message names the first).
     """
-    path = pathlib.Path(path).expanduser()
+    path = file_path("load_cache", path)
+    if path.is_dir():
+        raise ValueError(f"load_cache: expected a file of save_cache; got a folder, {path}")
     try:
         with safetensors.safe_open(path, framework="flax") as file:
             about = (file.metadata() or {}).get(_KEY)

@@ -166,6 +166,15 @@ def test_steps_are_what_they_say():
         codebooks.stepped_normal(3, 128)
 
 
+@pytest.mark.parametrize("make", [codebooks.normal_float, codebooks.lloyd_max_normal])
+def test_numbers_of_bits_are_whole_whatever_was_made_before(make):
+    expected = make(4)
+    same = make(np.int64(4))
+    assert same == expected and type(same.bits) is int
+    with pytest.raises(ValueError, match=r"bits must be one of .*; got 4\.0"):
+        make(4.0)
+
+
 def test_nf4_example_codes_and_ties():
     nf4 = codebooks.normal_float(4)
     y = jnp.array([0, 0.25, -0.5, 1], jnp.float32)
@@ -237,8 +246,16 @@ def test_thresholds_of_an_8_bit_fit():
     ("call", "message"),
     [
         (lambda: codebooks.normal_float(5), "bits must be one of"),
+        (lambda: codebooks.normal_float(0), "normal_float: bits must be one of .*; got 0"),
+        (lambda: codebooks.normal_float(2.5), "normal_float: bits must be one of .*; got 2.5"),
+        (lambda: codebooks.normal_float("4"), "normal_float: bits must be one of .*; got '4'"),
+        (lambda: codebooks.normal_float(4, "nf4"), "offset must be a quantile .*; got 'nf4'"),
+        (lambda: codebooks.normal_float(4, 1.0), "offset must be a quantile .*; got 1.0"),
         (lambda: codebooks.uniform(5), "bits must be one of"),
+        (lambda: codebooks.uniform(True), "uniform: bits must be one of .*; got True"),
         (lambda: codebooks.block_normal(4, 1), "block_size must be at least 2"),
+        (lambda: codebooks.block_normal(4, 2.5), "at least 2, a whole number; got 2.5"),
+        (lambda: codebooks.Codebook(bits=1.0, levels=(0.0, 1.0)), "got bits=1.0 and 2 levels"),
         (lambda: codebooks.fit([1.0, 2.0], 2), "needs at least"),
         (lambda: codebooks.fit([1.0, np.nan], 1), "must be finite"),
         (lambda: codebooks.fit([1.0, 2.0], 1, [1.0]), "2 samples and 1 weights"),

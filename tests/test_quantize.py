@@ -148,8 +148,29 @@ def test_the_form_of_the_readme():
         (jnp.zeros((0, 2, 32)), NF4, "positive multiple"),
         (jnp.zeros((8, 3, 32)), NF4, "= 96: one of"),
         (jnp.zeros((128, 2, 32)), DigitQuantizer(2), "DigitQuantizer encodes by the queries"),
+        ("a text", NF4, "every leaf must be floats .*; got 'a text'"),
+        (1.0, NF4, "every leaf must be floats .*; got 1.0"),
+        (jnp.zeros((64, 2, 32)), "nqkv", "expected a quantizer .*; got 'nqkv'. Schemes are for"),
     ],
 )
 def test_errors(x, quantizer, message):
     with pytest.raises(ValueError, match=message):
         quantize({"k": x}, quantizer)
+
+
+def test_only_what_was_quantized_is_decoded():
+    x = jnp.ones((1, 64, 2, 32))
+    coded = jax.jit(quantize)(x, NF4)
+    cache = nq.schemes.get("int4").init(
+        num_layers=1, batch=1, max_len=8, num_kv_heads=2, head_dim=64
+    )
+    for wrong, got in (("nqkv", "'nqkv'"), (cache, "uint8"), (coded.payload, "uint8"), (4, "4")):
+        with pytest.raises(ValueError, match=f"^dequantize: expected a tree of .*; got {got}"):
+            dequantize({"k": wrong})
+    # Beside what was, anything may be; and arrays that never were are what they would decode to.
+    decoded = dequantize({"k": coded, "step": 3, "v": x})
+    chex.assert_trees_all_equal(decoded, {"k": x, "step": 3, "v": x})
+    chex.assert_trees_all_equal(dequantize([x, 1.0]), [x, 1.0])
+    assert dequantize({}) == {}
+    with pytest.raises(ValueError, match="got 'nqkv'"):
+        stored_bits("nqkv")

@@ -342,7 +342,14 @@ def test_blocks_may_span_heads(heads, head_dim):
         (lambda: block(NF4, 32, scale="l2"), "scale must be one of"),
         (lambda: block(NF4, 32, axis="channels"), "axis must be"),
         (lambda: block(NF4, 0), "block_size must be positive"),
+        (lambda: block(NF4, 2.5), "block_size must be positive, a whole number; got 2.5"),
+        (lambda: block(NF4, 64.0), "block_size must be positive, a whole number; got 64.0"),
+        (lambda: block(NF4, None), "block_size must be positive, a whole number; got None"),
+        (lambda: block(NF4, True), "block_size must be positive, a whole number; got True"),
+        (lambda: block("normal", 64), r"such as codebooks.normal_float\(4\); got 'normal'"),
+        (lambda: block(codebooks.normal_float, 64), "codebook must be one of .*; got <"),
         (lambda: block(NF4, 32, scale_dtype=jnp.int8), "scale_dtype must be one of"),
+        (lambda: block(NF4, 32, scale_dtype="fp16"), "scale_dtype must be one of .*; got 'fp16'"),
         (lambda: block(NF4, 32).quantize(jnp.zeros((2, 4, 64)), EMPTY), "group=1"),
         (lambda: minmax(2, 32, axis="tokens").quantize(jnp.zeros((16, 4, 64)), EMPTY), "group=32"),
         (lambda: block(NF4, 32).quantize(jnp.zeros((1, 4, 64), jnp.int32), EMPTY), "int32"),
@@ -351,6 +358,11 @@ def test_blocks_may_span_heads(heads, head_dim):
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_block_sizes_may_be_those_of_numpy():
+    same = block(NF4, np.int64(64))
+    assert same == block(NF4, 64) and type(same.block_size) is int
 
 
 def test_static_and_hashable():

@@ -301,8 +301,10 @@ def test_groups_stay_inside_a_head(scheme):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(bits=1, block_size=64), "bits must be 2, 3, 4 or 8 .*; got 1"),
-    (dict(bits=4, block_size=64, iterations=-1), "iterations >= 0; got -1"),
+    (dict(bits=4, block_size=64, iterations=-1), "iterations >= 0, .*; got -1"),
+    (dict(bits=4, block_size=64, iterations=2.5), "iterations >= 0, a whole number; got 2.5"),
     (dict(bits=4, block_size=0), "block_size must be positive"),
+    (dict(bits=4, block_size=2.5), "block_size must be positive, a whole number; got 2.5"),
 ])  # fmt: skip
 def test_wrong_hqq_settings(settings, message):
     with pytest.raises(ValueError, match=message):

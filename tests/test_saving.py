@@ -162,7 +162,20 @@ def test_where_and_what_cannot_be_written(tmp_path):
         nq.save_cache(None, tmp_path / "cache")
     with pytest.raises(ValueError, match="expected a KVCache with arrays; got KVCache"):
         nq.save_cache(jax.eval_shape(lambda: cache), tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"got one that jax\.jit .* traces\. Return it from"):
+        jax.jit(lambda cache: nq.save_cache(cache, tmp_path / "cache"))(cache)
+    for path in (None, 3, b"cache"):
+        with pytest.raises(ValueError, match=r"^save_cache: expected the path of a file, .*; got "):
+            nq.save_cache(cache, path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_loaded_is_a_file(tmp_path):
+    with pytest.raises(ValueError, match="expected a file of save_cache; got a folder, "):
+        nq.load_cache(tmp_path)
+    for path in (None, 3, b"cache", make_cache("nqkv", max_len=16)):
+        with pytest.raises(ValueError, match=r"^load_cache: expected the path of a file, .*; got "):
+            nq.load_cache(path)
 
 
 def test_another_layout_is_refused(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import packing
+from nqkv_jax.checks import is_whole
 from nqkv_jax.codebooks import Codebook, Float8
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.rounding import round_to
@@ -78,8 +79,17 @@ class BlockQuantizer(Quantizer):
 
     def __post_init__(self):
         object.__setattr__(self, "scale_dtype", scale_dtype(self.scale_dtype))
-        if self.block_size < 1:
-            raise ValueError(f"BlockQuantizer: block_size must be positive; got {self.block_size}")
+        if not isinstance(self.codebook, Codebook | Float8):
+            raise ValueError(
+                "BlockQuantizer: codebook must be one of nqkv_jax.codebooks, such as "
+                f"codebooks.normal_float(4); got {self.codebook!r}"
+            )
+        if not is_whole(self.block_size) or self.block_size < 1:
+            raise ValueError(
+                "BlockQuantizer: block_size must be positive, a whole number; got "
+                f"{self.block_size!r}"
+            )
+        object.__setattr__(self, "block_size", int(self.block_size))
         if self.axis not in ("hidden", "tokens"):
             raise ValueError(f"BlockQuantizer: axis must be hidden or tokens; got {self.axis!r}")
         if self.scale not in SCALES:
@@ -193,10 +203,15 @@ class BlockQuantizer(Quantizer):
 
 def scale_dtype(dtype) -> np.dtype:
     """The dtype of scales, normalised; ValueError unless one of `SCALE_DTYPES`."""
-    dtype = jnp.dtype(dtype)
-    if dtype.name not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}; got {dtype.name}")
-    return dtype
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    # NumPy's default for None is float64, which is none of them.
+    if known is None or known.name not in SCALE_DTYPES:
+        got = repr(dtype) if known is None else known.name
+        raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}; got {got}")
+    return known
 
 
 def check_group(what: str, x: jax.Array, group: int) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nqkv_jax import codebooks, packing
+from nqkv_jax.checks import is_whole
 from nqkv_jax.codebooks import Codebook
 from nqkv_jax.quantizers.base import Context, Quantizer
 from nqkv_jax.quantizers.block import (
@@ -69,8 +70,10 @@ class HQQQuantizer(Quantizer):
                 "HQQQuantizer: bits must be 2, 3, 4 or 8 (with one bit, zeros would have less than "
                 f"half the error); got {self.bits}"
             )
-        if self.iterations < 0:
-            raise ValueError(f"HQQQuantizer: expected iterations >= 0; got {self.iterations}")
+        if not is_whole(self.iterations) or self.iterations < 0:
+            raise ValueError(
+                f"HQQQuantizer: expected iterations >= 0, a whole number; got {self.iterations!r}"
+            )
         self._blocks  # noqa: B018  (checks block_size and axis)
 
     @property
