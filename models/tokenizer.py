@@ -19,6 +19,7 @@ from typing import Any
 
 import tokenizers
 
+from nqkv_jax.extras import missing
 from nqkv_jax.models.checkpoint.base import read_json
 from nqkv_jax.models.tokenizer_backends import (
     backend_from_folder,
@@ -318,9 +319,7 @@ def _compile_template(source: str):
         import jinja2
         import jinja2.sandbox
     except ImportError as error:
-        raise ImportError(
-            'chat: rendering a chat template needs the package jinja2: pip install "nqkv-jax[chat]"'
-        ) from error
+        raise ImportError(missing("chat: rendering a chat template", "jinja2", "chat")) from error
 
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)

@@ -96,7 +96,7 @@ def test_quantized_safetensors(tmp_path):
 def test_gguf_needs_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ImportError, match=r'pip install "nqkv-jax\[gguf\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[gguf\]" in a checkout'):
         open_checkpoint(tmp_path)
 
 

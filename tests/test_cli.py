@@ -93,7 +93,8 @@ def test_the_harness_says_what_it_needs():
     )
     done = run("__main__")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("nqkv: error: the harness needs the package lm-eval: pip install")
+    needed = 'the harness needs the package lm-eval: pip install -e ".[lm-eval]" in a checkout'
+    assert done.stderr.startswith(f"nqkv: error: {needed}")
     assert "ImportError: the harness needs the package lm-eval" in run("imported").stderr
 
 

@@ -117,5 +117,5 @@ def test_commands_refuse(command, capsys, name, options, message):
 
 def test_figures_need_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r'matplotlib: pip install -e "\.\[plots\]" in a'):
         plots.check_path("x.png")

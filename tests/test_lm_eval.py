@@ -9,7 +9,7 @@ import tiny_checkpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the harness's dependencies have their own
-    lm_eval = pytest.importorskip("lm_eval", reason='pip install "nqkv-jax[lm-eval]"')
+    lm_eval = pytest.importorskip("lm_eval", reason='pip install -e ".[lm-eval]"')
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 

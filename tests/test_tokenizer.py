@@ -372,7 +372,7 @@ def test_chat_errors(monkeypatch):
     with pytest.raises(ValueError, match="mappings with 'role'"):
         template("{{ messages }}").chat(["Hi"])
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r'pip install "nqkv-jax\[chat\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[chat\]" in a checkout'):
         template("a template not compiled before").chat(USER)
 
 

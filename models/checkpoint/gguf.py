@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nqkv_jax.extras import missing
 from nqkv_jax.models.checkpoint.base import Checkpoint, CheckpointFileError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -78,9 +79,7 @@ def _open(path: pathlib.Path):
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(
-            f'{path}: reading .gguf files needs the package gguf: pip install "nqkv-jax[gguf]"'
-        ) from error
+        raise ImportError(missing(f"{path}: reading .gguf files", "gguf", "gguf")) from error
     try:
         return gguf, gguf.GGUFReader(path)
     # The reader indexes a memory map and checks little: a damaged file fails where it is damaged.

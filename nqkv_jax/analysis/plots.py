@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from nqkv_jax.extras import missing
+
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, YELLOW, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000",
 )  # fmt: skip
@@ -37,9 +39,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib, which is not installed: pip install matplotlib"
-        ) from error
+        raise ImportError(missing("a figure", "matplotlib", "plots")) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -11,10 +11,12 @@ arguments.
 import sys
 from typing import Any
 
+from nqkv_jax.extras import missing
+
 try:
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    needed = f'the harness needs the package lm-eval: pip install "nqkv-jax[lm-eval]" ({error})'
+    needed = f"{missing('the harness', 'lm-eval', 'lm-eval')} ({error})"
     if __name__ == "__main__":
         sys.exit(f"nqkv: error: {needed}")
     raise ImportError(needed) from error
