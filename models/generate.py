@@ -153,7 +153,7 @@ def stream(
     Returns: an iterator over pieces of text; once it is exhausted, `result` is the `Generation`.
     Raises:  as `generate`, at once; and ValueError if the model has no tokenizer.
     """
-    if lm.tokenizer is None:
+    if isinstance(lm, LanguageModel) and lm.tokenizer is None:
         raise ValueError(f"stream: {lm.name} has no tokenizer to make text; use generate")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"stream: chunk must be a whole number >= 1; got {chunk!r}")

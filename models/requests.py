@@ -10,7 +10,9 @@ import numpy as np
 
 from nqkv_jax import schemes
 from nqkv_jax.cache import KVCache
+from nqkv_jax.checks import is_whole
 from nqkv_jax.models.config import ModelConfig, check_tokens
+from nqkv_jax.models.loading import LanguageModel
 from nqkv_jax.models.sampling import GREEDY, Sampling
 from nqkv_jax.pallas_kernels import decode_attention
 from nqkv_jax.plan import cache_sizes
@@ -79,7 +81,7 @@ class Request:
 
 
 def prepare(
-    lm: Any,
+    lm: LanguageModel,
     prompts: Any,
     *,
     scheme: str | Scheme | None = None,
@@ -102,6 +104,10 @@ def prepare(
       ValueError: says which argument is wrong and what would be right.
       NotImplementedError: see `generate`.
     """
+    if not isinstance(lm, LanguageModel):
+        raise ValueError(
+            f"generate: expected lm to be a model that from_pretrained returned; got {lm!r:.200}"
+        )
     _whole("max_new_tokens", max_new_tokens, 1)
     _whole("num_samples", num_samples, 1)
     # A chunk of one token would be a decoding step, which some schemes treat otherwise.
@@ -188,11 +194,7 @@ def _bucket(length: int, largest: int) -> int:
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        good = False
-    else:
-        good = least <= value and (most is None or value <= most)
-    if not good:
+    if not is_whole(value) or value < least or (most is not None and value > most):
         bounds = f">= {least}" if most is None else f"in [{least}, {most}]"
         raise ValueError(f"generate: {name} must be a whole number {bounds}; got {value!r}")
 

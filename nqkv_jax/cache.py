@@ -351,8 +351,14 @@ class KVCache:
         """Returns the cache; not for use in `jit`.
 
         Raises:
-          ValueError: tokens were turned away, or the layers do not hold the same number of them.
+          ValueError: tokens were turned away, or the layers do not hold the same number of them; or
+            the cache is traced.
         """
+        if any(isinstance(layer.lengths, jax.core.Tracer) for layer in self.layers):
+            raise ValueError(
+                "cache: check() needs the lengths as numbers; got a cache that jax.jit or another "
+                "transformation traces. Return it from the function, and check what comes back"
+            )
         lengths = [tuple(int(n) for n in layer.lengths) for layer in self.layers]
         if len(set(lengths)) > 1:
             raise ValueError(

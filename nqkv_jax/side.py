@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from nqkv_jax.checks import is_whole
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State
 
 _STATIC = {"static": True}
@@ -36,8 +37,13 @@ class Window:
     chunk: int = 1
 
     def __post_init__(self):
-        if self.keep < 0 or self.chunk < 1:
-            raise ValueError(f"Window: expected keep >= 0 and chunk >= 1; got {self}")
+        whole = is_whole(self.keep) and is_whole(self.chunk)
+        if not whole or self.keep < 0 or self.chunk < 1:
+            raise ValueError(
+                f"Window: expected keep >= 0 and chunk >= 1, whole numbers; got {self}"
+            )
+        for name in ("keep", "chunk"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def capacity(self) -> int:

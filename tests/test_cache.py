@@ -277,6 +277,20 @@ def test_check_looks_at_every_layer():
         forgotten.check()
 
 
+def test_check_is_not_for_traced_caches():
+    with pytest.raises(ValueError, match=r"needs the lengths as numbers; .* check what comes back"):
+        jax.jit(lambda cache: cache.check())(make_cache("none", max_len=8))
+
+
+@pytest.mark.parametrize(
+    "window", [dict(keep=-1), dict(chunk=0), dict(chunk=1.5), dict(keep="3"), dict(keep=True)]
+)
+def test_windows_are_whole_numbers(window):
+    with pytest.raises(ValueError, match="expected keep >= 0 and chunk >= 1, whole numbers; got"):
+        Window(**window)
+    assert Window(keep=np.int64(3)) == Window(keep=3) and type(Window(keep=np.int8(3)).keep) is int
+
+
 @pytest.mark.parametrize("spec", EACH_SCHEME)
 def test_bits_and_bytes_add_up(spec):
     cache = make_cache(spec, max_len=4000)

@@ -286,6 +286,12 @@ def test_without_a_tokenizer_text_is_refused():
         stream(lm, [1])
 
 
+@pytest.mark.parametrize("call", [generate, stream])
+def test_a_name_is_no_model(call):
+    with pytest.raises(ValueError, match="model that from_pretrained returned; got 'smollm2-135m'"):
+        call("smollm2-135m", "a")
+
+
 def test_bad_streams_fail_at_once():
     with pytest.raises(ValueError, match="chunk must be a whole number >= 1; got 0"):
         stream(tiny(), "a", chunk=0)

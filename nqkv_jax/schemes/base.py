@@ -7,7 +7,6 @@ the registry gives it a string form, `"nqkv:bits=3,block_size=64"`. A new file i
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from nqkv_jax.cache import KVCache, LayerCache
+from nqkv_jax.checks import is_whole
 from nqkv_jax.quantizers.base import Quantizer
 from nqkv_jax.quantizers.tiled import in_tiles
 from nqkv_jax.side import Window, body_capacity, init_side
@@ -261,7 +261,7 @@ class Scheme:
         sizes = dict(num_layers=num_layers, batch=batch, max_len=max_len,
                      num_kv_heads=num_kv_heads, head_dim=head_dim)  # fmt: skip
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+            if not is_whole(size) or size < 1:
                 raise ValueError(f"{self}: expected {name} >= 1, a whole number; got {size!r}")
         # What is static is written to files, too: NumPy's are Python's from here on.
         num_layers, batch, max_len, num_kv_heads, head_dim = map(int, sizes.values())
@@ -289,8 +289,8 @@ class Scheme:
         self, windows: Sequence[int | None] | None, num_layers: int
     ) -> Sequence[int | None]:
         windows = (None,) * num_layers if windows is None else tuple(windows)
-        whole = lambda w: isinstance(w, numbers.Integral) and not isinstance(w, bool) and w >= 1
-        if len(windows) != num_layers or not all(w is None or whole(w) for w in windows):
+        good = lambda w: w is None or (is_whole(w) and w >= 1)
+        if len(windows) != num_layers or not all(map(good, windows)):
             raise ValueError(
                 f"{self}: expected windows to be a whole number >= 1, or None, for each of "
                 f"{num_layers} layers; got {windows}"
