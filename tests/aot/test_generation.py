@@ -144,14 +144,19 @@ def test_nor_on_other_gpus(target, scheme):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("target", ["v5e", "v6e", "h100"])
-@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-3-270m"])
-def test_rings_and_caps(name, target):
+@pytest.mark.parametrize(
+    "target, name, scheme",
+    [
+        *((t, n, SCHEME) for t in ("v5e", "v6e", "h100") for n in ("gemma-2-2b", "gemma-3-270m")),
+        ("v5e", "gemma-3-270m", "kivi"), ("h100", "gemma-3-270m", "kivi"),
+    ],
+)  # fmt: skip
+def test_rings_and_caps(target, name, scheme):
     """Layers with a sliding window attend to either round of their rings, scores have a cap."""
     implementation = "auto" if target in TPUS else "mosaic_gpu"
     temporary = []
     for max_len in (2048, 4096):
-        loop, arguments = decode_loop(name, max_len, SCHEME, implementation)
+        loop, arguments = decode_loop(name, max_len, scheme, implementation)
         compiled = compile_for(target, loop, *arguments)
         memory, cache = compiled.memory_analysis(), arguments[1].cache
         assert memory.alias_size_in_bytes >= cache.nbytes
