@@ -103,7 +103,7 @@ def test_ragged_batch_equals_each_sequence_alone(spec):
 
 
 # With and without states, arrays that sequences share, sinks, a residual, groups of tokens.
-KINDS = SCHEMES[6], SCHEMES[15], SCHEMES[19], SCHEMES[20]
+KINDS = SCHEMES[6], SCHEMES[15], SCHEMES[19]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ WAITING = ["kivi", "nqkv-plus", "squat:residual=64", "ott:skip_layers=0", "quant
 
 
 @pytest.mark.parametrize("spec", [*WAITING, "int4:sinks=9"])
-@pytest.mark.parametrize("max_len", [1, 7, 33])
+@pytest.mark.parametrize("max_len", [1, pytest.param(7, marks=pytest.mark.more), 33])
 def test_a_short_cache_takes_no_more_than_full_precision(spec, max_len):
     """Sinks and residual have no room for tokens that can never come."""
     short, long = (make_cache(spec, max_len=n) for n in (max_len, 300))

@@ -67,7 +67,7 @@ def oracle(q, k, quantizer, rotary=None):
 
 
 @pytest.mark.parametrize("rotary", [None, ROTARY], ids=["", "rotary"])
-@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.more), 4])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(n, marks=pytest.mark.more) for n in (3, 4))])
 def test_digits_add_up_to_the_nearest_level(bits, rotary):
     q, k = draw(seed=bits)
     quantizer = make(bits)

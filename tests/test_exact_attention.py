@@ -54,7 +54,7 @@ def decoded(scheme, dtype=jnp.bfloat16, **options):
 @pytest.mark.parametrize(
     "scheme, options",
     [
-        ("nqkv:residual=32,sinks=4", dict(window=20)), ("kivi", dict(soft_cap=1.0)),
+        ("nqkv:residual=32,sinks=4", dict(window=20)), MORE("kivi", dict(soft_cap=1.0)),
         MORE("nqkv:residual=128", {}), MORE("nqkv:sinks=3", {}), MORE("nqkv-plus", {}),
     ],
 )  # fmt: skip

@@ -54,7 +54,7 @@ def prompted(scheme, rotary="rope"):
 @pytest.mark.parametrize(
     "scheme, window, rotary",
     [
-        (SCHEME, None, "rope"),
+        MORE(SCHEME, None, "rope"),
         MORE(SCHEME, 200, "rope"),
         MORE(CHANNELS, None, "rope"),
         (CHANNELS, 200, "yarn"),
@@ -120,7 +120,7 @@ def test_kernel_for_gpus_and_steps_agree(scheme, rotary, monkeypatch):
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("rotary", ["rope", MORE("yarn"), "none"])
+@pytest.mark.parametrize("rotary", [MORE("rope"), MORE("yarn"), "none"])
 def test_steps_are_what_the_decoded_view_says(rotary):
     """Folded queries and keys against keys decoded in full, on which perplexities are measured."""
     scheme, rotary = nq.schemes.get(CHANNELS), ROTARIES[rotary]

@@ -27,8 +27,8 @@ BY_CHANNEL = "nqkv-plus:fused=False,group_size=16,recent=8"
 SCHEMES = [
     ("none", True), MORE("nqkv:residual=16,centre=True,hadamard=True,sinks=4", True),
     MORE(UNROTATED, True), (UNROTATED, False), MORE("kivi:residual=32", True), (BY_CHANNEL, True),
-    MORE(BY_CHANNEL, False), ("nsnquant:window=16,residual=32", True),
-    (f"commvq:bits=1,residual=8,calibration={COMMVQ_FILE}", True),
+    MORE(BY_CHANNEL, False), MORE("nsnquant:window=16,residual=32", True),
+    MORE(f"commvq:bits=1,residual=8,calibration={COMMVQ_FILE}", True),
 ]  # fmt: skip
 
 

@@ -138,7 +138,7 @@ MORE = functools.partial(pytest.param, marks=pytest.mark.more)
 @pytest.mark.parametrize(
     "scheme",
     [
-        "nqkv:bits=3,block_size=32,sinks=3", MORE("squat"), "nsnquant",
+        "nqkv:bits=3,block_size=32,sinks=3", MORE("squat"), MORE("nsnquant"),
         MORE("nqkv:block_size=64,residual=32"), MORE("hqq:residual=64,axis=tokens"),
         MORE("int8"), MORE("nqkv:block_size=64,hadamard=True"), MORE("nqkv:block_size=128"),
     ],
