@@ -19,6 +19,8 @@ def forget_programs():
     XLA maps memory for every one of them, and a process may have 65,530 mappings (Linux'
     vm.max_map_count): beyond that the compiler dies of a segmentation fault.
     """
+    # What fixtures of a module compute must not depend on the test before: see `optimizations`.
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.clear_caches()
 

@@ -83,7 +83,6 @@ def test_scores_are_recorded_for_the_output_of_attention(tmp_path):
     assert np.all(found["errors"] < 0.5)
 
 
-@pytest.mark.optimized
 def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
     again, partial = tmp_path / "again.safetensors", tmp_path / "again.safetensors.partial"
     fit, layers = commvq._fit_layer, []
