@@ -40,12 +40,15 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        self._check("temperature", lambda x: x >= 0, "a finite number >= 0 (0 is greedy)")
+        # Beyond these a float32 quotient would be infinite, or none.
+        held = lambda x: 1e-30 <= x <= 1e30
+        bounds = "a finite number in [1e-30, 1e30]"
+        self._check("temperature", lambda x: x == 0 or held(x), f"{bounds}, or 0 (greedy)")
         whole = numbers.Integral
         self._check("top_k", lambda x: x >= 1, "a whole number >= 1, or None", whole)
         self._check("top_p", lambda x: 0 < x <= 1, "a number in (0, 1], or None")
         self._check("min_p", lambda x: 0 <= x <= 1, "a number in [0, 1], or None")
-        self._check("repetition_penalty", lambda x: x > 0, "a finite number > 0")
+        self._check("repetition_penalty", held, bounds)
         filters = {name: getattr(self, name) for name in ("top_k", "top_p", "min_p")}
         given = ", ".join(f"{name}={value}" for name, value in filters.items() if value is not None)
         if self.greedy and given:

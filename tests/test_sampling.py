@@ -131,9 +131,12 @@ def test_settings_are_hashable_and_comparable():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(temperature=-1.0), r"temperature must be .* >= 0 .*got -1.0"),
+        (dict(temperature=-1.0), "temperature must be a finite number in .*got -1.0"),
         (dict(temperature=float("nan")), "temperature must be a finite number"),
         (dict(temperature=float("inf")), "temperature must be a finite number"),
+        (dict(temperature=1e-38), r"in \[1e-30, 1e30\], or 0 \(greedy\); got 1e-38"),
+        (dict(temperature=1e39), r"in \[1e-30, 1e30\], or 0 \(greedy\); got 1e\+39"),
+        (dict(repetition_penalty=1e-50), r"in \[1e-30, 1e30\]; got 1e-50"),
         (dict(temperature="0.5"), "temperature must be a finite number .*got '0.5'"),
         (dict(temperature=None), "temperature must be a finite number .*got None"),
         (dict(temperature=True), "temperature must be a finite number .*got True"),
@@ -146,8 +149,11 @@ def test_settings_are_hashable_and_comparable():
         (dict(temperature=1.0, top_p=[0.9]), r"top_p must be a number .*got \[0.9\]"),
         (dict(temperature=1.0, min_p="x"), "min_p must be a number .*got 'x'"),
         (dict(temperature=1.0, min_p=-0.1), r"min_p must be a number in \[0, 1\]"),
-        (dict(repetition_penalty="x"), "repetition_penalty must be a finite number > 0; got 'x'"),
-        (dict(repetition_penalty=0.0), "repetition_penalty must be a finite number > 0"),
+        (
+            dict(repetition_penalty="x"),
+            r"repetition_penalty must be a finite number in .*; got 'x'",
+        ),
+        (dict(repetition_penalty=0.0), "repetition_penalty must be a finite number in .* got 0.0"),
         (dict(top_k=5, top_p=0.5), "top_k=5, top_p=0.5 would change nothing.*Set a temperature"),
     ],
 )
