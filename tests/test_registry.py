@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 import nqkv_jax as nq
-from nqkv_jax.quantizers import Context, Quantizer
+from nqkv_jax.quantizers import Context, OutlierTokens, Quantizer, QueryAware, ResidualSketch
 from nqkv_jax.schemes import LayerScheme, register
 
 pytestmark = pytest.mark.usefixtures("own_registry")
 SIZES = dict(num_layers=1, batch=1, max_len=64, num_kv_heads=2, head_dim=32)
 FULL = nq.FullPrecision()
+TURNED = nq.Unrotated(FULL)
 
 
 def plain(**options):
@@ -190,6 +191,10 @@ class Double(Quantizer):
         (dict(value=Double(lambda x: None)), "Double: expected dequantize .* got None"),
         (dict(value=nq.Unrotated(FULL)), "values are not rotated; got .*Unrotated"),
         (dict(key=nq.Unrotated(nq.Unrotated(FULL))), "Unrotated: .*would be rotated twice"),
+        (dict(key=nq.Transformed(TURNED, (nq.Hadamard(),))), "Transformed: .*around the whole"),
+        (dict(key=ResidualSketch(TURNED)), "ResidualSketch: expected a quantizer that does not ro"),
+        (dict(key=OutlierTokens(inner=TURNED, outliers=1, buffer=1)), "OutlierTokens: .*rotate"),
+        (dict(key=QueryAware(inner=TURNED, block=8, strength=1.0)), "QueryAware: .*rotate keys"),
     ],
 )
 def test_quantizers_that_are_refused(options, message):
@@ -218,8 +223,9 @@ def test_keys_are_rotated_once_whoever_does_it():
     q, k, v = (
         jax.random.normal(key, (1, 9, 2, 32)) for key in jax.random.split(jax.random.key(0), 3)
     )
-    outs = []
-    for key, rotated in ((FULL, True), (nq.Unrotated(FULL), False)):
+    outs, hadamard = [], nq.Transformed(FULL, (nq.Hadamard(),))
+    keys = ((FULL, True), (TURNED, False), (hadamard, True), (nq.Unrotated(hadamard), False))
+    for key, rotated in keys:
         layer = LayerScheme(key=key, value=FULL)
         assert layer.rotated == rotated
         shape = nq.schemes.LayerShape(num_kv_heads=2, head_dim=32)

@@ -154,7 +154,9 @@ class Wrapper(Quantizer):
     """A quantizer that encodes with another one, `inner`, and asks of the cache what that asks.
 
     State and folding are not passed on: a wrapper may have a state of its own, and a map that
-    `inner` could fold need not commute with what is done around it.
+    `inner` could fold need not commute with what is done around it. Nor does RoPE: around a
+    quantizer that `rotates`, what is done before coding would be undone after a rotation, so that
+    `check` refuses one.
     """
 
     inner: Quantizer
@@ -176,6 +178,12 @@ class Wrapper(Quantizer):
         return self.inner.group
 
     def check(self, heads: int, head_dim: int) -> None:
+        if self.inner.rotates:
+            raise ValueError(
+                f"{type(self).__name__}: expected a quantizer that does not rotate keys itself, as "
+                f"it works on keys before RoPE and on what is decoded; got {self.inner}. Where "
+                "that is Unrotated, put Unrotated around the whole"
+            )
         self.inner.check(heads, head_dim)
 
 
