@@ -94,6 +94,13 @@ def test_mosaic_tpu_in_float32(name):
     check(CASES[name], jnp.float32, 1e-5, implementation="mosaic_tpu")
 
 
+@pytest.mark.more
+@pytest.mark.usefixtures("interpreted")
+def test_mosaic_tpu_serves_vectors_of_96_channels():
+    case = dataclasses.replace(CASES["vector2-d64-window"], head_dim=96, rotary=96)
+    check(case, jnp.float32, 1e-5, implementation="mosaic_tpu")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, BFLOAT16)])

@@ -74,18 +74,21 @@ def test_advice_is_for_the_scheme_and_its_options():
     assert get("nqkv") == ["nqkv"] and get("nqkv-plus") == ["nqkv-plus"]
     assert get("kivi:bits=4") == ["kivi:bits=4,group_size=16"]
     assert get("kvq:backend=nqkv,group_size=256") == ["kvq:backend=nqkv,group_size=160"]
-    assert get("turboquant:bits=3") == ["turboquant:bits=3,rotation=haar"]
-    assert get("quarot:bits=3") == ["turboquant:rotation=haar,bits=3"]
+    assert get("turboquant:bits=3") == ["turboquant:bits=3"]
+    # There is no Hadamard matrix of 184 here.
+    assert followed("turboquant:bits=3", 4, 184) == ["turboquant:bits=3,rotation=haar"]
+    assert followed("quarot:bits=3", 4, 184) == ["turboquant:rotation=haar,bits=3"]
     # Where no group of eight or more divides head and residual, the residual goes with the group.
     assert followed("kivi:bits=8", 4, 81) == ["kivi:bits=8,group_size=27,residual=135"]
     assert followed("kivi:bits=8", 4, 83) == ["kivi:bits=8,group_size=83,residual=166"]
 
 
-# What is taken at 80 in place of something else.
+# What is taken at 80 in place of something else, and what has a Hadamard transform of 4 * 20.
 TAKEN = [
     "kivi:group_size=16", "squat:group_size=16", "quanto:group_size=40", "hqq:group_size=40",
     "kvq:group_size=40", "nqkv:block_size=160", "int4:group_size=160", "turboquant:rotation=haar",
-    "turboquant:rotation=haar,bits=3",
+    "turboquant:rotation=haar,bits=3", "turboquant", "quarot", "nqkv-plus", "nsnquant",
+    "nqkv:hadamard=True,residual=64",
 ]  # fmt: skip
 
 
@@ -104,8 +107,8 @@ def test_what_is_taken_decodes(spec):
 
 
 def test_quantizers_speak_of_their_own_attributes():
-    with pytest.raises(ValueError, match=r"got 80. Give a size .*16, or use Rotation\(seed=0\)"):
-        Hadamard().check(4, 80)
+    with pytest.raises(ValueError, match=r"got 90. Give a size .*2, or use Rotation\(seed=0\)"):
+        Hadamard().check(4, 90)
     quantizer = nq.BlockQuantizer(nq.codebooks.normal_float(3), block_size=4)
     with pytest.raises(ValueError, match=r"3 bits .*; got 100, which is one for codes of 2, 4, 6"):
         quantizer.check(4, 100)

@@ -165,7 +165,7 @@ def test_state_is_a_pytree_with_one_entry_per_field():
 
 
 def test_a_head_dim_that_is_no_power_of_two():
-    """OPT-2.7b has 80: values are rotated in blocks of 16."""
+    """OPT-2.7b has 80."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 40, 2, 80)), jnp.float32) for _ in range(3))
     scheme = nq.schemes.get("nqkv-plus:fused=False,group_size=8,recent=0,sinks=1")

@@ -343,8 +343,9 @@ def test_what_is_not_finite_stays_in_its_window_and_head(bad):
         ("nsnquant:window=0", 64, "window must be an even number of tokens; got 0"),
         ("nsnquant:residual=96", 64, "positive multiple of window=64; got 96"),
         ("nsnquant:residual=0", 64, "positive multiple of window=64; got 0"),
-        ("nsnquant", 80, "a power of two, .*Hadamard.*; got head_dim=80. Take turboquant"),
-        ("nsnquant", 4, "at least 8, for the codebook; got 4"),
+        ("nsnquant", 184, "a Hadamard transform, .*; got head_dim=184. Take turboquant"),
+        ("nsnquant", 4, "positive multiple of 8 for bits=2, for the codebook; got 4"),
+        ("nsnquant:bits=1", 72, "positive multiple of 16 for bits=1, for the codebook; got 72"),
     ],
 )
 def test_bad_settings(spec, dim, message):

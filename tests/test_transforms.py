@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import linalg, special
 
-from nqkv_jax import codebooks
+from nqkv_jax import codebooks, hadamard
 from nqkv_jax.quantize import quantize, stored_bits
 from nqkv_jax.quantizers import (
     BlockQuantizer,
@@ -135,7 +137,7 @@ def test_works_mapped_over_sequences(name):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("scale", ["minmax", "rms"])
 def test_hadamard_stores_the_same_bits_for_one_token_or_many(scale, head_dim):
     book = codebooks.uniform(4) if scale == "minmax" else codebooks.lloyd_max_normal(4)
@@ -160,14 +162,36 @@ def test_hadamard_is_sylvesters_matrix():
     np.testing.assert_allclose(np.abs(signs), 1 / 8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("head_dim", [80, 96])
-def test_rotation_is_orthogonal_for_any_head_dim(head_dim):
-    eye = jnp.eye(head_dim, dtype=jnp.float32)[:, None]
+@pytest.mark.parametrize("head_dim", [12, 36, 80, 96, 112])
+def test_hadamard_with_a_core(head_dim):
+    """Cores of 12, 20 and 28 by Paley's first construction, not symmetric; of 36 by his second."""
+    x = keys(5, head_dim=head_dim)
+    y = jax.jit(lambda x: Hadamard().apply((), x))(jnp.asarray(x, jnp.float32))
+    matrix = hadamard.matrix(head_dim) / np.sqrt(head_dim)
+    np.testing.assert_allclose(y, x @ matrix.T, atol=1e-5)
+    np.testing.assert_allclose(Hadamard().invert((), y), x, atol=1e-5)
+
+
+@given(size=st.integers(1, 300))
+def test_hadamard_matrices(size):
+    if hadamard.core_size(size) is None:
+        with pytest.raises(ValueError, match=f"known Hadamard matrix; got {size}. Give a size"):
+            Hadamard().check(3, size)
+        assert size % 16
+        size = hadamard.largest_hadamard(size)
+    matrix = hadamard.matrix(size)
+    np.testing.assert_array_equal(np.abs(matrix), 1)
+    np.testing.assert_array_equal(matrix @ matrix.T, size * np.eye(size))
+    Hadamard().check(3, size)
+
+
+def test_rotation_is_orthogonal_for_any_head_dim():
+    eye = jnp.eye(90, dtype=jnp.float32)[:, None]
     matrix = np.float64(Rotation(seed=7).apply((), eye))[:, 0]
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(head_dim), atol=1e-6)
-    Rotation().check(3, head_dim)
-    with pytest.raises(ValueError, match=f"power of two; got {head_dim}. Give"):
-        Transformed(INT8, (Hadamard(),)).check(3, head_dim)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(90), atol=1e-6)
+    Rotation().check(3, 90)
+    with pytest.raises(ValueError, match=r"matrix; got 90. Give a size that .*, such as 2, or use"):
+        Transformed(INT8, (Hadamard(),)).check(3, 90)
 
 
 def test_parameters_are_those_of_the_channels():

@@ -216,14 +216,14 @@ def test_grouped_heads_are_one_hadamard_matrix():
         ("turboquant:bits=1,variant=prod", None, "variant=prod: expected one of 2, 3, 4; got 1"),
         ("turboquant:variant=qjl", None, "expected one of mse, prod; got 'qjl'"),
         ("turboquant:rotation=givens", None, "expected one of hadamard, haar; got 'givens'"),
-        ("turboquant", (2, 80), "a power of two, .*; got head_dim=80. Take rotation=haar"),
-        ("quarot:heads_per_group=0", None, "heads_per_group >= 1, .*; got 0"),
+        ("turboquant", (2, 90), "a Hadamard transform, .*; got head_dim=90. Take rotation=haar"),
+        ("quarot:heads_per_group=0", None, "heads_per_group >= 1; got 0"),
         (
             "quarot:heads_per_group=4",
             (6, 64),
-            "num_kv_heads=6; got 4. Take heads_per_group=2",
+            "6 heads of 64; got 4. Take heads_per_group=3",
         ),
-        ("quarot:heads_per_group=3", None, "heads_per_group >= 1, a power of two .*; got 3"),
+        ("quarot:heads_per_group=5", (6, 64), "one of 1, 2, 3, 6 for 6 heads of 64; got 5"),
     ],
 )
 def test_bad_settings(spec, shape, message):

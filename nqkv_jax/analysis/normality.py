@@ -27,14 +27,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 import tqdm
 from scipy import stats
 
 from nqkv_jax.analysis import plots
 from nqkv_jax.analysis.activations import LayerActivations, check_tokens, record
 from nqkv_jax.evaluation.protocol import LanguageModel
-from nqkv_jax.quantizers.transforms import largest_power_of_two
+from nqkv_jax.hadamard import largest_hadamard, matrix
 from nqkv_jax.schemes.base import largest_divisor
 
 LEVEL = 0.05  # of the test
@@ -163,8 +162,8 @@ def normalise_shift_normalise(x: np.ndarray) -> np.ndarray:
 
 
 def _hadamard(x: np.ndarray) -> np.ndarray:
-    size = largest_power_of_two(x.shape[-1])
-    return (x.reshape(-1, size) @ scipy.linalg.hadamard(size)).reshape(x.shape) / np.sqrt(size)
+    size = largest_hadamard(x.shape[-1])
+    return (x.reshape(-1, size) @ matrix(size).T).reshape(x.shape) / np.sqrt(size)
 
 
 def normality(

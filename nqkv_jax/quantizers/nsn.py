@@ -16,6 +16,7 @@ Source: Son et al. (2025), NSNQuant, arXiv 2505.18231.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ from nqkv_jax.quantizers.transforms import Hadamard
 from nqkv_jax.rotary import RotaryAngles
 from nqkv_jax.vector_codebooks import LENGTH
 
-MEAN_GROUP = 32  # channels of the mean that share a step
+MEAN_GROUP = 32  # channels of the mean that share a step, where head_dim is a multiple of them
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +69,7 @@ class NSNPayload:
     signs: jax.Array | None  # like codes, bit i of byte r: channel 8 r + i is >= 0; 2 bits only
     scale: jax.Array  # f16[heads, window], s2 as adjusted
     norms: FourBits | None  # s1, [heads] rows of `window`; None if tokens are not normalised first
-    mean: FourBits  # o, [heads, head_dim / 32] rows of 32
+    mean: FourBits  # o, [heads, head_dim / 32] rows of 32, or of what divides head_dim and 32
 
 
 @jax.tree_util.register_dataclass
@@ -104,10 +105,11 @@ class NSNQuantizer(Quantizer):
         return self.window
 
     def check(self, heads: int, head_dim: int) -> None:
-        if head_dim < LENGTH or head_dim & (head_dim - 1):
+        unit = 2 * LENGTH // self.bits  # channels of a word
+        if head_dim < unit or head_dim % unit:
             raise ValueError(
-                "NSNQuant: head_dim must be a power of two, for the Hadamard transform, and at "
-                f"least {LENGTH}, for the codebook; got {head_dim}"
+                f"NSNQuant: head_dim must be a positive multiple of {unit} for bits={self.bits}, "
+                f"for the codebook; got {head_dim}"
             )
 
     def quantize(self, x: jax.Array, context: Context) -> NSNPayload:
@@ -122,7 +124,7 @@ class NSNQuantizer(Quantizer):
             norms = _round_to_four_bits(_rms(x)[..., 0].T, finite)
             x = divide_or_zero(x, _tokens_first(norms))
         mean = divide(pairwise_sum(x, 0), np.float32(self.window))[0]
-        mean = mean.reshape(len(mean), -1, min(x.shape[-1], MEAN_GROUP))
+        mean = mean.reshape(len(mean), -1, math.gcd(x.shape[-1], MEAN_GROUP))
         mean = _round_to_four_bits(mean, finite[:, None])
         # A mean that is NaN says that the window is not finite; nothing else must.
         shift = jnp.where(finite[None, :, None], _channels_last(mean), np.float32(0))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nqkv_jax import hadamard
 from nqkv_jax.pallas_kernels.decode_attention import TiledCodes, VectorCodes
 from nqkv_jax.quantizers.base import Context, Payload, Quantizer, State, Wrapper
 from nqkv_jax.quantizers.block import (
@@ -62,17 +63,17 @@ class Transform:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hadamard(Transform):
-    """The normalised Walsh-Hadamard transform along head_dim.
+    """The normalised Hadamard transform along head_dim.
 
     Made of sums and differences in a fixed order, so that a token is transformed to the same bits
-    however many come with it.
+    however many come with it. `nqkv_jax/hadamard.py` says which sizes there are.
 
     Attributes:
       seed: for random signs ahead of the transform (a randomised Hadamard); None for none.
-      size: channels that are transformed together, a power of two; None for head_dim. A part of
-        head_dim makes a block-diagonal map, for head_dim such as 80 = 5 * 16. A multiple of it
-        mixes heads: such a map moves neither to a query nor to the output, which belong to one head
-        each, and is for keys stored before RoPE, which are decoded before they meet a query.
+      size: channels that are transformed together; None for head_dim. A part of head_dim makes a
+        block-diagonal map. A multiple of it mixes heads: such a map moves neither to a query nor to
+        the output, which belong to one head each, and is for keys stored before RoPE, which are
+        decoded before they meet a query.
     """
 
     seed: int | None = dataclasses.field(default=None, metadata={"static": True})
@@ -80,11 +81,12 @@ class Hadamard(Transform):
 
     def check(self, heads: int, head_dim: int) -> None:
         size = head_dim if self.size is None else self.size
-        if size < 1 or size & (size - 1):
+        if hadamard.core_size(size) is None:
             raise ValueError(
-                f"Hadamard: size (by default head_dim) must be a power of two; got {size}. Give a "
-                f"size that divides head_dim, such as {largest_power_of_two(head_dim)}, or use "
-                "Rotation(seed=0), which takes any head_dim"
+                f"Hadamard: size (by default head_dim) must be one of a known Hadamard matrix; got "
+                f"{size}. Give a size that divides head_dim, such as "
+                f"{hadamard.largest_hadamard(head_dim)}, or use Rotation(seed=0), which takes any "
+                "head_dim"
             )
         if heads * head_dim % size or (size % head_dim and head_dim % size):
             raise ValueError(
@@ -95,12 +97,11 @@ class Hadamard(Transform):
     def apply(self, params: Params, x: jax.Array) -> jax.Array:
         rows = self._rows(x)
         signs = self._signs(rows)
-        y = _walsh_hadamard(rows if signs is None else rows * signs).reshape(x.shape)
-        return rounded(y)
+        return rounded(_hadamard(rows if signs is None else rows * signs).reshape(x.shape))
 
     def invert(self, params: Params, y: jax.Array) -> jax.Array:
         rows = self._rows(y)
-        signs, x = self._signs(rows), _walsh_hadamard(rows)
+        signs, x = self._signs(rows), _hadamard(rows, inverse=True)
         return (x if signs is None else x * signs).reshape(y.shape)
 
     def fold_query(self, params: Params, q: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -348,11 +349,6 @@ class Transformed(Wrapper):
         return context.state.inner if isinstance(context.state, TransformedState) else ()
 
 
-def largest_power_of_two(number: int) -> int:
-    """The largest power of two that divides `number`."""
-    return number & -number
-
-
 def _add(shift: jax.Array | None, more: jax.Array | None) -> jax.Array | None:
     """The sum, None being 0."""
     if shift is None or more is None:
@@ -370,10 +366,15 @@ def _mean(x: jax.Array) -> jax.Array:
     return divide(pairwise_sum(x, 0), np.float32(x.shape[0]))
 
 
-def _walsh_hadamard(x: jax.Array) -> jax.Array:
-    """H x / sqrt(n) along the last axis, H of Sylvester's order: its own inverse."""
+def _hadamard(x: jax.Array, *, inverse: bool = False) -> jax.Array:
+    """H x / sqrt(n) along the last axis, for H Sylvester's matrix times a core; or H^T x."""
     shape, n = x.shape, x.shape[-1]
-    half = 1
+    half = order = hadamard.core_size(n)
+    if order > 1:
+        core = hadamard.core(order).T if inverse else hadamard.core(order)
+        rows = x.reshape(*shape[:-1], n // order, order)
+        columns = zip(jnp.split(rows, order, axis=-1), core.T, strict=True)
+        x = functools.reduce(jnp.add, [part * _like_rank(signs, rows) for part, signs in columns])
     while half < n:
         first, second = jnp.split(x.reshape(*shape[:-1], n // (2 * half), 2, half), 2, axis=-2)
         x = jnp.concatenate([first + second, first - second], axis=-2)

@@ -28,7 +28,7 @@ from nqkv_jax.schemes.base import (
     largest_divisor,
 )
 from nqkv_jax.schemes.registry import register
-from nqkv_jax.schemes.shapes import any_rotation, check_power_of_two
+from nqkv_jax.schemes.shapes import any_rotation, check_hadamard
 
 # name -> (codebook of bits and block size, how blocks are scaled)
 CODEBOOKS = {
@@ -72,7 +72,7 @@ def nqkv(
         check_hidden_blocks("nqkv", shape.num_kv_heads, shape.head_dim, size)
         if hadamard:
             instead = f"hadamard=False or {any_rotation(bits)}"
-            check_power_of_two("nqkv", shape.head_dim, instead)
+            check_hadamard("nqkv", shape.head_dim, instead)
         quantizer = BlockQuantizer(
             make(bits, size), block_size=size, scale=scale, scale_dtype=DTYPES[scale_dtype]
         )

@@ -23,10 +23,11 @@ Every piece can be switched off, to see what it buys.
 from typing import Literal
 
 from nqkv_jax import codebooks, tiles
+from nqkv_jax.hadamard import largest_hadamard
 from nqkv_jax.quantizers.block import BlockQuantizer
 from nqkv_jax.quantizers.digits import DigitQuantizer
 from nqkv_jax.quantizers.ranked import RankedQuantizer, widths_by_rank
-from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
+from nqkv_jax.quantizers.transforms import Hadamard, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import Keys, LayerScheme
 from nqkv_jax.schemes.registry import register
@@ -85,7 +86,7 @@ def nqkv_plus(
                 ) from None
         levels = _computed_levels(bits, shape.head_dim) if fused else _lloyd_max(bits)
         value = BlockQuantizer(**levels, block_size=shape.head_dim)
-        rotation = Hadamard(size=largest_power_of_two(shape.head_dim))
+        rotation = Hadamard(size=largest_hadamard(shape.head_dim))
         return LayerScheme(
             key=key_quantizer(shape.head_dim),
             value=Transformed(value, (rotation,)) if hadamard else value,

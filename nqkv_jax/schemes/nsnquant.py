@@ -29,7 +29,7 @@ from nqkv_jax.quantizers.nsn import NSNKeys, NSNQuantizer
 from nqkv_jax.quantizers.transforms import Hadamard, Transformed
 from nqkv_jax.schemes.base import LayerScheme
 from nqkv_jax.schemes.registry import register
-from nqkv_jax.schemes.shapes import any_rotation, check_power_of_two, next_multiple
+from nqkv_jax.schemes.shapes import any_rotation, check_hadamard, next_multiple
 from nqkv_jax.side import Window
 
 RESIDUAL = {1: 128, 2: 64}
@@ -68,8 +68,8 @@ def nsnquant(
     scheme = LayerScheme(key=key, value=value, key_window=waiting, value_window=waiting)
 
     def layer(shape):
-        why = ", and for the groups of its means with hadamard=False too"
-        check_power_of_two("nsnquant", shape.head_dim, any_rotation(bits), why)
+        if hadamard:
+            check_hadamard("nsnquant", shape.head_dim, any_rotation(bits))
         return scheme
 
     return layer

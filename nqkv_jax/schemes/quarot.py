@@ -14,13 +14,13 @@ Source: Ashkboos et al. (2024), QuaRot, arXiv 2404.00456; Su et al. (2025), Rota
 
 from typing import Literal
 
-from nqkv_jax import codebooks
+from nqkv_jax import codebooks, hadamard
 from nqkv_jax.quantizers.block import BlockQuantizer
-from nqkv_jax.quantizers.transforms import Hadamard, Transformed, largest_power_of_two
+from nqkv_jax.quantizers.transforms import Hadamard, Transformed
 from nqkv_jax.quantizers.unrotated import Unrotated
 from nqkv_jax.schemes.base import LayerScheme, block_window
 from nqkv_jax.schemes.registry import register
-from nqkv_jax.schemes.shapes import any_rotation, check_power_of_two
+from nqkv_jax.schemes.shapes import any_rotation, check_hadamard
 
 
 @register("quarot")
@@ -33,11 +33,9 @@ def quarot(
     residual: int = 0,
 ):
     """Hadamard transform per head, then asymmetric integers with one scale per token and head."""
-    if heads_per_group < 1 or heads_per_group & (heads_per_group - 1):
+    if heads_per_group < 1:
         raise ValueError(
-            "quarot: expected heads_per_group >= 1, a power of two as the Hadamard transform is of "
-            f"one; got {heads_per_group}. Take heads_per_group="
-            f"{1 << max(heads_per_group.bit_length() - 1, 0)}"
+            f"quarot: expected heads_per_group >= 1; got {heads_per_group}. Take heads_per_group=1"
         )
     window, together = block_window("quarot", residual), heads_per_group > 1
     codebook, scale = (
@@ -45,12 +43,13 @@ def quarot(
     )
 
     def layer(shape):
-        check_power_of_two("quarot", shape.head_dim, "int8" if bits == 8 else any_rotation(bits))
-        if shape.num_kv_heads % heads_per_group:
+        check_hadamard("quarot", shape.head_dim, "int8" if bits == 8 else any_rotation(bits))
+        if heads_per_group not in (fitting := _groups(shape)):
             raise ValueError(
-                f"quarot: expected heads_per_group to divide num_kv_heads={shape.num_kv_heads}; "
-                f"got {heads_per_group}. Take heads_per_group="
-                f"{largest_power_of_two(shape.num_kv_heads)}"
+                "quarot: expected heads_per_group heads that have a Hadamard transform together, "
+                f"one of {', '.join(map(str, fitting))} for {shape.num_kv_heads} heads of "
+                f"{shape.head_dim}; got {heads_per_group}. Take heads_per_group="
+                f"{max(n for n in fitting if n <= heads_per_group)}"
             )
         plain = BlockQuantizer(codebook, block_size=shape.head_dim, scale=scale)
         key = Transformed(plain, (Hadamard(size=heads_per_group * shape.head_dim),))
@@ -63,3 +62,9 @@ def quarot(
         )
 
     return layer
+
+
+def _groups(shape) -> list[int]:
+    """How many heads may be transformed together."""
+    divides = (n for n in range(1, shape.num_kv_heads + 1) if shape.num_kv_heads % n == 0)
+    return [n for n in divides if hadamard.core_size(n * shape.head_dim)]

@@ -6,17 +6,18 @@ heads of 80, 96 and 112 channels, and who reads it knows the scheme by its optio
 
 import math
 
+from nqkv_jax import hadamard
 from nqkv_jax.schemes.base import largest_divisor
 
 SMALLEST = 8  # groups that are proposed: smaller ones cost more in scales than they are worth
 
 
-def check_power_of_two(name: str, head_dim: int, instead: str, why: str = "") -> None:
+def check_hadamard(name: str, head_dim: int, instead: str) -> None:
     """Raises ValueError, for the scheme `name`, unless there is a Hadamard transform of a head."""
-    if head_dim & (head_dim - 1):
+    if hadamard.core_size(head_dim) is None:
         raise ValueError(
-            f"{name}: expected a head_dim that is a power of two, for the Hadamard transform{why}; "
-            f"got head_dim={head_dim}. Take {instead}"
+            f"{name}: expected a head_dim that has a Hadamard transform, such as powers of two and "
+            f"multiples of 16; got head_dim={head_dim}. Take {instead}"
         )
 
 

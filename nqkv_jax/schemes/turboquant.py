@@ -11,7 +11,8 @@ larger variance: b + 32 / D bits. After the softmax that is the worse of the two
 
 Source: Zandieh et al. (2025), arXiv 2504.19874, algorithms 1 and 2. The paper's rotation is uniform
 ("haar"), for which D may be anything; the default is a Hadamard transform after random signs, which
-costs D log D. Neither window nor sinks are the paper's; 0 by default.
+costs D log D and serves powers of two and multiples of 16. Neither window nor sinks are the
+paper's; 0 by default.
 """
 
 from typing import Literal
@@ -23,7 +24,7 @@ from nqkv_jax.quantizers.transforms import Hadamard, Rotation, Transformed
 from nqkv_jax.quantizers.turboquant import ResidualSketch
 from nqkv_jax.schemes.base import LayerScheme, block_window
 from nqkv_jax.schemes.registry import register
-from nqkv_jax.schemes.shapes import check_power_of_two
+from nqkv_jax.schemes.shapes import check_hadamard
 
 ROTATIONS = {"hadamard": Hadamard(seed=0), "haar": Rotation(seed=0)}
 
@@ -45,7 +46,7 @@ def turboquant(
 
     def layer(shape):
         if rotation == "hadamard":
-            check_power_of_two("turboquant", shape.head_dim, "rotation=haar")
+            check_hadamard("turboquant", shape.head_dim, "rotation=haar")
         codebook = codebooks.lloyd_max_normal(bits - sketched)
         quantizer = BlockQuantizer(codebook, block_size=shape.head_dim, scale="rms")
         if sketched:

@@ -18,6 +18,7 @@ from nqkv_jax.pallas_kernels.decode_attention import decode_attention
 
 HERE = pathlib.Path(__file__).parent
 TPU = [c for c in CASES.values() if c.head_dim in (64, 128, 256)]
+TPU.append(dataclasses.replace(CASES["vector2"], name="vector2-d96", head_dim=96, rotary=96))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
