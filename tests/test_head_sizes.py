@@ -1,5 +1,6 @@
 """Heads of any size: every scheme serves them, or says what to take, and that does."""
 
+import functools
 import re
 
 import jax
@@ -92,7 +93,11 @@ TAKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", TAKEN)
+MORE = functools.partial(pytest.param, marks=pytest.mark.more)
+QUICK = "kivi:group_size=16", "nqkv:block_size=160", "turboquant", "nsnquant"
+
+
+@pytest.mark.parametrize("spec", [s if s in QUICK else MORE(s) for s in TAKEN])
 def test_what_is_taken_decodes(spec):
     heads, head_dim = PHI
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import pathlib
 import pickle
 from typing import Any, Literal
@@ -223,6 +224,7 @@ def test_keys_are_rotated_once_whoever_does_it():
     q, k, v = (
         jax.random.normal(key, (1, 9, 2, 32)) for key in jax.random.split(jax.random.key(0), 3)
     )
+    attend = jax.jit(functools.partial(nq.attend, rotary=rotary))
     outs, hadamard = [], nq.Transformed(FULL, (nq.Hadamard(),))
     keys = ((FULL, True), (TURNED, False), (hadamard, True), (nq.Unrotated(hadamard), False))
     for key, rotated in keys:
@@ -231,8 +233,8 @@ def test_keys_are_rotated_once_whoever_does_it():
         shape = nq.schemes.LayerShape(num_kv_heads=2, head_dim=32)
         cache = layer.init(shape, batch=1, max_len=16, dtype=jnp.float32)
         cache = nq.KVCache(layers=(cache,), scheme="own")
-        _, cache = nq.attend(q[:, :8], k[:, :8], v[:, :8], cache, rotary=rotary)
-        outs.append(nq.attend(q[:, 8:], k[:, 8:], v[:, 8:], cache, rotary=rotary)[0])
-    expected, _ = nq.attend(q, k, v, rotary=rotary)
+        _, cache = attend(q[:, :8], k[:, :8], v[:, :8], cache)
+        outs.append(attend(q[:, 8:], k[:, 8:], v[:, 8:], cache)[0])
+    expected, _ = attend(q, k, v)
     for out in outs:
         np.testing.assert_allclose(out, expected[:, 8:], atol=1e-5)

@@ -305,10 +305,10 @@ def test_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("window", [None, WINDOW + 1])
 def test_attention_to_what_is_gone(window):
+    attend = functools.partial(nq.attend, rotary=ROTARY)
     with pytest.raises(ValueError, match=f"keeps the latest {WINDOW} tokens.*window={window}"):
-        nq.attend(*part(0, 1), make("int4"), rotary=ROTARY, window=window)
-    out, _ = nq.attend(*part(0, 1), make("int4"), rotary=ROTARY, window=WINDOW - 1)
-    assert np.isfinite(out).all()
+        jax.eval_shape(functools.partial(attend, window=window), *part(0, 1), make("int4"))
+    jax.eval_shape(functools.partial(attend, window=WINDOW - 1), *part(0, 1), make("int4"))
 
 
 @pytest.mark.parametrize("windows", [(), (3, 3), (0,), (True,), (2.5,), ("3",)])
