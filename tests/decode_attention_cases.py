@@ -165,6 +165,7 @@ def _cases():
 
 
 CASES = {case.name: case for case in (*_cases(), *VECTOR_CASES)}
+TPU_CASES = {name: case for name, case in CASES.items() if case.head_dim in (64, 128, 256)}
 
 
 def codes(

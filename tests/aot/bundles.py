@@ -23,7 +23,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from decode_attention_cases import CASES, arguments
+from decode_attention_cases import TPU_CASES, arguments
 from targets import compile_for
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention
@@ -53,9 +53,8 @@ def measure(target: str, case) -> dict:
 
 def main() -> None:
     for target in sys.argv[1:]:
-        for case in CASES.values():
-            if case.head_dim in (64, 128, 256):
-                print(json.dumps(measure(target, case)), flush=True)
+        for case in TPU_CASES.values():
+            print(json.dumps(measure(target, case)), flush=True)
 
 
 if __name__ == "__main__":

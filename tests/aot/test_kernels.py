@@ -10,20 +10,19 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from decode_attention_cases import CASES, arguments
+from decode_attention_cases import CASES, TPU_CASES, arguments
 from targets import GPUS, compile_for
 from vector_attention_cases import VECTOR_CASES
 
 from nqkv_jax.pallas_kernels.decode_attention import decode_attention
 
 HERE = pathlib.Path(__file__).parent
-TPU = [c for c in CASES.values() if c.head_dim in (64, 128, 256)]
-TPU.append(dataclasses.replace(CASES["vector2"], name="vector2-d96", head_dim=96, rotary=96))
+D96 = dataclasses.replace(CASES["vector2"], name="vector2-d96", head_dim=96, rotary=96)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("target", ["v5e", "v6e", "tpu7x"])
-@pytest.mark.parametrize("case", TPU, ids=str)
+@pytest.mark.parametrize("case", [*TPU_CASES.values(), D96], ids=str)
 def test_compiles(case, target, dtype):
     *arrays, first = arguments(case, (1, 1), num_tiles=9, dtype=dtype)
     run = functools.partial(decode_attention, soft_cap=case.soft_cap, implementation="mosaic_tpu")
