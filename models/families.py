@@ -49,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "phi3": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
 }
@@ -241,6 +242,12 @@ presets: dict[str, ModelConfig] = {
         num_kv_heads=8, head_dim=128, max_positions=40960, tie_embeddings=False,
         bos_token_id=151643, eos_token_ids=(151645,), ffn_size=12288, norm_eps=1e-6,
         rope=RopeConfig(theta=1e6), qk_norm=True,
+    ),
+    "phi-3-mini-4k": LlamaConfig(
+        model_type="phi3", vocab_size=32064, hidden_size=3072, num_layers=32, num_heads=32,
+        num_kv_heads=32, head_dim=96, max_positions=4096, tie_embeddings=False, bos_token_id=1,
+        eos_token_ids=(32000,), pad_token_id=32000, ffn_size=8192, norm_eps=1e-5,
+        windows=(2047,) * 32,
     ),
     "gemma-2-2b": LlamaConfig(
         model_type="gemma2", vocab_size=256000, hidden_size=2304, num_layers=26, num_heads=8,

@@ -139,6 +139,12 @@ def weight_map(config: LlamaConfig) -> dict[str, Weight]:
         if bias:
             weights[f"{name}.bias"] = Weight(path=(*path, "bias"), shape=(fan_out,), offset=offset)
 
+    def parts(prefix: str, sizes: dict[str, int], path: Path, *, bias: bool) -> None:
+        offset = 0
+        for which, size in sizes.items():
+            linear(f"{prefix}{which}_proj", path, hidden, size, bias=bias, offset=offset)
+            offset += size
+
     def norm(name: str, path: Path, size: int = hidden) -> None:
         weights[f"{name}.weight"] = Weight(path=(*path, "scale"), shape=(size,))
 
@@ -148,13 +154,11 @@ def weight_map(config: LlamaConfig) -> dict[str, Weight]:
         path = ("layers", i)
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         norm(f"model.layers.{i}.input_layernorm", (*path, "attention_norm"))
-        offset = 0
-        for which, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-            linear(
-                f"{attention}{which}_proj", (*path, "qkv"), hidden, size,
-                bias=config.qkv_bias, offset=offset,
-            )  # fmt: skip
-            offset += size
+        # Names of the tensors that our fused maps are made of, and their sizes.
+        qkv, gate_up = dict(q=q_size, k=kv_size, v=kv_size), dict(gate=ffn, up=ffn)
+        if config.model_type == "phi3":  # whose checkpoints have them fused, too
+            qkv, gate_up = dict(qkv=q_size + 2 * kv_size), dict(gate_up=2 * ffn)
+        parts(attention, qkv, (*path, "qkv"), bias=config.qkv_bias)
         if config.qk_norm:
             norm(f"{attention}q_norm", (*path, "q_norm"), config.head_dim)
             norm(f"{attention}k_norm", (*path, "k_norm"), config.head_dim)
@@ -165,11 +169,7 @@ def weight_map(config: LlamaConfig) -> dict[str, Weight]:
             norm(f"model.layers.{i}.post_feedforward_layernorm", (*path, "mlp_post_norm"))
             before_mlp = "pre_feedforward_layernorm"
         norm(f"model.layers.{i}.{before_mlp}", (*path, "mlp_norm"))
-        for which, offset in (("gate", 0), ("up", ffn)):
-            linear(
-                f"{mlp}{which}_proj", (*path, "gate_up"), hidden, ffn,
-                bias=config.mlp_bias, offset=offset,
-            )  # fmt: skip
+        parts(mlp, gate_up, (*path, "gate_up"), bias=config.mlp_bias)
         linear(f"{mlp}down_proj", (*path, "down"), ffn, hidden, bias=config.mlp_bias)
     norm("model.norm", ("norm",))
     if not config.tie_embeddings:

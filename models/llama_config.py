@@ -19,7 +19,7 @@ from nqkv_jax.models.rope import RopeConfig, setting
 class LlamaConfig(ModelConfig):
     """The Llama family: RoPE, RMSNorm, a gated MLP, grouped-query attention.
 
-    Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 2 and Gemma 3 differ only in these fields.
+    Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM2, Gemma 2 and Gemma 3 differ only in these fields.
 
     Attributes:
       ffn_size: hidden width of the MLP.
@@ -38,7 +38,8 @@ class LlamaConfig(ModelConfig):
       activation: of the MLP's gate.
 
     Source: Touvron et al. (2023), LLaMA; Jiang et al. (2023), Mistral 7B; Qwen team (2024, 2025);
-      Gemma team (2024), Gemma 2, section 2; Gemma team (2025), Gemma 3, section 2.
+      Abdin et al. (2024), Phi-3; Gemma team (2024), Gemma 2, section 2; Gemma team (2025), Gemma 3,
+      section 2.
     """
 
     model_type: str = "llama"
@@ -121,7 +122,7 @@ class LlamaConfig(ModelConfig):
                 config, bos=default["bos"], eos=default["eos"], pad=default.get("pad")
             ),
             ffn_size=get("intermediate_size", default["ffn_size"]),
-            norm_eps=float(get("rms_norm_eps", 1e-6)),
+            norm_eps=float(get("rms_norm_eps", default.get("norm_eps", 1e-6))),
             qkv_bias=kind == "qwen2" or bias,
             out_bias=bias,
             mlp_bias=get("mlp_bias", False) if kind == "llama" else False,
@@ -148,6 +149,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": dict(
         vocab_size=151936, max_positions=32768, num_kv_heads=32, head_dim=128, ffn_size=22016,
         bos=None, eos=None,
+    ),
+    "phi3": dict(
+        vocab_size=32064, max_positions=4096, num_kv_heads=None, head_dim=None, ffn_size=8192,
+        bos=1, eos=32000, pad=32000, hidden_size=3072, norm_eps=1e-5,
     ),
     "gemma2": dict(
         vocab_size=256000, max_positions=8192, num_kv_heads=4, head_dim=256, ffn_size=9216,
@@ -222,8 +227,8 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     if kind == "llama":
         return ()
     # Unlike for most keys, null is a setting of its own here, "no window".
-    size = config.get("sliding_window", 4096)
-    if kind == "mistral":
+    size = config.get("sliding_window", None if kind == "phi3" else 4096)
+    if kind in ("mistral", "phi3"):
         return (size,) * layers if size is not None else ()
     optional = kind not in _GEMMA
     if size is None or (optional and not config.get("use_sliding_window", False)):

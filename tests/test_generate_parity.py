@@ -18,6 +18,7 @@ PARITY = {
     "mistral": ("Mistral", LLAMA | dict(sliding_window=9)),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", LLAMA | dict(head_dim=16)),
+    "phi3": ("Phi3", LLAMA | dict(sliding_window=9, pad_token_id=0)),
     "gemma 2": (
         "Gemma2",
         LLAMA
@@ -48,7 +49,7 @@ def greedy_reference(reference, prompts, count):
 
 
 # The logits of the others are compared in tests/test_models_opt.py and tests/test_models_llama.py.
-MORE = "opt-350m", "opt, head_dim 80", "opt, no final norm", "qwen2"
+MORE = "opt-350m", "opt, head_dim 80", "opt, no final norm", "qwen2", "phi3"
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,11 @@ def test_windows_of_layers():
             NotImplementedError,
             "'longrope' is not supported; supported: default, linear, llama3, yarn",
         ),
+        (
+            dict(model_type="phi3", rope_scaling=dict(type="longrope", short_factor=[1.0])),
+            NotImplementedError,
+            "'longrope' is not supported",
+        ),
         (dict(rope_scaling=dict(type="dynamic", factor=2)), NotImplementedError, "'dynamic'"),
         (dict(rope_scaling=dict(type="linear")), ValueError, "needs a `factor`"),
         (dict(rope_scaling=dict(type="llama3", factor=8)), ValueError, "needs `low_freq_factor`"),

@@ -57,6 +57,8 @@ VARIANTS = {
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
     ),
+    "phi3": ("Phi3", SMALL | dict(pad_token_id=0)),
+    "phi3, windows": ("Phi3", SMALL | dict(pad_token_id=0, sliding_window=9, rms_norm_eps=1e-3)),
     "gemma 2": (
         "Gemma2", GEMMA | dict(attn_logit_softcapping=1.0, final_logit_softcapping=3.0)
     ),
@@ -245,6 +247,7 @@ def test_windows_and_layers_reach_attend(monkeypatch):
         ("mistral-7b", 7_241_732_096),
         ("qwen2.5-7b", 7_615_616_512),
         ("qwen3-8b", 8_190_735_360),
+        ("phi-3-mini-4k", 3_821_079_552),
         ("gemma-2-2b", 2_614_341_888),
         ("smollm2-135m", 134_515_008),
     ],
