@@ -149,9 +149,9 @@ def attend(
     else:
         num_new = jnp.clip(num_new, 0, size).astype(jnp.int32)
     if isinstance(cache, KVCache):
-        positions = cache.layers[layer].lengths[:, None] + jnp.arange(size)[None]
+        positions = cache.layers[layer].lengths[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     else:
-        positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
+        positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
     grouped = (batch, size, num_kv_heads, num_heads // num_kv_heads, head_dim)
     unrotated = q.reshape(grouped)
 
@@ -254,7 +254,7 @@ def _attend_cache(
     capacity = layer.key.capacity
     latest = jnp.maximum(common - 1, 0) // capacity * capacity
     for began, tokens in (
-        (latest - capacity, jnp.where(latest > 0, capacity, 0)),
+        (latest - capacity, jnp.minimum(latest, capacity)),
         (latest, common - latest),
     ):
         positions = query_positions - began[:, None]

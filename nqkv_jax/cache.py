@@ -218,7 +218,7 @@ class KVCache:
 
     def positions(self, num_tokens: int) -> jax.Array:
         """i32[B, num_tokens], positions of the next tokens."""
-        return self.lengths[:, None] + jnp.arange(num_tokens)[None, :]
+        return self.lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
 
     def take(self, sequences) -> "KVCache":
         """The cache of other sequences of the batch: in another order, some of them repeated (to

@@ -56,7 +56,7 @@ class DecodedView(StandIn):
         cache = self.scheme.layer(shape).init(
             shape, batch=batch, max_len=size, dtype=self.dtype, window=window, keep_all=True
         )
-        positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
+        positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
         rotate = rotary is not None and cache.rotated
         if rotate:
             k = rotary(k, positions)

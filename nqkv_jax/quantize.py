@@ -103,8 +103,8 @@ def stored_bits(tree: Any) -> float:
                 "cache.stored_bits and cache.nbytes"
             )
         elements += math.prod(jnp.shape(leaf))
-        arrays = (leaf.payload, leaf.state) if _is_quantized(leaf) else jnp.asarray(leaf)
-        stored += sum(8 * a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
+        arrays = (leaf.payload, leaf.state) if _is_quantized(leaf) else leaf
+        stored += sum(8 * math.prod(jnp.shape(a)) * _itemsize(a) for a in jax.tree.leaves(arrays))
     if not elements:
         raise ValueError("stored_bits: the tree has no elements")
     return stored / elements
@@ -117,6 +117,11 @@ def _is_quantized(x: Any) -> bool:
 def _is_floats(x: Any) -> bool:
     """Whether it is an array of floats, or one."""
     return jnp.issubdtype(x.dtype, jnp.floating) if hasattr(x, "dtype") else isinstance(x, float)
+
+
+def _itemsize(x: Any) -> int:
+    """Bytes per element; NumPy's float64 are 8, whatever jax would make of them."""
+    return x.dtype.itemsize if hasattr(x, "dtype") else jnp.result_type(x).itemsize
 
 
 def _described(x: Any) -> str:

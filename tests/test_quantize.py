@@ -122,6 +122,7 @@ def test_stored_bits_of_mixed_trees():
     assert stored_bits(x) == 16
     assert stored_bits([quantize(x, NF4), x]) == (4.25 + 16) / 2
     assert stored_bits([x, 1.0]) == pytest.approx(16, rel=1e-2)
+    assert stored_bits(np.ones(3)) == 64 and stored_bits(jax.ShapeDtypeStruct((3,), "f2")) == 16
     with pytest.raises(ValueError, match="no elements"):
         stored_bits({})
     cache = nq.schemes.get("int4").init(

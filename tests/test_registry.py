@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 import pickle
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,26 @@ def test_annotations_say_what_an_option_takes(spec):
 def test_options_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         nq.schemes.get("typed", **options)
+
+
+def test_literals_in_other_annotations_and_truth_values_beside_numbers():
+    seen = []
+
+    @register("mine")
+    def mine(*, side: Literal["k", "v"] | None = None, size: Annotated[int, "tokens"] = 3,
+             flag: bool | int = 0):  # fmt: skip
+        seen.append((side, size, flag))
+        return nq.schemes.get("none").layer
+
+    assert nq.schemes.choices("mine") == {"side": ("k", "v", None)}
+    with pytest.raises(ValueError, match="mine: side: expected one of k, v, None; got 'z'"):
+        nq.schemes.get("mine:side=z")
+    with pytest.raises(ValueError, match=r"option size takes a value like 3; got 'x'"):
+        nq.schemes.get("mine:size=x")
+    for spec in ("mine:side=k,size=4", "mine:flag=1", "mine:flag=True", "mine:flag=False", "mine"):
+        assert str(nq.schemes.get(spec)) == spec
+    assert seen == [("k", 4, 0), (None, 3, 1), (None, 3, True), (None, 3, False), (None, 3, 0)]
+    assert [type(flag) for *_, flag in seen[1:]] == [int, bool, bool, int]
 
 
 def test_numbers_of_numpy_are_options():

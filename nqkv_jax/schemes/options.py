@@ -7,7 +7,7 @@ import os
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 
 def options_of(function: Callable) -> dict[str, inspect.Parameter]:
@@ -20,12 +20,20 @@ def options_of(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def literals(function: Callable) -> dict[str, tuple]:
-    """The values of those that are annotated with a `Literal`."""
-    return {
-        name: typing.get_args(option.annotation)
-        for name, option in options_of(function).items()
-        if typing.get_origin(option.annotation) is Literal
-    }
+    """The values of those that are annotated with a `Literal`, or with one or None."""
+    found = {}
+    for name, option in options_of(function).items():
+        values = []
+        for member in _members(option.annotation):
+            if member is type(None):
+                values.append(None)
+            elif typing.get_origin(member) is Literal:
+                values.extend(typing.get_args(member))
+            else:
+                break
+        else:
+            found[name] = tuple(values)
+    return found
 
 
 def parse(text: str) -> Any:
@@ -58,7 +66,11 @@ def _kinds(option: inspect.Parameter) -> tuple[type, ...] | None:
     if annotation is option.empty or isinstance(annotation, str):
         return (int, type(None)) if default is None else (type(default),)
     found = []
-    for kind in _members(annotation):
+    for member in _members(annotation):
+        if typing.get_origin(member) is Literal:
+            found.extend(map(type, typing.get_args(member)))
+            continue
+        kind = typing.get_origin(member) or member
         if kind is Any or not isinstance(kind, type):
             return None
         found.append(kind)
@@ -66,13 +78,14 @@ def _kinds(option: inspect.Parameter) -> tuple[type, ...] | None:
 
 
 def _members(annotation: Any) -> list:
+    """The types and Literals that a union is of, or the annotation itself."""
     if annotation is None:
         return [type(None)]
+    if typing.get_origin(annotation) is Annotated:
+        return _members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return [kind for one in typing.get_args(annotation) for kind in _members(one)]
-    if typing.get_origin(annotation) is Literal:
-        return [type(value) for value in typing.get_args(annotation)]
-    return [typing.get_origin(annotation) or annotation]
+        return [member for one in typing.get_args(annotation) for member in _members(one)]
+    return [annotation]
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -96,6 +109,6 @@ def check_text(scheme: str, key: str, value: Any) -> None:
         if isinstance(value, str):
             advice = ". Take a path with a letter in front, and without commas"
         raise ValueError(
-            f"scheme {scheme!r}: option {key}={value!r} cannot be written in a scheme's name, "
-            f"which has commas between options{advice}"
+            f"scheme {scheme!r}: option {key}={value!r} cannot be written in a scheme's name and "
+            f"read again, as in '{scheme}:{key}=...,other=...'{advice}"
         )

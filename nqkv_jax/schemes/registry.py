@@ -135,8 +135,13 @@ def get(spec: "str | Scheme", **options) -> Scheme:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         given[key] = value = value.item() if isinstance(value, np.generic) else value
         check_option(name, known[key], value)
-    changed = tuple((k, given[k]) for k in known if k in given and given[k] != known[k].default)
-    return _build(name, _REGISTRY[name], changed, tuple(_version(value) for _, value in changed))
+    # To Python True is 1, to an option it may not be.
+    key = lambda value: (value, isinstance(value, bool))
+    changed = tuple(
+        (k, given[k]) for k in known if k in given and key(given[k]) != key(known[k].default)
+    )
+    versions = tuple((isinstance(value, bool), _version(value)) for _, value in changed)
+    return _build(name, _REGISTRY[name], changed, versions)
 
 
 def _version(value: object) -> tuple[int, ...] | None:
