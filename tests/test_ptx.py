@@ -81,6 +81,12 @@ as_halves = lambda a: np.asarray(a, np.uint32).reshape(-1).view(np.float16)
         ("redux.sync.min.s32 %r4, %r3, -1", lambda a: (
             as_signed(a).reshape(4, 32).min(1).repeat(32).view(np.uint32)
         )),
+        ("redux.sync.max.f32 %r4, %r3, -1", lambda a: (
+            np.fmax.reduce(a.view(np.float32).reshape(4, 32), 1).repeat(32).view(np.uint32)
+        )),
+        ("redux.sync.max.NaN.f32 %r4, %r3, -1", lambda a: (
+            np.maximum.reduce(a.view(np.float32).reshape(4, 32), 1).repeat(32).view(np.uint32)
+        )),
         ("cvt.u16.u32 %rs1, %r3; setp.num.bf16 %p1, %rs1, %rs1; selp.b32 %r4, 5, %r3, %p1",
          lambda a: np.where((a & 0x7FFF) > 0x7F80, a, 5)),
         ("setp.leu.f32 %p1, %r3, 0f3F800000; selp.b32 %r4, 5, %r3, %p1",

@@ -176,13 +176,16 @@ def _shfl(opcode, operands, program):
 
 
 def _redux(opcode, operands, program):
-    if not opcode.startswith("redux.sync.min."):
+    _, _, name, *modifiers, kind = opcode.split(".")
+    # Without NaN in its name, of what is a number (of floats, which Blackwell has).
+    reductions = {("min",): np.fmin, ("max",): np.fmax, ("max", "NaN"): np.maximum}
+    if (name, *modifiers) not in reductions:
         raise NotImplementedError(opcode)
     target, source, _ = operands
-    dtype = TYPES[opcode.split(".")[-1]]
+    reduction, dtype = reductions[name, *modifiers].reduce, TYPES[kind]
 
     def execute(warp, active):
-        value = warp.read(source, dtype).min()
+        value = reduction(warp.read(source, dtype))
         warp.write(target, np.full(32, value, dtype), active)
 
     return of_all(execute)
