@@ -97,7 +97,7 @@ def generate(
       cache: to go on from, in place of an empty one, with room for what is to come: prompts are
         what follows there, one for each of its sequences. It is copied, and can be used again. The
         last token of a `Generation` is not in its cache: begin with it, or generate only one token
-        where the prompt is all that is to be kept.
+        where the prompt is all that is to be kept. A repetition penalty does not see what is in it.
       max_new_tokens: at most so many per sequence.
       max_len: tokens per sequence that the cache has room for. Default: the padded prompt length
         plus `max_new_tokens`, in steps of 128; for a kernel that is asked for at least 1,024; as

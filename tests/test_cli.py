@@ -1,5 +1,6 @@
 """The command line in process, on a checkpoint of a few thousand parameters."""
 
+import gc
 import importlib.metadata
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -374,6 +376,24 @@ def test_debug_shows_the_traceback():
 
 def _raise(error):
     raise error
+
+
+def test_an_interruption_that_python_drops(capsys, monkeypatch):
+    """It drops what callbacks of the garbage collector raise."""
+
+    def read(path):
+        callback = lambda phase, info: phase == "start" and _raise(KeyboardInterrupt())
+        gc.callbacks.append(callback)
+        gc.collect()
+        gc.callbacks.remove(callback)
+        for _ in range(600):
+            time.sleep(0.1)
+
+    monkeypatch.setattr(options, "read_text", read)
+    begin, usual = time.monotonic(), sys.unraisablehook
+    assert main(["generate", "--file", "x"]) == 130
+    assert capsys.readouterr().err == "\nnqkv: interrupted\n"
+    assert time.monotonic() - begin < 30 and sys.unraisablehook is usual
 
 
 def test_interruption_and_surprises(capsys, monkeypatch):

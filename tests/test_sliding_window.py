@@ -311,7 +311,7 @@ def test_attention_to_what_is_gone(window):
     jax.eval_shape(functools.partial(attend, window=WINDOW - 1), *part(0, 1), make("int4"))
 
 
-@pytest.mark.parametrize("windows", [(), (3, 3), (0,), (True,), (2.5,), ("3",)])
+@pytest.mark.parametrize("windows", [(), (3, 3), (0,), (True,), (2.5,), ("3",), 5])
 def test_windows_that_are_none(windows):
     with pytest.raises(ValueError, match="expected windows to be a whole number >= 1, or None"):
         make("int4", windows=windows)

@@ -4,10 +4,12 @@ One module per command: `add(commands)` declares its arguments, `run(args)` does
 imports what it needs only then, so that `--help` is quick and `nqkv schemes` loads no model.
 """
 
+import _thread
 import argparse
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from nqkv_jax.cli import (
@@ -53,6 +55,31 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+@contextlib.contextmanager
+def _interrupts():
+    """Ctrl-C ends what runs in here wherever it comes.
+
+    Python drops an exception in a callback of the garbage collector, as JAX has one, and the
+    command would run on.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # Once this function, where it would be dropped again, is over.
+            again = threading.Timer(0.05, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line."""
     top = _Parser(
@@ -80,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         args = parser().parse_args(argv)
-        args.run(args)
+        with _interrupts():
+            args.run(args)
         sys.stdout.flush()
         return 0
     except SystemExit as stop:  # argparse has shown the help

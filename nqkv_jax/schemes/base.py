@@ -7,7 +7,7 @@ the registry gives it a string form, `"nqkv:bits=3,block_size=64"`. A new file i
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -249,9 +249,10 @@ class Scheme:
 
         Args:
           windows: the sliding window of every layer, None for one that attends to all tokens. Those
-            that have one keep no more than they see (in steps of 128 tokens, and at least 256)
-            where the scheme allows it, and need it in `attend`, too. None: all layers keep all
-            tokens.
+            that have one keep no more than they see, where the scheme allows it and `max_len` is
+            more than that, and need it in `attend`, too: in steps of 128 tokens, or of the least
+            common multiple with the scheme's residual and groups, and at least two of them. None:
+            all layers keep all tokens.
           dtype: of sinks, residual and full-precision bodies; keys and values are rounded to it on
             entry.
 
@@ -288,12 +289,14 @@ class Scheme:
     def _windows(
         self, windows: Sequence[int | None] | None, num_layers: int
     ) -> Sequence[int | None]:
-        windows = (None,) * num_layers if windows is None else tuple(windows)
+        if windows is None:
+            windows = (None,) * num_layers
+        given, windows = windows, tuple(windows) if isinstance(windows, Iterable) else ()
         good = lambda w: w is None or (is_whole(w) and w >= 1)
         if len(windows) != num_layers or not all(map(good, windows)):
             raise ValueError(
                 f"{self}: expected windows to be a whole number >= 1, or None, for each of "
-                f"{num_layers} layers; got {windows}"
+                f"{num_layers} layers; got {given!r}"
             )
         return tuple(w if w is None else int(w) for w in windows)
 
