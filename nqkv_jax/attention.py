@@ -158,8 +158,10 @@ def attend(
     def turned(positions):
         """The queries, as if they were there: to be observed, and to be multiplied with keys."""
         queries = q if rotary is None else rotary(q, positions)
-        # Scaled before the product: in float16 the unscaled score can overflow.
-        scaled = queries * jnp.asarray(head_dim**-0.5 if scale is None else scale, q.dtype)
+        # Scaled before the product: in float16 the unscaled score can overflow. By a float32, as
+        # what bfloat16 makes of 1/12 would be an error of all scores alike.
+        factor = jnp.asarray(head_dim**-0.5 if scale is None else scale, jnp.float32)
+        scaled = (queries.astype(jnp.float32) * factor).astype(q.dtype)
         return queries.reshape(grouped), scaled.reshape(grouped).transpose(0, 2, 3, 1, 4)
 
     if isinstance(cache, KVCache):

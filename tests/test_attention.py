@@ -285,6 +285,18 @@ def test_numpy_arrays_are_taken_as_jax_takes_them():
     assert out.dtype == jnp.float32
 
 
+def test_the_scale_of_scores_is_not_rounded_to_bfloat16():
+    """To it 112^-0.5 would be 0.25 % more, and all scores with it."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(64, 1, 1, 112)), jnp.bfloat16)
+    k = jnp.concatenate([q / 2, jnp.zeros_like(q)], axis=1)
+    v = jnp.zeros_like(k).at[:, 1].set(1)
+    out, _ = jax.jit(nq.attend)(jnp.concatenate([q, q], axis=1), k, v)
+    scores = np.log(1 / np.float64(out[:, 1, 0, 0]) - 1)
+    expected = np.sum(np.float64(q) ** 2, axis=-1)[:, 0, 0] / 2 * 112**-0.5
+    assert np.mean(scores / expected) == pytest.approx(1, abs=5e-4)
+
+
 def test_low_precision_models_keep_their_dtype():
     q, k, v = (a.astype(jnp.bfloat16) for a in make_qkv(9))
     out, cache = attend(q, k, v, make_cache("nqkv:sinks=2", max_len=16, dtype=jnp.bfloat16))
