@@ -21,7 +21,7 @@ from nqkv_jax.calibration import artifact
 from nqkv_jax.checks import file_path
 
 _KEY = "nqkv_cache"  # of the metadata
-_VERSION = 5  # of the names and shapes of arrays, and of what is in them
+_VERSION = 6  # of the names and shapes of arrays, and of what is in them
 _SIZES = ("num_layers", "batch", "max_len", "num_kv_heads", "head_dim")
 
 

@@ -86,7 +86,7 @@ def test_other_files_are_refused(content, message, tmp_path):
 
 
 ABOUT = dict(
-    version=5, scheme="nqkv", num_layers=1, batch=2, max_len=16, num_kv_heads=2, head_dim=32,
+    version=6, scheme="nqkv", num_layers=1, batch=2, max_len=16, num_kv_heads=2, head_dim=32,
     dtype="float32",
 )  # fmt: skip
 
@@ -96,7 +96,7 @@ ABOUT = dict(
     [
         ("{", "is damaged: its metadata are no JSON: Expecting property name"),
         ("[5]", "must be a file of save_cache; it is another"),
-        ({"version": 5}, "metadata lack scheme, dtype, num_layers, batch, max_len, num_kv_heads"),
+        ({"version": 6}, "metadata lack scheme, dtype, num_layers, batch, max_len, num_kv_heads"),
         (ABOUT | {"scheme": None}, r"can be made here; .* expected a name .*; got None"),
         (ABOUT | {"scheme": "gone"}, "can be made here; unknown scheme 'gone'"),
         (ABOUT | {"scheme": "kvquant:calibration=gone"}, "the calibration gone cannot be read"),
@@ -190,5 +190,5 @@ def test_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("nqkv_jax.saving._VERSION", 1)
     nq.save_cache(make_cache("nqkv", max_len=16), tmp_path / "cache")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"expected version 5 .* has 1\. Read the prompt again"):
+    with pytest.raises(ValueError, match=r"expected version 6 .* has 1\. Read the prompt again"):
         nq.load_cache(tmp_path / "cache")
