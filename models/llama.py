@@ -1,5 +1,5 @@
-"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM2, Gemma 2 and 3), and their
-weights' names.
+"""Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, Phi-3, SmolLM2, Gemma 2 and 3), and
+their weights' names.
 
     x = x + out(attend(rope(q), rope(k), v));   q, k, v = qkv(norm(x))
     x = x + down(silu(gate(norm(x))) * up(norm(x)))

@@ -39,10 +39,11 @@ class LayerCache:
 
     `unflushed` is only there between a token whose flush was put off, and the flush.
 
-    With a `window`, bodies are rings with room for that many tokens. All positions in a body, those
-    that keys are rotated to, too, are then counted from where the ring last began, as if a sequence
-    began there: attention depends on differences of positions alone. So quantizers and kernels see
-    an ordinary body; `attend` turns queries to where either of two rounds began, and asks twice.
+    With a `window`, bodies are rings with room for it and more (`Scheme.init`). All positions in a
+    body, those that keys are rotated to, too, are then counted from where the ring last began, as
+    if a sequence began there: attention depends on differences of positions alone. So quantizers
+    and kernels see an ordinary body; `attend` turns queries to where either of two rounds began,
+    and asks twice.
     """
 
     key: Side = dataclasses.field(repr=False)

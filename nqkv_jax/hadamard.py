@@ -20,7 +20,7 @@ def core_size(size: int) -> int | None:
     """
     if size < 1:
         return None
-    order = size // largest_power_of_two(size)
+    order = size // (size & -size)  # the odd part
     while order <= size:
         if order in (1, 2):
             return 1
@@ -52,11 +52,6 @@ def matrix(size: int) -> np.ndarray:
 def largest_hadamard(number: int) -> int:
     """The largest divisor of `number` that is the size of a Hadamard matrix here."""
     return next(size for size in range(number, 0, -1) if number % size == 0 and core_size(size))
-
-
-def largest_power_of_two(number: int) -> int:
-    """The largest power of two that divides `number`."""
-    return number & -number
 
 
 def _paley_one(order: int) -> bool:
